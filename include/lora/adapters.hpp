@@ -1,0 +1,363 @@
+#pragma once
+
+#include <lora/config.hpp>
+#include <lora/detail/interception.hpp>
+#include <lora/detail/select.hpp>
+#include <lora/merge.hpp>
+#include <lora/report.hpp>
+
+#include <atomic>
+#include <filesystem>
+
+namespace lora {
+
+/// One layer of a model together with the count of forward passes that used its adapters.
+struct AdaptedLayer {
+  explicit AdaptedLayer(Target target) : target(std::move(target)) {}
+
+  Target target;
+  std::atomic<int64_t> uses{0};
+};
+
+/// While it lives, forward passes on this thread use the adapters it names; leaving it restores the thread exactly.
+/// Made by `Adapters::activate`. Scopes nest: of several scopes of the same adapters the innermost decides, those of
+/// different `Adapters` add up. Weights are looked up when the scope opens.
+class [[nodiscard]] Activation {
+ public:
+  Activation(const void* owner, const std::vector<std::shared_ptr<AdaptedLayer>>& layers,
+             std::vector<std::string> adapters)
+      : adapters_(std::move(adapters)), table_(build(layers)), interception_(owner, table_) {}
+
+ private:
+  /// Applies the scope's adapters to the products with one layer's weight.
+  class Handler final : public detail::ProductHandler {
+   public:
+    Handler(std::shared_ptr<AdaptedLayer> layer, const std::vector<std::string>& adapters)
+        : layer_(std::move(layer)), adapters_(adapters) {}
+
+    at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, detail::Rows rows) override {
+      const auto& target = layer_->target;
+      layer_->uses.fetch_add(1, std::memory_order_relaxed);
+      const auto& weight = target.slot.read();
+      FrozenProduct product{x, y, weight, bias, target.module->is_training()};
+      if (rows.count == weight.size(0)) return target.site->forward(product, adapters_);
+      return target.site->forward_rows(product, weight, rows.first, rows.count, adapters_);
+    }
+
+   private:
+    std::shared_ptr<AdaptedLayer> layer_;
+    const std::vector<std::string>& adapters_;
+  };
+
+  detail::WeightTable build(const std::vector<std::shared_ptr<AdaptedLayer>>& layers) {
+    detail::WeightTable table;
+    for (const auto& layer : layers) {
+      const auto& site = *layer->target.site;
+      if (std::none_of(adapters_.begin(), adapters_.end(), [&](auto& name) { return site.contains(name); })) continue;
+      handlers_.push_back(std::make_unique<Handler>(layer, adapters_));
+      table.add(layer->target.slot.read(), *handlers_.back());
+    }
+    return table;
+  }
+
+  std::vector<std::string> adapters_;
+  std::vector<std::unique_ptr<Handler>> handlers_;
+  detail::WeightTable table_;
+  detail::Interception interception_;
+};
+
+/// An adapter that is worked out for a model but not part of it yet: its layers and its tensors, without values.
+struct AdapterPlan {
+  struct Layer {
+    Target target;
+    std::shared_ptr<AnyMethod> method;
+  };
+
+  LoRAConfig config;
+  std::vector<Layer> layers;
+
+  /// Gives every tensor its first values.
+  void initialize() {
+    for (auto& layer : layers) layer.method->initialize(layer.target.site->pristine(layer.target.slot));
+  }
+};
+
+/// The adapters of one model under their names. The model is not changed: its layers stay stock torch::nn layers, its
+/// parameters are frozen while there is an adapter, and outside a scope of `activate` it is the base model, bit by bit.
+///
+///   auto adapters = lora::attach(*model, lora::LoRAConfig(8).alpha(16).target_modules({"q_proj", "v_proj"}));
+///   torch::optim::AdamW optimizer(adapters.parameters());
+///   { auto active = adapters.activate();  model->forward(x)...backward(); }
+///   adapters.merge();
+///
+/// Layers stay alive as long as their adapters. Destroying an `Adapters` leaves the model as it is: frozen, and merged
+/// if it was merged; `detach` gives it back. Errors: c10::Error that names what was asked for and what there is;
+/// nothing is changed when one is thrown.
+class Adapters {
+ public:
+  explicit Adapters(torch::nn::Module& model) : model_(&model), alive_(model.weak_from_this()) {
+    held_ = alive_.lock() != nullptr;
+  }
+  Adapters(Adapters&&) = default;
+  Adapters& operator=(Adapters&&) = default;
+
+  /// Adds an adapter and freezes the model's parameters. The tensors are those of a float layer even for a model in
+  /// half precision. Throws when a part of the configuration matches nothing in the model.
+  void add(const std::string& name, const LoRAConfig& config) {
+    auto planned = plan(config);
+    planned.initialize();
+    add(name, std::move(planned));
+  }
+
+  /// Adds an adapter whose tensors have their values.
+  void add(const std::string& name, AdapterPlan plan) {
+    TORCH_CHECK(!name.empty() && name.find('.') == std::string::npos,
+                "lora::Adapters: the name of an adapter has to be non-empty and without a \".\", but got \"", name,
+                "\"");
+    TORCH_CHECK(!configs_.contains(name), "lora::Adapters: there is an adapter \"", name, "\" already");
+    freeze();
+    for (auto& layer : plan.layers) layer_for(layer.target).target.site->add(name, std::move(layer.method));
+    configs_.insert(name, std::move(plan.config));
+  }
+
+  /// What `add` would add: the layers that `config` selects, with tensors that have no values yet.
+  AdapterPlan plan(const LoRAConfig& config) const {
+    TORCH_CHECK(!held_ || !alive_.expired(), "lora::Adapters: the model was destroyed before its adapters");
+    AdapterPlan plan{config, {}};
+    for (auto& selected : detail::Selection(*model_, config).run()) {
+      const auto& weight = selected.target.slot.read();
+      const auto options = weight.options().dtype(adapter_dtype(weight.scalar_type())).requires_grad(false);
+      const auto& site = *selected.target.site;
+      plan.layers.push_back(
+          {selected.target, config.method().make(selected.options, site.out_features(), site.in_features(), options)});
+    }
+    return plan;
+  }
+
+  /// Names of the adapters, in the order in which they were added.
+  std::vector<std::string> names() const { return configs_.keys(); }
+
+  /// The configuration with which an adapter was added.
+  const LoRAConfig& config(const std::string& name) const { return configs_[known(name)]; }
+
+  /// Sorted names of the layers that are adapted.
+  std::vector<std::string> targets() const {
+    std::vector<std::string> names;
+    for (const auto& layer : layers_) names.push_back(layer->target.name);
+    std::sort(names.begin(), names.end());
+    return names;
+  }
+
+  /// The adapted layers in the order of the model.
+  const std::vector<std::shared_ptr<AdaptedLayer>>& layers() const { return layers_; }
+
+  /// The trainable tensors of all adapters, or of one, by the name of their layer and their own: "fc2.lora_B". With
+  /// more than one adapter the adapter's name follows: "fc2.lora_B.french".
+  torch::OrderedDict<std::string, at::Tensor> named_parameters() const {
+    if (configs_.size() == 1) return named_parameters(names().front());
+    torch::OrderedDict<std::string, at::Tensor> all;
+    for (const auto& name : names()) {
+      for (const auto& item : named_parameters(name)) all.insert(item.key() + "." + name, item.value());
+    }
+    return all;
+  }
+
+  torch::OrderedDict<std::string, at::Tensor> named_parameters(const std::string& adapter) const {
+    torch::OrderedDict<std::string, at::Tensor> all;
+    for (const auto& layer : layers_of(known(adapter))) {
+      for (const auto& item : layer->target.site->at(adapter).tensors()) {
+        all.insert(layer->target.name + "." + item.name, *item.tensor);
+      }
+    }
+    return all;
+  }
+
+  /// The same tensors without their names, for an optimizer.
+  std::vector<at::Tensor> parameters() const { return named_parameters().values(); }
+  std::vector<at::Tensor> parameters(const std::string& adapter) const { return named_parameters(adapter).values(); }
+
+  /// s in W + s B A of one layer.
+  double scaling(const std::string& layer) const { return method(only(), layer).scaling(); }
+  double scaling(const std::string& adapter, const std::string& layer) const {
+    return method(adapter, layer).scaling();
+  }
+
+  /// The update W' - W (out, in) of one layer, in the type of the adapter.
+  at::Tensor delta(const std::string& adapter, const std::string& layer) const {
+    const auto& target = find(layer).target;
+    return method(adapter, layer).delta(target.site->pristine(target.slot));
+  }
+
+  /// Forward passes on this thread use the adapter until the returned scope ends. Without a name: the only adapter.
+  Activation activate() const { return activate(only()); }
+  Activation activate(const std::string& adapter) const {
+    return Activation(identity_.get(), layers_of(known(adapter)), {adapter});
+  }
+
+  /// Folds the adapter into the weights: W' = W + update, in float and rounded once. All layers or, when an update is
+  /// not finite, none. The weights as they were are kept for `unmerge`.
+  void merge() { merge(only()); }
+  void merge(const std::string& adapter) {
+    TORCH_CHECK(!is_merged(), "lora::merge: the adapter \"", merged_, "\" is merged already; unmerge it first");
+    detail::merge(targets_of(known(adapter)), {adapter});
+    merged_ = adapter;
+  }
+
+  /// Brings back the weights from before `merge`, bit by bit.
+  void unmerge() {
+    TORCH_CHECK(is_merged(), "lora::unmerge: nothing is merged");
+    detail::unmerge(targets_of(merged_));
+    merged_.clear();
+  }
+
+  bool is_merged() const { return !merged_.empty(); }
+
+  /// Folds the adapter in for good and lets the model go: no second copy of the weights stays, parameters require
+  /// gradients as they did before, and no adapter is left in this object.
+  void merge_and_unload() { merge_and_unload(only()); }
+  void merge_and_unload(const std::string& adapter) {
+    TORCH_CHECK(!is_merged() || merged_ == adapter, "lora::merge: the adapter \"", merged_,
+                "\" is merged already; unmerge it first");
+    const auto targets = targets_of(known(adapter));
+    if (!is_merged()) detail::check_mergeable(targets, {adapter});
+    thaw();  // first, since merged tensors take over whether the weights they replace are trainable
+    if (is_merged()) {
+      for (const auto& target : targets) target.site->keep_merged();
+    } else {
+      detail::merge_for_good(targets, {adapter});
+    }
+    clear();
+  }
+
+  /// Gives the model back as it was before the first adapter: weights unmerged, parameters trainable where they were.
+  void detach() {
+    if (is_merged()) unmerge();
+    thaw();
+    clear();
+  }
+
+  /// Sorted names of the adapted layers that no forward pass inside a scope has used so far.
+  std::vector<std::string> unreached() const {
+    std::vector<std::string> names;
+    for (const auto& layer : layers_) {
+      if (layer->uses == 0) names.push_back(layer->target.name);
+    }
+    std::sort(names.begin(), names.end());
+    return names;
+  }
+
+  /// Which layers are adapted with which rank and scaling, and how many parameters are trained.
+  Report report() const {
+    Report report;
+    for (const auto& name : names()) {
+      for (const auto& layer : layers_of(name)) report.layers.push_back(row(*layer, layer->target.site->at(name)));
+    }
+    for (const auto& row : report.layers) report.trainable += row.parameters;
+    for (const auto& parameter : frozen_) {
+      report.base += parameter.tensor.numel();
+      report.base_bytes += static_cast<int64_t>(parameter.tensor.nbytes());
+    }
+    return report;
+  }
+
+  /// Writes the only adapter, or the named one, as a PEFT directory. Defined in lora/peft/checkpoint.hpp.
+  void save(const std::filesystem::path& directory) const;
+  void save(const std::filesystem::path& directory, const std::string& adapter) const;
+
+ private:
+  struct Frozen {
+    at::Tensor tensor;
+    bool requires_grad;
+  };
+
+  void freeze() {
+    if (!frozen_.empty()) return;
+    std::set<const c10::TensorImpl*> seen;
+    for (auto& parameter : model_->parameters()) {
+      if (!seen.insert(parameter.unsafeGetTensorImpl()).second) continue;
+      frozen_.push_back({parameter, parameter.requires_grad()});
+      parameter.requires_grad_(false);
+    }
+  }
+
+  void thaw() {
+    for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(parameter.requires_grad);
+    frozen_.clear();
+  }
+
+  void clear() {
+    layers_.clear();
+    configs_.clear();
+    merged_.clear();
+  }
+
+  /// The layer of an earlier adapter with that weight, or a new one.
+  AdaptedLayer& layer_for(const Target& target) {
+    for (const auto& layer : layers_) {
+      if (layer->target.name == target.name) return *layer;
+    }
+    layers_.push_back(std::make_shared<AdaptedLayer>(target));
+    return *layers_.back();
+  }
+
+  const std::string& known(const std::string& adapter) const {
+    TORCH_CHECK(configs_.contains(adapter), "lora::Adapters: there is no adapter \"", adapter,
+                "\"; there are: ", detail::list(names()));
+    return adapter;
+  }
+
+  std::string only() const {
+    TORCH_CHECK(configs_.size() == 1,
+                "lora::Adapters: name the adapter that is meant; there are: ", detail::list(names()));
+    return names().front();
+  }
+
+  AdaptedLayer& find(const std::string& name) const {
+    for (const auto& layer : layers_) {
+      if (layer->target.name == name) return *layer;
+    }
+    TORCH_CHECK(false, "lora::Adapters: no layer \"", name, "\" is adapted;", detail::did_you_mean(name, targets()),
+                " Adapted are: ", detail::list(targets()));
+  }
+
+  AnyMethod& method(const std::string& adapter, const std::string& layer) const {
+    const auto& site = *find(layer).target.site;
+    TORCH_CHECK(site.contains(known(adapter)), "lora::Adapters: \"", adapter, "\" does not adapt \"", layer, "\"");
+    return site.at(adapter);
+  }
+
+  std::vector<std::shared_ptr<AdaptedLayer>> layers_of(const std::string& adapter) const {
+    std::vector<std::shared_ptr<AdaptedLayer>> found;
+    for (const auto& layer : layers_) {
+      if (layer->target.site->contains(adapter)) found.push_back(layer);
+    }
+    return found;
+  }
+
+  std::vector<Target> targets_of(const std::string& adapter) const {
+    std::vector<Target> targets;
+    for (const auto& layer : layers_of(adapter)) targets.push_back(layer->target);
+    return targets;
+  }
+
+  static Report::Layer row(const AdaptedLayer& layer, AnyMethod& method) {
+    int64_t parameters = 0;
+    for (const auto& item : method.tensors()) parameters += item.tensor->numel();
+    const auto& site = *layer.target.site;
+    return {layer.target.name,   layer.target.kind,  std::string(method.info().name),
+            site.out_features(), site.in_features(), method.options().rank(),
+            method.scaling(),    parameters};
+  }
+
+  torch::nn::Module* model_;
+  std::weak_ptr<torch::nn::Module> alive_;  // empty for a model that no shared_ptr holds
+  bool held_ = false;
+  std::shared_ptr<char> identity_ =
+      std::make_shared<char>();  // tells these adapters' scopes from others', also after a move
+  std::vector<std::shared_ptr<AdaptedLayer>> layers_;
+  torch::OrderedDict<std::string, LoRAConfig> configs_{"Adapter"};
+  std::vector<Frozen> frozen_;
+  std::string merged_;  // name of the merged adapter, empty when there is none
+};
+
+}  // namespace lora

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <lora/method/all.hpp>
+#include <lora/options.hpp>
+
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace lora {
+
+/// A regular expression (ECMAScript) that has to match a whole module name: `regex("layers\\.[01]\\.[qv]_proj")`.
+struct Regex {
+  std::string pattern;
+};
+
+inline Regex regex(std::string pattern) { return {std::move(pattern)}; }
+
+/// Every torch::nn::Linear of the model.
+struct AllLinear {};
+
+inline constexpr AllLinear all_linear{};
+
+/// Which modules of a model are meant: by name, by a regular expression, or all linear layers.
+///
+/// A name in a list selects the module of exactly that name and every module whose name ends in "." and that name:
+/// "q_proj" selects "layers.0.q_proj" but not "layers.0.xq_proj". Names are those of `model.named_modules()`.
+class ModuleSelector {
+ public:
+  using Names = std::vector<std::string>;
+
+  ModuleSelector() = default;
+  /* implicit */ ModuleSelector(std::initializer_list<std::string> names) : value_(Names(names)) {}
+  /* implicit */ ModuleSelector(Names names) : value_(std::move(names)) {}
+  /* implicit */ ModuleSelector(Regex pattern) : value_(std::move(pattern)) {}
+  /* implicit */ ModuleSelector(AllLinear) : value_(AllLinear{}) {}
+
+  /// The list of names, or nullptr when the selection is of another kind.
+  const Names* names() const { return std::get_if<Names>(&value_); }
+  /// The regular expression, or nullptr.
+  const Regex* pattern() const { return std::get_if<Regex>(&value_); }
+  bool is_all_linear() const { return std::holds_alternative<AllLinear>(value_); }
+  /// Whether nothing was asked for.
+  bool empty() const { return names() != nullptr && names()->empty(); }
+
+ private:
+  std::variant<Names, Regex, AllLinear> value_;
+};
+
+/// An adapter for a whole model: what is adapted, and how. The rules of the selection are those of PEFT's LoraConfig,
+/// except that an entry which matches nothing is an error.
+///
+///   LoRAConfig(8).alpha(16).dropout(0.05).target_modules({"q_proj", "v_proj"}).rank_pattern({{"v_proj", 16}})
+class LoRAConfig : public BasicOptions<LoRAConfig> {
+  using Self = LoRAConfig;
+  /// A value for the layers whose name matches `(.*\.)?(pattern)`; the first match in the list counts.
+  template <class T>
+  using Patterns = std::vector<std::pair<std::string, T>>;
+
+  /// The modules to adapt. Required.
+  LORA_ARG(ModuleSelector, target_modules);
+  /// Modules that are left out although `target_modules` selects them. Default: none.
+  LORA_ARG(ModuleSelector, exclude_modules);
+  /// The blocks to adapt, by the first number in a module's name; for targets given as a list. Default: all.
+  LORA_ARG(std::vector<int64_t>, layers_to_transform);
+  /// Names of the lists whose numbers `layers_to_transform` means, e.g. {"layers"}. Default: any list.
+  LORA_ARG(std::vector<std::string>, layers_pattern);
+  /// Other ranks for some layers. Default: none.
+  LORA_ARG(Patterns<int64_t>, rank_pattern);
+  /// Other alphas for some layers. Default: none.
+  LORA_ARG(Patterns<double>, alpha_pattern);
+  /// The mathematics of the update. Default: LowRank.
+  LORA_ARG(MethodKind, method) = all_methods().front();
+  /// Tells Python that its layers keep their weights as (in, out), as GPT-2's do. A torch::nn::Linear is (out, in) here
+  /// in any case, and the adapter's tensors are the same either way. Default: false.
+  LORA_ARG(bool, fan_in_fan_out) = false;
+  /// What Python loads as the base model of this adapter; written to the file, not used here. Default: none.
+  LORA_ARG(std::string, base_model_name_or_path);
+  /// PEFT's name of the task, e.g. "CAUSAL_LM"; written to the file, not used here. Default: none.
+  LORA_ARG(std::string, task_type);
+
+ public:
+  /* implicit */ LoRAConfig(int64_t rank) : BasicOptions(rank) {}
+};
+
+}  // namespace lora

@@ -1,0 +1,13 @@
+#pragma once
+
+// The whole library. Each of these headers also stands alone.
+
+#include <lora/adapters.hpp>
+#include <lora/attach.hpp>
+#include <lora/config.hpp>
+#include <lora/merge.hpp>
+#include <lora/method/all.hpp>
+#include <lora/modules/linear.hpp>
+#include <lora/options.hpp>
+#include <lora/report.hpp>
+#include <lora/site.hpp>

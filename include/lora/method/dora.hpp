@@ -1,0 +1,69 @@
+#pragma once
+
+#include <ATen/ops/norm.h>
+
+#include <lora/method/low_rank.hpp>
+
+namespace lora {
+
+/// Weight-decomposed low-rank adaptation: a magnitude for each output, and a direction that LoRA moves.
+///
+///   W' = m / ||W + s B A|| * (W + s B A),   y = x W'^T + b,   s = alpha / rank
+///
+/// Shapes: W (out, in); A (rank, in); B (out, rank); m (out); the norm is that of each row, and m starts as the norm of
+/// W. Gradients do not pass through the norm (section 4.3 of the paper), and the bias is not scaled. With dropout both
+/// terms of the difference to the frozen output see the same dropped input, as in PEFT.
+/// Reference: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5.
+struct DoRA : LowRank {
+  static constexpr MethodInfo info{"DoRA", "LORA", "use_dora"};
+
+  static std::vector<MethodField<DoRA>> fields() {
+    return {{"lora_A", &DoRA::lora_A, ".weight"},
+            {"lora_B", &DoRA::lora_B, ".weight"},
+            {"lora_magnitude_vector", &DoRA::lora_magnitude_vector, ""}};
+  }
+
+  using LowRank::LowRank;
+
+  void allocate(int64_t out, int64_t in, const at::TensorOptions& tensor_options) {
+    LowRank::allocate(out, in, tensor_options);
+    lora_magnitude_vector = at::empty({out}, tensor_options);
+  }
+
+  void initialize(const at::Tensor& weight) {
+    LowRank::initialize(weight);
+    at::NoGradGuard no_grad;
+    lora_magnitude_vector.copy_(row_norms(moved(weight)));
+  }
+
+  at::Tensor delta(const at::Tensor& weight) const {
+    auto direction = moved(weight);  // (out, in)
+    return gain(direction).unsqueeze(1) * direction - weight.to(direction.scalar_type());
+  }
+
+  at::Tensor forward(const FrozenProduct& product) const {
+    const bool dropping = product.training && options.dropout() > 0;
+    auto x = dropped(product);  // (..., in)
+    auto g = gain(moved(product.weight));
+    auto frozen = dropping                 ? at::linear(x, product.weight.to(x.scalar_type()))
+                  : product.bias.defined() ? product.output - product.bias
+                                           : product.output;  // x W^T (..., out)
+    auto moved_product = add_update(frozen, x);               // x (W + s B A)^T (..., out)
+    return (product.output + (g * moved_product - frozen)).to(product.output.scalar_type());
+  }
+
+  at::Tensor lora_magnitude_vector;  // m (out)
+
+ private:
+  /// W + s B A, in the adapter's type.
+  at::Tensor moved(const at::Tensor& weight) const {
+    return at::addmm(weight.to(lora_A.scalar_type()), lora_B, lora_A, /*beta=*/1, scaling);
+  }
+
+  static at::Tensor row_norms(const at::Tensor& direction) { return at::norm(direction, 2, {1}); }
+
+  /// m / ||W + s B A||, the norm a constant for the gradient. (out)
+  at::Tensor gain(const at::Tensor& direction) const { return lora_magnitude_vector / row_norms(direction.detach()); }
+};
+
+}  // namespace lora

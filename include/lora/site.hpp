@@ -1,0 +1,142 @@
+#pragma once
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linear.h>
+#include <torch/csrc/api/include/torch/ordered_dict.h>
+
+#include <lora/detail/registry.hpp>
+#include <lora/method/method.hpp>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace lora {
+
+/// One adaptable weight W (out, in): the named adapters on it, and the only implementation of merging.
+///
+/// A site does not know where its weight lives; whoever owns it (a module, or an attached model) passes the slot.
+/// Merging computes W' = W + sum of the updates in float (double for double weights), rounds once to the type of W, and
+/// puts W' in place of W, which is kept as it is: unmerging brings back the very same tensor.
+class Site {
+ public:
+  Site(int64_t out_features, int64_t in_features) : out_features_(out_features), in_features_(in_features) {}
+
+  int64_t out_features() const { return out_features_; }
+  int64_t in_features() const { return in_features_; }
+
+  void add(const std::string& adapter, std::shared_ptr<AnyMethod> method) {
+    methods_.insert(adapter, std::move(method));
+  }
+  void remove(const std::string& adapter) { methods_.erase(adapter); }
+  bool contains(const std::string& adapter) const { return methods_.contains(adapter); }
+  AnyMethod& at(const std::string& adapter) const { return *methods_[adapter]; }
+
+  /// The output of the frozen layer with the updates of `adapters` added; those that are merged, or that are not on
+  /// this weight, change nothing.
+  at::Tensor forward(const FrozenProduct& product, const std::vector<std::string>& adapters) const {
+    auto output = product.output;
+    int64_t applied = 0;
+    for (const auto& adapter : adapters) {
+      if (!acts(adapter)) continue;
+      auto updated = at(adapter).forward(product);
+      output = applied++ == 0 ? updated : output + (updated - product.output);
+    }
+    return output;
+  }
+
+  /// The same for a product with the rows [first, first + count) of W only: y + x delta^T.
+  at::Tensor forward_rows(const FrozenProduct& product, const at::Tensor& weight, int64_t first, int64_t count,
+                          const std::vector<std::string>& adapters) const {
+    auto output = product.output;
+    for (const auto& adapter : adapters) {
+      if (!acts(adapter)) continue;
+      auto rows = at(adapter).delta(weight).narrow(0, first, count);  // (count, in)
+      output = output + at::linear(product.input.to(rows.scalar_type()), rows).to(output.scalar_type());
+    }
+    return output;
+  }
+
+  /// W' for `adapters`, not put in place. Throws, naming `layer`, when an update or W' is not finite.
+  at::Tensor merged_weight(const at::Tensor& weight, const std::vector<std::string>& adapters,
+                           const std::string& layer) const {
+    at::NoGradGuard no_grad;
+    auto sum = weight.to(adapter_dtype(weight.scalar_type()));
+    for (const auto& adapter : adapters) {
+      if (!contains(adapter)) continue;
+      auto delta = at(adapter).delta(weight);
+      check_finite(delta, layer, "the update of adapter \"" + adapter + "\" is not finite (NaN or infinity)");
+      sum = sum + delta;
+    }
+    auto merged = sum.to(weight.scalar_type());
+    check_finite(merged, layer, "the merged weight does not fit into its type, or the weight itself is not finite");
+    return merged;
+  }
+
+  bool is_merged() const { return merged_.has_value(); }
+
+  /// Puts `merged` in place of the weight in `slot`, which is kept for `unmerge`.
+  void merge(const detail::WeightSlot& slot, at::Tensor merged, std::vector<std::string> adapters) {
+    auto pristine = slot.handles();
+    slot.set({merged, merged});
+    merged_ = Merged{std::move(pristine), std::move(merged), std::move(adapters)};
+  }
+
+  /// Whether the slot still holds what `merge` put there.
+  bool can_unmerge(const detail::WeightSlot& slot) const { return slot.read().is_same(merged_->weight); }
+
+  /// Puts the kept weight back. When the module was moved to another device or type meanwhile, the weight follows.
+  void unmerge(const detail::WeightSlot& slot) {
+    const auto options = merged_->weight.options();
+    for (auto* handle : {&merged_->pristine.member, &merged_->pristine.registered}) {
+      if (handle->device() != options.device() || handle->dtype() != options.dtype()) {
+        handle->set_data(handle->detach().to(options.requires_grad(false)));
+      }
+    }
+    slot.set(merged_->pristine);
+    merged_.reset();
+  }
+
+  /// Forgets the kept weight, but for its requires_grad: what is merged stays for good.
+  void keep_merged() {
+    merged_->weight.requires_grad_(merged_->pristine.member.requires_grad());
+    merged_.reset();
+  }
+
+  /// The weight as it is without any merged update.
+  at::Tensor pristine(const detail::WeightSlot& slot) const { return merged_ ? merged_->pristine.member : slot.read(); }
+
+  /// Takes over from `other` that the weight in `slot`, a copy of the other's, is a merged one.
+  void copy_merged(const Site& other, const detail::WeightSlot& slot) {
+    at::NoGradGuard no_grad;
+    if (!other.merged_) return;
+    auto pristine = other.merged_->pristine.member.to(slot.read().device(), slot.read().scalar_type(), false, true);
+    merged_ = Merged{{pristine, pristine}, slot.read(), other.merged_->adapters};
+  }
+
+ private:
+  struct Merged {
+    detail::WeightSlot::Handles pristine;
+    at::Tensor weight;
+    std::vector<std::string> adapters;
+  };
+
+  bool acts(const std::string& adapter) const {
+    if (!contains(adapter)) return false;
+    return !merged_ ||
+           std::find(merged_->adapters.begin(), merged_->adapters.end(), adapter) == merged_->adapters.end();
+  }
+
+  static void check_finite(const at::Tensor& tensor, const std::string& layer, const std::string& what) {
+    TORCH_CHECK(at::isfinite(tensor).all().item<bool>(), "lora::merge: ", layer, ": ", what, "; nothing was merged");
+  }
+
+  int64_t out_features_, in_features_;
+  torch::OrderedDict<std::string, std::shared_ptr<AnyMethod>> methods_;
+  std::optional<Merged> merged_;
+};
+
+}  // namespace lora
