@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/norm.h>
 
 #include <lora/method/low_rank.hpp>

@@ -1,0 +1,231 @@
+// Stock models, not changed at all: every way LibTorch multiplies with a weight, scopes, and the thread that has them.
+#include "support/models.hpp"
+
+#include <lora/attach.hpp>
+
+#include <ATen/autocast_mode.h>
+
+#include <thread>
+
+using lora::LoRAConfig;
+
+namespace {
+
+const auto kQueries = LoRAConfig(2).alpha(6).target_modules({"q_proj", "lm_head"});
+
+/// The model with W + delta written into copies of its weights, by hand.
+torch::Tensor by_hand(testing::Stack& model, const lora::Adapters& adapters, const torch::Tensor& x) {
+  torch::NoGradGuard no_grad;
+  std::vector<std::pair<torch::Tensor, torch::Tensor>> saved;
+  auto parameters = model->named_parameters();
+  for (const auto& name : adapters.targets()) {
+    auto& weight = parameters[name + ".weight"];
+    saved.emplace_back(weight, weight.clone());
+    weight.add_(adapters.delta("default", name));
+  }
+  auto y = model->forward(x);
+  for (auto& [weight, value] : saved) weight.copy_(value);
+  return y;
+}
+
+}  // namespace
+
+TEST_CASE("Inside a scope typed members and lists of blocks use the adapters, outside it nothing is changed") {
+  torch::manual_seed(0);
+  testing::Stack model;
+  auto x = torch::randn({2, 3, 8}, testing::device());
+  auto base = model->forward(x);
+  auto adapters = lora::attach(*model, kQueries);
+  testing::randomize(adapters.parameters());
+  auto expected = by_hand(model, adapters, x);
+  CHECK(testing::distance(expected, base) > 0.01);
+  {
+    auto active = adapters.activate();
+    CHECK(testing::distance(model->forward(x), expected) < 1e-5);
+    CHECK(testing::distance(model->forward(x[0]), expected[0]) < 1e-5);  // two dimensions: addmm instead of matmul
+    torch::NoGradGuard no_grad;
+    CHECK(testing::distance(model->forward(x), expected) < 1e-5);
+  }
+  CHECK(torch::equal(model->forward(x), base));
+  CHECK(adapters.unreached().empty());
+}
+
+TEST_CASE("Gradients through an attached model agree with finite differences, with the scope open or closed") {
+  torch::manual_seed(0);
+  testing::Stack model(1);
+  model->to(torch::kDouble);
+  auto x = torch::randn({2, 3, 8}, torch::TensorOptions(torch::kDouble).device(testing::device()));
+  auto adapters = lora::attach(*model, kQueries);
+  testing::randomize(adapters.parameters());
+  auto loss = [&] {
+    auto active = adapters.activate();
+    return model->forward(x).sin().sum();
+  };
+  CHECK(testing::gradient_error(loss, adapters.parameters()) < 1e-7);
+  auto closed = torch::autograd::grad({loss()}, adapters.parameters());
+  auto active = adapters.activate();
+  auto open = torch::autograd::grad({loss()}, adapters.parameters());  // backward's own products are not adapted
+  for (size_t i = 0; i < open.size(); ++i) CHECK(torch::equal(open[i], closed[i]));
+}
+
+TEST_CASE("Whatever spelling of the product a model uses is adapted") {
+  torch::manual_seed(0);
+  torch::nn::Sequential model(torch::nn::Linear(6, 4));
+  auto& layer = *model->ptr(0)->as<torch::nn::Linear>();
+  const bool transposed = GENERATE(false, true);
+  if (transposed) layer.weight.set_data(torch::randn({6, 4}).t());  // kept as (in, out), as GPT-2's
+  auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"0"}));
+  testing::randomize(adapters.parameters());
+  auto x = torch::randn({5, 6});
+  auto w = layer.weight + adapters.delta("default", "0");
+  auto active = adapters.activate();
+  CHECK(testing::distance(torch::addmm(layer.bias, x, layer.weight.t()), x.mm(w.t()) + layer.bias) < 1e-5);
+  CHECK(testing::distance(x.matmul(layer.weight.t()), x.mm(w.t())) < 1e-5);
+  CHECK(testing::distance(at::linear(x, layer.weight, layer.bias), x.mm(w.t()) + layer.bias) < 1e-5);
+  CHECK(testing::distance(torch::nn::functional::linear(x[0], layer.weight), w.mv(x[0])) < 1e-5);
+  // Rows of a packed weight: the update is cut alike.
+  CHECK(testing::distance(at::linear(x, layer.weight.narrow(0, 1, 2)), x.mm(w.narrow(0, 1, 2).t())) < 1e-5);
+  CHECK(testing::distance(x.matmul(layer.weight.chunk(4)[3].t()), x.mm(w.narrow(0, 3, 1).t())) < 1e-5);
+  // The weight the other way round, as a gradient would use it, or a copy of it: not this layer's product.
+  auto y = torch::randn({5, 4});
+  CHECK(torch::equal(y.matmul(layer.weight), y.mm(layer.weight)));
+  CHECK(torch::equal(x.matmul(layer.weight.clone().t()), x.mm(layer.weight.t())));
+}
+
+TEST_CASE("A square weight is not mistaken for its transpose") {
+  torch::manual_seed(0);
+  torch::nn::Sequential model(torch::nn::Linear(4, 4));
+  auto& weight = model->ptr(0)->as<torch::nn::Linear>()->weight;
+  auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"0"}));
+  testing::randomize(adapters.parameters());
+  auto x = torch::randn({5, 4});
+  auto active = adapters.activate();
+  CHECK(torch::equal(x.matmul(weight), x.mm(weight)));
+  CHECK(testing::distance(x.matmul(weight.t()), x.mm((weight + adapters.delta("default", "0")).t())) < 1e-5);
+}
+
+TEST_CASE("Attention of LibTorch is adapted in self and cross attention, also inside an encoder layer") {
+  torch::manual_seed(0);
+  struct NetImpl : torch::nn::Module {
+    torch::nn::MultiheadAttention attention =
+        register_module("attention", torch::nn::MultiheadAttention(torch::nn::MultiheadAttentionOptions(8, 2)));
+    torch::nn::TransformerEncoderLayer encoder = register_module(
+        "encoder", torch::nn::TransformerEncoderLayer(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0)));
+  } model;
+  auto adapters = lora::attach(model, LoRAConfig(2).alpha(6).target_modules({"attention", "self_attn", "linear1"}));
+  CHECK(adapters.targets() == std::vector<std::string>{"attention", "attention.out_proj", "encoder.linear1",
+                                                       "encoder.self_attn", "encoder.self_attn.out_proj"});
+  testing::randomize(adapters.parameters());
+  auto x = torch::randn({5, 2, 8}), context = torch::randn({7, 2, 8});
+  auto run = [&] {
+    auto self = std::get<0>(model.attention(x, x, x));
+    auto cross = std::get<0>(model.attention(x, context, context));
+    return torch::cat({self, cross, model.encoder(x)});
+  };
+  auto base = run();
+  torch::Tensor adapted;
+  {
+    auto active = adapters.activate();
+    adapted = run();
+  }
+  CHECK(adapters.unreached().empty());
+  lora::MergeGuard merged(adapters);
+  CHECK(testing::distance(run(), adapted) < 1e-5);
+  CHECK(testing::distance(base, adapted) > 0.01);
+}
+
+TEST_CASE("The embedding that a head is tied to keeps its values, merged or not, and what is saved is what runs") {
+  torch::manual_seed(0);
+  struct NetImpl : torch::nn::Module {
+    NetImpl() { head->weight = tokens->weight; }
+    torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids)); }
+    torch::nn::Embedding tokens = register_module("tokens", torch::nn::Embedding(10, 4));
+    torch::nn::Linear head = register_module("head", torch::nn::Linear(torch::nn::LinearOptions(4, 10).bias(false)));
+  };
+  auto model = std::make_shared<NetImpl>();
+  auto ids = torch::randint(10, {2, 3});
+  auto table = model->tokens->weight.clone();
+  auto registered = model->head->named_parameters()["weight"].clone();
+  auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"head"}));
+  testing::randomize(adapters.parameters());
+  auto expected = model->tokens(ids).matmul((table + adapters.delta("default", "head")).t());
+  {
+    auto active = adapters.activate();
+    CHECK(testing::distance(model->forward(ids), expected) < 1e-5);
+  }
+  adapters.merge();
+  CHECK(testing::distance(model->forward(ids), expected) < 1e-5);
+  CHECK(torch::equal(model->tokens->weight, table));
+  CHECK(torch::equal(model->head->named_parameters()["weight"], model->head->weight));
+  adapters.unmerge();
+  CHECK(model->head->weight.is_same(model->tokens->weight));
+  CHECK(torch::equal(model->head->named_parameters()["weight"], registered));
+  adapters.merge_and_unload();
+  CHECK(testing::distance(model->forward(ids), expected) < 1e-5);
+  CHECK(torch::equal(model->tokens->weight, table));
+}
+
+TEST_CASE("Scopes nest: different adapters add up, and of the same ones the innermost decides") {
+  torch::manual_seed(0);
+  testing::Stack model(1);
+  auto x = torch::randn({2, 8}, testing::device());
+  auto run = [&] { return model->forward(x); };
+  auto base = run();
+  lora::Adapters first(*model), second(*model);
+  first.add("a", kQueries);
+  first.add("b", kQueries);
+  second.add("c", LoRAConfig(3).alpha(6).target_modules({"lm_head"}));
+  for (auto& adapters : {&first, &second}) testing::randomize(adapters->parameters());
+  {
+    auto outer = first.activate("a");
+    auto with_a = run();
+    {
+      auto inner = first.activate("b");
+      auto with_b = run();
+      CHECK(testing::distance(with_b, with_a) > 0.01);
+      auto alone = std::thread([&] { CHECK(torch::equal(run(), base)); });  // other threads run the base model
+      alone.join();
+    }
+    CHECK(torch::equal(run(), with_a));
+    auto other = second.activate();
+    auto adapted_hidden = model->layers[0]->as<testing::Block>()->forward(x);
+    CHECK(testing::distance(run(), with_a + adapted_hidden.matmul(second.delta("c", "lm_head").t())) < 1e-5);
+  }
+  CHECK(torch::equal(run(), base));
+}
+
+TEST_CASE("Autocast and inference mode act inside a scope as outside it") {
+  torch::manual_seed(0);
+  testing::Stack model(1);
+  auto x = torch::randn({2, 8}, testing::device());
+  auto adapters = lora::attach(*model, kQueries);
+  testing::randomize(adapters.parameters());
+  auto active = adapters.activate();
+  auto expected = model->forward(x);
+  {
+    c10::InferenceMode inference;
+    CHECK(testing::distance(model->forward(x), expected) < 1e-5);
+  }
+  at::autocast::set_autocast_enabled(testing::device().type(), true);
+  at::autocast::set_autocast_dtype(testing::device().type(), torch::kBFloat16);
+  auto cast = model->forward(x);
+  cast.sum().backward();
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(testing::device().type(), false);
+  CHECK(cast.scalar_type() == torch::kBFloat16);
+  CHECK(testing::distance(cast, expected) < 0.1);
+  for (const auto& parameter : adapters.parameters()) CHECK(parameter.grad().defined());
+}
+
+TEST_CASE("A model that is moved to another type after attaching is followed") {
+  torch::manual_seed(0);
+  testing::Stack model(1);
+  auto x = torch::randn({2, 8}, testing::device());
+  auto adapters = lora::attach(*model, kQueries);
+  testing::randomize(adapters.parameters());
+  auto expected = by_hand(model, adapters, x);
+  model->to(torch::kBFloat16);
+  auto active = adapters.activate();
+  CHECK(testing::distance(model->forward(x.to(torch::kBFloat16)), expected) < 0.1);
+  CHECK(testing::distance(expected, model->forward(x.to(torch::kBFloat16)).zero_()) > 0.3);
+}

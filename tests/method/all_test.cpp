@@ -1,0 +1,105 @@
+// What holds for every method of the list, present and future: the sum of the parts is the layer, gradients are right,
+// merging is exact.
+#include "support/models.hpp"
+
+#include <lora/attach.hpp>
+
+#include <set>
+
+namespace {
+
+/// A Linear (5 -> 4) with a bias in a Sequential, alpha / rank = 2.5, and values in every trainable tensor.
+struct Fixture {
+  Fixture(const lora::MethodKind& method, torch::ScalarType type) {
+    torch::manual_seed(0);
+    model->push_back("fc", torch::nn::Linear(5, 4));
+    model->to(testing::device(), type);
+    adapters = std::make_unique<lora::Adapters>(
+        lora::attach(*model, lora::LoRAConfig(2).alpha(5).method(method).target_modules({"fc"})));
+    testing::randomize(adapters->parameters(), 0.3);
+    x = torch::randn({2, 3, 5}, torch::TensorOptions(type).device(testing::device()));
+  }
+
+  torch::nn::LinearImpl& layer() { return *model->ptr(0)->as<torch::nn::Linear>(); }
+
+  torch::Tensor forward() {
+    auto active = adapters->activate();
+    return model->forward(x);
+  }
+
+  torch::nn::Sequential model;
+  std::unique_ptr<lora::Adapters> adapters;
+  torch::Tensor x;
+};
+
+lora::MethodKind any_method() { return GENERATE(from_range(lora::all_methods())); }
+
+}  // namespace
+
+TEST_CASE("The list of methods names each once, LowRank first") {
+  std::set<std::string_view> names;
+  for (const auto& method : lora::all_methods()) CHECK(names.insert(method.info().name).second);
+  CHECK(lora::all_methods().front().info().name == "LowRank");
+}
+
+TEST_CASE("Every method: forward is x (W + delta)^T + b") {
+  const auto method = any_method();
+  const auto [type, tolerance] = GENERATE(table<torch::ScalarType, double>({
+      {torch::kDouble, 1e-12}, {torch::kFloat, 1e-5}, {torch::kBFloat16, 0.1},  // |y| < 8: a few roundings of 2^-6
+  }));
+  const bool training = GENERATE(true, false);
+  INFO(method.info().name << " " << type);
+  Fixture f(method, type);
+  f.model->train(training);
+  auto delta = f.adapters->delta("default", "fc").to(torch::kDouble);
+  CHECK(delta.abs().max().item<double>() > 0.1);
+  auto expected = f.x.to(torch::kDouble).matmul((f.layer().weight.to(torch::kDouble) + delta).t()) +
+                  f.layer().bias.to(torch::kDouble);
+  auto output = f.forward();
+  CHECK(output.scalar_type() == type);
+  CHECK(testing::distance(output, expected) < tolerance);
+  f.x = f.x[0][0];  // no batch dimension
+  CHECK(testing::distance(f.forward(), expected[0][0]) < tolerance);
+}
+
+TEST_CASE("Every method: merged equals unmerged, rounded once, and unmerging is bit-exact") {
+  const auto method = any_method();
+  const auto [type, tolerance] = GENERATE(table<torch::ScalarType, double>({
+      {torch::kDouble, 1e-12},
+      {torch::kFloat, 1e-5},
+      {torch::kHalf, 0.02},
+      {torch::kBFloat16, 0.15},
+  }));
+  INFO(method.info().name << " " << type);
+  Fixture f(method, type);
+  auto adapted = f.forward();
+  auto pristine = f.layer().weight.clone();
+  auto delta = f.adapters->delta("default", "fc").detach();
+  f.adapters->merge();
+  CHECK(testing::distance(f.model->forward(f.x), adapted) < tolerance);
+  CHECK(torch::equal(f.layer().weight, (pristine.to(delta.scalar_type()) + delta).to(type)));
+  f.adapters->unmerge();
+  CHECK(torch::equal(f.layer().weight, pristine));
+}
+
+TEST_CASE("Every method: the gradient of the input is right, every tensor gets one, and the base gets none") {
+  Fixture f(any_method(), torch::kDouble);
+  f.x.requires_grad_();
+  CHECK(testing::gradient_error([&] { return f.forward().sin().sum(); }, {f.x}) < 1e-8);
+  f.forward().sin().sum().backward();
+  for (const auto& parameter : f.model->parameters()) CHECK_FALSE(parameter.grad().defined());
+  for (const auto& item : f.adapters->named_parameters()) {
+    INFO(item.key());
+    REQUIRE(item.value().grad().defined());
+    CHECK(item.value().grad().abs().min().item<double>() > 0);
+  }
+}
+
+TEST_CASE("Every method starts as the frozen layer") {
+  Fixture f(any_method(), torch::kFloat);
+  lora::Adapters fresh(*f.model);
+  fresh.add("fresh", f.adapters->config("default"));
+  auto active = fresh.activate();
+  CHECK(testing::distance(f.model->forward(f.x), f.layer().forward(f.x)) < 1e-5);
+  CHECK(testing::distance(fresh.delta("fresh", "fc"), torch::zeros({4, 5})) < 1e-6);
+}

@@ -1,0 +1,92 @@
+#include "support/testing.hpp"
+
+#include <lora/method/dora.hpp>
+
+using lora::DoRA;
+using lora::LoRAOptions;
+
+namespace {
+
+/// A DoRA adapter on W (out, in) in float64 whose tensors all have values of their own.
+struct Fixture {
+  Fixture(int64_t out, int64_t in, const LoRAOptions& options) : method(options) {
+    torch::manual_seed(0);
+    const auto type = torch::TensorOptions(torch::kDouble).device(testing::device());
+    weight = torch::randn({out, in}, type);
+    bias = torch::randn({out}, type);
+    method.allocate(out, in, type);
+    method.initialize(weight);
+    method.lora_B.normal_();
+    method.lora_magnitude_vector.uniform_(0.5, 2);
+    x = torch::randn({2, 3, in}, type);
+  }
+
+  torch::Tensor by_hand() const {
+    auto moved = weight + method.scaling * method.lora_B.mm(method.lora_A);
+    return method.lora_magnitude_vector.unsqueeze(1) * moved / moved.norm(2, 1, true);
+  }
+
+  torch::Tensor forward(bool training = false) const {
+    return method.forward({x, x.matmul(weight.t()) + bias, weight, bias, training});
+  }
+
+  DoRA method;
+  torch::Tensor weight, bias, x;
+};
+
+}  // namespace
+
+TEST_CASE("DoRA gives each output its magnitude, by hand") {
+  DoRA method(LoRAOptions(1).alpha(2));
+  method.allocate(1, 2, testing::device());
+  auto weight = torch::tensor({{1.0F, 0.0F}}).to(testing::device());
+  method.initialize(weight);
+  CHECK(method.lora_magnitude_vector.item<double>() == 1);
+  method.lora_A.copy_(torch::tensor({{1.0, 2.0}}));
+  method.lora_B.fill_(1);  // W + 2 B A = (3, 4), its norm 5
+  method.lora_magnitude_vector.fill_(10);
+  CHECK(testing::distance(method.delta(weight), torch::tensor({{5.0, 8.0}})) < 1e-6);  // (6, 8) - (1, 0)
+}
+
+TEST_CASE("DoRA starts as the frozen layer") {
+  torch::manual_seed(0);
+  DoRA method(LoRAOptions(2).alpha(6));
+  auto weight = torch::randn({4, 5}, testing::device());
+  method.allocate(4, 5, testing::device());
+  method.initialize(weight);
+  CHECK(testing::distance(method.lora_magnitude_vector, weight.norm(2, 1)) < 1e-6);
+  CHECK(testing::distance(method.delta(weight), torch::zeros({4, 5})) < 1e-6);
+}
+
+TEST_CASE("DoRA's forward is x W'^T + b, with the bias not scaled") {
+  Fixture f(4, 5, LoRAOptions(2).alpha(6));
+  CHECK(testing::distance(f.forward(), f.x.matmul(f.by_hand().t()) + f.bias) < 1e-12);
+  CHECK(testing::distance(f.weight + f.method.delta(f.weight), f.by_hand()) < 1e-12);
+}
+
+TEST_CASE("No gradient of DoRA passes through the norm") {
+  Fixture f(4, 5, LoRAOptions(2).alpha(6));
+  std::vector<torch::Tensor> tensors{f.method.lora_A, f.method.lora_B, f.method.lora_magnitude_vector};
+  for (auto& tensor : tensors) tensor.requires_grad_(true);
+  auto gradients = torch::autograd::grad({f.forward().sin().sum()}, tensors);
+  auto norm = (f.weight + f.method.scaling * f.method.lora_B.mm(f.method.lora_A)).norm(2, 1).detach();
+  auto with_constant_norm = [&] {
+    auto moved = f.weight + f.method.scaling * f.method.lora_B.mm(f.method.lora_A);
+    auto merged = (f.method.lora_magnitude_vector / norm).unsqueeze(1) * moved;
+    return (f.x.matmul(merged.t()) + f.bias).sin().sum();
+  };
+  auto expected = torch::autograd::grad({with_constant_norm()}, tensors);
+  for (size_t i = 0; i < tensors.size(); ++i) CHECK(testing::distance(gradients[i], expected[i]) < 1e-10);
+  CHECK(testing::gradient_error(with_constant_norm, tensors) < 1e-6);
+}
+
+TEST_CASE("With dropout both terms of DoRA's difference see the same input") {
+  Fixture f(4, 5, LoRAOptions(2).alpha(6).dropout(0.5));
+  torch::manual_seed(3);
+  auto output = f.forward(/*training=*/true);
+  torch::manual_seed(3);
+  auto dropped = torch::dropout(f.x, 0.5, true);
+  auto expected = f.x.matmul(f.weight.t()) + f.bias + dropped.matmul(f.by_hand().t()) - dropped.matmul(f.weight.t());
+  CHECK(testing::distance(output, expected) < 1e-12);
+  CHECK(testing::distance(f.forward(false), f.x.matmul(f.by_hand().t()) + f.bias) < 1e-12);
+}
