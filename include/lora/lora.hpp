@@ -9,5 +9,9 @@
 #include <lora/method/all.hpp>
 #include <lora/modules/linear.hpp>
 #include <lora/options.hpp>
+#include <lora/peft/checkpoint.hpp>
+#include <lora/peft/config.hpp>
+#include <lora/peft/safetensors.hpp>
 #include <lora/report.hpp>
 #include <lora/site.hpp>
+#include <lora/version.hpp>
