@@ -83,13 +83,14 @@ class Selection {
     const auto& targets = config_.target_modules();
     if (targets.is_all_linear()) return item.module->as<torch::nn::LinearImpl>() != nullptr;
     if (const auto* regex = targets.pattern()) return std::regex_match(item.name, target_regex(regex->pattern));
-    bool found = false;
+    bool exact = false, found = false;
     for (const auto& entry : *targets.names()) {
       if (!is_or_ends_with(item.name, entry)) continue;
       matched_targets_.insert(entry);
-      found = found || item.name == entry || is_wanted_layer(item.name);  // a full name outranks the list of layers
+      found = true;
+      exact = exact || item.name == entry;
     }
-    return found;
+    return exact || (found && is_wanted_layer(item.name));  // a full name outranks the list of layers
   }
 
   /// Whether the first number in `name` ("layers.3.q_proj") is one of `layers_to_transform`.

@@ -1,0 +1,142 @@
+#pragma once
+
+#include <lora/adapters.hpp>
+#include <lora/peft/config.hpp>
+#include <lora/peft/safetensors.hpp>
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+// Adapters on disk are PEFT directories: adapter_config.json says what is adapted and how, adapter_model.safetensors
+// holds the tensors as "base_model.model.<layer>.<tensor>". How a tensor is called there is in the description of its
+// method, and what a layer is called in that of its kind of layer; nothing of that is known here.
+
+namespace lora {
+namespace detail {
+
+inline constexpr const char* kAdapterConfig = "adapter_config.json";
+inline constexpr const char* kAdapterTensors = "adapter_model.safetensors";
+
+/// The name of a tensor in adapter_model.safetensors.
+inline std::string peft_key(const Target& target, const NamedTensor& tensor) {
+  return "base_model.model." + target.file_name + "." + tensor.file_name;
+}
+
+/// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
+class PeftTensorReader {
+ public:
+  explicit PeftTensorReader(const std::filesystem::path& path) : path_(path), content_(read_safetensors(path)) {}
+
+  void fill(AdapterPlan& plan) {
+    for (auto& layer : plan.layers) {
+      for (const auto& tensor : layer.method->tensors()) match(peft_key(layer.target, tensor), *tensor.tensor);
+    }
+    for (const auto& [key, tensor] : content_) unexpected_.push_back(quoted(key) + " " + c10::str(tensor.sizes()));
+    report();
+    at::NoGradGuard no_grad;
+    for (auto& [target, source] : copies_) target.copy_(source);
+  }
+
+ private:
+  static std::string quoted(const std::string& key) { return "\"" + key + "\""; }
+
+  void match(const std::string& key, const at::Tensor& target) {
+    const auto found = content_.find(key);
+    if (found == content_.end()) {
+      missing_.push_back(quoted(key) + " " + c10::str(target.sizes()));
+      return;
+    }
+    const auto& source = found->second;
+    if (source.sizes() != target.sizes())
+      misshapen_.push_back(quoted(key) + " is " + c10::str(source.sizes()) + ", not " + c10::str(target.sizes()));
+    if (!source.is_floating_point()) misshapen_.push_back(quoted(key) + " holds " + c10::str(source.scalar_type()));
+    copies_.emplace_back(target, source);
+    content_.erase(found);
+  }
+
+  void report() const {
+    std::string text;
+    for (const auto& [what, names] : {std::pair("missing: ", &missing_),
+                                      {"unexpected: ", &unexpected_},
+                                      {"not of the shape that rank and layer give: ", &misshapen_}}) {
+      if (!names->empty()) text += (text.empty() ? "" : "; ") + (what + list(*names));
+    }
+    if (!text.empty()) throw CheckpointError(path_, "does not fit the model and ", kAdapterConfig, ": ", text);
+  }
+
+  const std::filesystem::path path_;
+  std::map<std::string, at::Tensor> content_;  // what no layer has claimed yet
+  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
+  std::vector<std::string> missing_, unexpected_, misshapen_;
+};
+
+/// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
+inline AdapterPlan read_plan(const Adapters& adapters, const std::filesystem::path& directory) {
+  const auto config = read_adapter_config(directory / kAdapterConfig);
+  PeftTensorReader tensors(directory / kAdapterTensors);
+  try {
+    auto plan = adapters.plan(config);
+    tensors.fill(plan);
+    return plan;
+  } catch (CheckpointError&) {
+    throw;
+  } catch (c10::Error& error) {
+    TORCH_RETHROW(error, "while loading the adapter in ", directory.string());
+  }
+}
+
+/// The configuration as it is written: with the names of what was selected for "all linear layers", by which PEFT means
+/// all but the head.
+inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets) {
+  if (!config.target_modules().is_all_linear()) return config;
+  std::vector<std::string> names;
+  for (const auto& target : targets) names.push_back(target.name);
+  return config.target_modules(names).exclude_modules({});
+}
+
+}  // namespace detail
+
+/// Writes the only adapter as a PEFT directory, which is made when it does not exist. Both files are complete before
+/// the first of them appears under its name.
+///
+/// Errors: CheckpointError with the path and the reason of the operating system; files that were there are kept.
+inline void Adapters::save(const std::filesystem::path& directory) const { save(directory, only()); }
+
+/// The same for one adapter among several.
+inline void Adapters::save(const std::filesystem::path& directory, const std::string& adapter) const {
+  const auto targets = targets_of(known(adapter));
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& target : targets) {
+    for (const auto& item : target.site->at(adapter).tensors()) tensors[detail::peft_key(target, item)] = *item.tensor;
+  }
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
+
+  const auto config_path = directory / detail::kAdapterConfig;
+  const auto written = detail::written_config(configs_[adapter], targets);
+  detail::AtomicFile config(config_path);
+  config.write_at(0, detail::PeftConfigWriter(config_path, written).text());
+  config.sync();
+  write_safetensors(directory / detail::kAdapterTensors, tensors);
+  config.commit();
+}
+
+/// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"
+/// and trainable; its tensors take the type of an attached adapter whatever their type in the file.
+///
+///   auto adapters = lora::load_adapter(*model, "adapter");
+///
+/// Errors: CheckpointError if a file is missing or damaged, asks for what is not supported, or if a tensor is missing,
+/// unexpected or of another shape than rank and layer give; c10::Error if the configuration names layers that the model
+/// does not have. The model is unchanged then.
+inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory) {
+  Adapters adapters(model);
+  adapters.add("default", detail::read_plan(adapters, directory));
+  return adapters;
+}
+
+}  // namespace lora

@@ -1,0 +1,293 @@
+#pragma once
+
+#include <lora/config.hpp>
+#include <lora/detail/atomic_file.hpp>
+#include <lora/detail/peft_fields.hpp>
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lora {
+namespace detail {
+
+/// Turns an adapter_config.json into a LoRAConfig.
+class PeftConfigReader {
+ public:
+  explicit PeftConfigReader(const std::filesystem::path& path) : path_(path), json_(read_json<PeftJson>(path)) {}
+
+  LoRAConfig read() const {
+    if (!json_.is_object()) throw CheckpointError(path_, "has to hold one JSON object, but holds ", json_.type_name());
+    const auto method = read_method();
+    check_fields();
+    LoRAConfig config(whole_number("r", "r", value("r")));
+    config.method(method).alpha(number("lora_alpha", value("lora_alpha")));
+    config.dropout(number("lora_dropout", value("lora_dropout"))).rank_stabilized(flag("use_rslora"));
+    config.init(read_init()).fan_in_fan_out(flag("fan_in_fan_out"));
+    config.target_modules(selector("target_modules")).exclude_modules(selector("exclude_modules"));
+    config.layers_to_transform(layers()).layers_pattern(names("layers_pattern"));
+    config.rank_pattern(ranks()).alpha_pattern(alphas());
+    config.base_model_name_or_path(text("base_model_name_or_path")).task_type(text("task_type"));
+    check_ranges(config);
+    return config;
+  }
+
+ private:
+  template <typename... Reason>
+  [[noreturn]] void fail(const char* field, const Reason&... reason) const {
+    throw CheckpointError(path_, "\"", field, "\" ", reason...);
+  }
+
+  /// The value of a field; PEFT's default where the file says nothing.
+  PeftJson value(const char* field) const {
+    const auto found = json_.find(field);
+    return found == json_.end() || found->is_null() ? PeftJson::parse(peft_field(field)->standard) : *found;
+  }
+
+  /// The method whose flag is set, or the one of this type that has none.
+  MethodKind read_method() const {
+    const auto type = json_.find("peft_type");
+    if (type == json_.end()) fail("peft_type", "is missing: this is no configuration of an adapter");
+    const MethodKind *plain = nullptr, *flagged = nullptr;
+    for (const auto& method : all_methods()) {
+      const auto& info = method.info();
+      if (*type != info.peft_type) continue;
+      if (info.peft_flag.empty()) plain = &method;
+      if (info.peft_flag.empty() || !is_set(info.peft_flag)) continue;
+      if (flagged != nullptr) fail(flagged->info().peft_flag.data(), "and \"", info.peft_flag, "\" exclude each other");
+      flagged = &method;
+    }
+    if (flagged == nullptr && plain == nullptr)
+      fail("peft_type", "is ", type->dump(), ", but known here are ", types());
+    return flagged != nullptr ? *flagged : *plain;
+  }
+
+  bool is_set(std::string_view field) const {
+    const auto found = json_.find(field);
+    return found != json_.end() && *found == true;
+  }
+
+  static std::string types() {
+    std::string types;
+    for (const auto& method : all_methods()) {
+      const auto type = "\"" + std::string(method.info().peft_type) + "\"";
+      if (types.find(type) == types.npos) types += (types.empty() ? "" : ", ") + type;
+    }
+    return types;
+  }
+
+  /// Refuses what asks for more than this library does, and warns of what it does not know.
+  void check_fields() const {
+    std::string unknown;
+    for (const auto& [name, value] : json_.items()) {
+      const auto* field = peft_field(name);
+      if (field == nullptr && !is_method_flag(name)) unknown += (unknown.empty() ? "\"" : ", \"") + name + "\"";
+      if (field == nullptr || is_off(value) || value == PeftJson::parse(field->standard)) continue;
+      if (field->effect == PeftEffect::kUnsupported) fail(field->name, "is ", value.dump(), ", which is not supported");
+      if (field->effect == PeftEffect::kTraining)
+        TORCH_WARN(path_.string(), ": \"", name,
+                   "\" changes how PEFT trains this adapter; here it is trained without it");
+    }
+    if (!unknown.empty()) TORCH_WARN(path_.string(), ": unknown fields are ignored: ", unknown);
+  }
+
+  /// Every start that leaves the frozen weights alone is over once the adapter's tensors are loaded.
+  Init read_init() const {
+    const auto init = value("init_lora_weights");
+    if (init == "gaussian") return Init::kGaussian;
+    const bool harmless = init.is_boolean() || init == "eva" || init == "orthogonal" || init == "mica";
+    if (!harmless)
+      fail("init_lora_weights", "is ", init.dump(),
+           ", which means that training began by changing the frozen weights; ",
+           "convert the adapter to a plain one first (in PEFT: path_initial_model_for_weight_conversion)");
+    return Init::kKaiming;
+  }
+
+  ModuleSelector selector(const char* field) const {
+    const auto value = this->value(field);
+    if (!value.is_string()) return names(field);
+    auto text = value.get<std::string>();
+    auto lower = text;
+    std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+    if (lower == "all-linear") return all_linear;
+    return regex(std::move(text));
+  }
+
+  /// A list of strings, or one string by itself.
+  std::vector<std::string> names(const char* field) const {
+    const auto value = this->value(field);
+    if (value.is_null()) return {};
+    if (value.is_string()) return {value.get<std::string>()};
+    const auto is_string = [](const auto& item) { return item.is_string(); };
+    if (!value.is_array() || !std::all_of(value.begin(), value.end(), is_string))
+      fail(field, "has to be a list of strings or a string, but is ", value.dump());
+    return value.get<std::vector<std::string>>();
+  }
+
+  std::vector<int64_t> layers() const {
+    const auto value = this->value("layers_to_transform");
+    if (value.is_null()) return {};
+    if (!value.is_array()) return {whole_number("layers_to_transform", "layers_to_transform", value)};
+    std::vector<int64_t> layers;
+    for (const auto& layer : value) layers.push_back(whole_number("layers_to_transform", "a layer", layer));
+    return layers;
+  }
+
+  std::vector<std::pair<std::string, int64_t>> ranks() const {
+    std::vector<std::pair<std::string, int64_t>> ranks;
+    const auto json = patterns("rank_pattern");
+    for (const auto& [pattern, rank] : json.items())
+      ranks.emplace_back(pattern, whole_number("rank_pattern", pattern, rank));
+    return ranks;
+  }
+
+  std::vector<std::pair<std::string, double>> alphas() const {
+    std::vector<std::pair<std::string, double>> alphas;
+    const auto json = patterns("alpha_pattern");
+    for (const auto& [pattern, alpha] : json.items()) alphas.emplace_back(pattern, number("alpha_pattern", alpha));
+    return alphas;
+  }
+
+  PeftJson patterns(const char* field) const {
+    auto value = this->value(field);
+    if (!value.is_object()) fail(field, "has to be an object, but is ", value.dump());
+    return value;
+  }
+
+  /// PEFT's own conversions write ranks as 8.0 too.
+  int64_t whole_number(const char* field, const std::string& what, const PeftJson& value) const {
+    const auto number = this->number(field, value);
+    if (number != std::floor(number) || std::abs(number) > 1e15)
+      fail(field, "has to hold whole numbers, but ", what, " is ", value.dump());
+    return static_cast<int64_t>(number);
+  }
+
+  double number(const char* field, const PeftJson& value) const {
+    if (!value.is_number()) fail(field, "has to be given by numbers, but there is ", value.dump());
+    return value.get<double>();
+  }
+
+  bool flag(const char* field) const {
+    const auto value = this->value(field);
+    if (!value.is_boolean()) fail(field, "has to be true or false, but is ", value.dump());
+    return value.get<bool>();
+  }
+
+  std::string text(const char* field) const {
+    const auto value = this->value(field);
+    if (!value.is_null() && !value.is_string()) fail(field, "has to be a string, but is ", value.dump());
+    return value.is_null() ? "" : value.get<std::string>();
+  }
+
+  void check_ranges(const LoRAConfig& config) const {
+    try {
+      config.validate("adapter_config.json");
+      for (const auto& [pattern, rank] : config.rank_pattern())
+        LoRAOptions(config).rank(rank).validate(pattern.c_str());
+    } catch (const c10::ValueError& error) {
+      throw CheckpointError(path_, error.what_without_backtrace());
+    }
+    if (config.target_modules().empty())
+      fail("target_modules", "has to name the adapted modules, but is ", value("target_modules").dump());
+  }
+
+  const std::filesystem::path path_;
+  const PeftJson json_;
+};
+
+/// Turns a LoRAConfig into the text of an adapter_config.json.
+class PeftConfigWriter {
+ public:
+  PeftConfigWriter(const std::filesystem::path& path, const LoRAConfig& config) : path_(path), config_(config) {}
+
+  std::string text() const {
+    auto fields = standard_fields();
+    fields["peft_type"] = config_.method().info().peft_type;
+    if (const auto flag = config_.method().info().peft_flag; !flag.empty()) fields[std::string(flag)] = true;
+    fields["r"] = config_.rank();
+    fields["lora_alpha"] = short_number(config_.alpha());
+    fields["lora_dropout"] = config_.dropout();
+    fields["use_rslora"] = config_.rank_stabilized();
+    if (config_.init() == Init::kGaussian) fields["init_lora_weights"] = "gaussian";
+    fields["fan_in_fan_out"] = config_.fan_in_fan_out();
+    fields["target_modules"] = selector(config_.target_modules());
+    fields["exclude_modules"] = selector(config_.exclude_modules());
+    if (!config_.layers_to_transform().empty()) fields["layers_to_transform"] = config_.layers_to_transform();
+    if (!config_.layers_pattern().empty()) fields["layers_pattern"] = config_.layers_pattern();
+    for (const auto& [pattern, rank] : config_.rank_pattern()) fields["rank_pattern"][pattern] = rank;
+    for (const auto& [pattern, alpha] : config_.alpha_pattern()) fields["alpha_pattern"][pattern] = short_number(alpha);
+    if (!config_.base_model_name_or_path().empty())
+      fields["base_model_name_or_path"] = config_.base_model_name_or_path();
+    if (!config_.task_type().empty()) fields["task_type"] = config_.task_type();
+    return dump(fields);
+  }
+
+ private:
+  using Fields = std::map<std::string, PeftJson>;
+
+  static Fields standard_fields() {
+    Fields fields;
+    for (const auto& field : kPeftFields) fields[field.name] = PeftJson::parse(field.standard);
+    for (const auto& method : all_methods()) {
+      if (!method.info().peft_flag.empty()) fields[std::string(method.info().peft_flag)] = false;
+    }
+    fields["inference_mode"] = true;
+    fields["peft_version"] = kPeftVersion;
+    fields.erase("runtime_config");  // PEFT writes it never, and warns where it finds it
+    return fields;
+  }
+
+  /// Python expects alpha to be an int and prints it; 16 is better there than 16.0.
+  static PeftJson short_number(double number) {
+    if (number == std::floor(number) && std::abs(number) < 1e15) return static_cast<int64_t>(number);
+    return number;
+  }
+
+  static PeftJson selector(const ModuleSelector& selector) {
+    if (selector.is_all_linear()) return "all-linear";
+    if (const auto* regex = selector.pattern()) return regex->pattern;
+    return selector.empty() ? PeftJson() : PeftJson(*selector.names());
+  }
+
+  /// As Python's json.dumps(..., indent=2, sort_keys=True) prints it, except that patterns keep their order: the first
+  /// one that matches counts.
+  std::string dump(Fields& fields) const {
+    auto sorted = PeftJson::object();
+    for (auto& [name, value] : fields) sorted[name] = std::move(value);
+    try {
+      return sorted.dump(2, ' ', /*ensure_ascii=*/true);
+    } catch (const PeftJson::type_error&) {
+      throw CheckpointError(path_, "cannot be written: a name in the configuration is not valid UTF-8");
+    }
+  }
+
+  const std::filesystem::path& path_;
+  const LoRAConfig& config_;
+};
+
+}  // namespace detail
+
+/// Reads an adapter_config.json as PEFT 0.21 and its predecessors write it. Fields that are missing have PEFT's
+/// default.
+///
+/// Errors: CheckpointError that names the file and the field if a value is of the wrong type or out of range, or asks
+/// for something this library does not do and that would change the result. A field that PEFT 0.21 does not have is
+/// ignored with a warning.
+inline LoRAConfig read_adapter_config(const std::filesystem::path& path) {
+  return detail::PeftConfigReader(path).read();
+}
+
+/// Writes `config` as an adapter_config.json with every field of PEFT 0.21, in one piece or not at all.
+/// Errors: CheckpointError with the path and the reason of the operating system.
+inline void write_adapter_config(const std::filesystem::path& path, const LoRAConfig& config) {
+  detail::AtomicFile file(path);
+  file.write_at(0, detail::PeftConfigWriter(path, config).text());
+  file.commit();
+}
+
+}  // namespace lora

@@ -1,0 +1,253 @@
+#include "support/testing.hpp"
+
+#include <lora/attach.hpp>
+#include <lora/peft/checkpoint.hpp>
+
+#include <fstream>
+#include <iterator>
+
+namespace {
+
+using lora::load_adapter;
+using lora::LoRAConfig;
+using lora::read_safetensors;
+using lora::write_safetensors;
+using testing::contains;
+
+struct MlpImpl : torch::nn::Module {
+  torch::nn::Linear fc1 = register_module("fc1", torch::nn::Linear(8, 16));
+  torch::nn::Linear fc2 = register_module("fc2", torch::nn::Linear(16, 8));
+  torch::nn::Linear head = register_module("head", torch::nn::Linear(8, 3));
+  torch::Tensor forward(const torch::Tensor& x) { return head(fc2(torch::relu(fc1(x)))); }
+};
+TORCH_MODULE(Mlp);
+
+Mlp make_model() {
+  torch::manual_seed(0);
+  Mlp model;
+  model->to(testing::device());
+  return model;
+}
+
+LoRAConfig mlp_config(lora::MethodKind method = lora::LowRank()) {
+  return LoRAConfig(2)
+      .alpha(8)
+      .method(method)
+      .target_modules({"fc1", "fc2"})
+      .rank_pattern({{"fc2", 3}})
+      .alpha_pattern({{"fc1", 6}});
+}
+
+/// An adapter with values that were not there at the start.
+lora::Adapters trained(Mlp& model, const LoRAConfig& config) {
+  auto adapters = lora::attach(*model, config);
+  for (auto& parameter : adapters.parameters()) torch::nn::init::normal_(parameter, 0.5, 0.3);
+  return adapters;
+}
+
+torch::Tensor adapted_output(Mlp& model, const lora::Adapters& adapters) {
+  torch::NoGradGuard no_grad;
+  auto active = adapters.activate();
+  return model->forward(torch::linspace(-1, 1, 2 * 5 * 8).view({2, 5, 8}).to(testing::device()));
+}
+
+std::string read_text(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// Replaces the text `from` in a file.
+void edit(const std::filesystem::path& path, const std::string& from, const std::string& to) {
+  auto text = read_text(path);
+  REQUIRE(text.find(from) != text.npos);
+  text.replace(text.find(from), from.size(), to);
+  std::ofstream(path, std::ios::binary) << text;
+}
+
+size_t files_in(const std::filesystem::path& folder) {
+  return std::distance(std::filesystem::directory_iterator(folder), std::filesystem::directory_iterator());
+}
+
+}  // namespace
+
+TEST_CASE("an adapter survives its directory", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  const bool dora = GENERATE(false, true);
+  const auto adapters = trained(model, dora ? mlp_config(lora::DoRA()) : mlp_config());
+  const auto expected = adapted_output(model, adapters);
+  adapters.save(folder / "new" / "adapter");
+  CHECK(files_in(folder / "new" / "adapter") == 2);
+
+  const auto tensors = read_safetensors(folder / "new" / "adapter" / "adapter_model.safetensors");
+  CHECK(tensors.size() == (dora ? 6 : 4));
+  CHECK(tensors.at("base_model.model.fc1.lora_A.weight").sizes() == torch::IntArrayRef({2, 8}));
+  CHECK(tensors.at("base_model.model.fc1.lora_B.weight").sizes() == torch::IntArrayRef({16, 2}));
+  CHECK(tensors.at("base_model.model.fc2.lora_A.weight").sizes() == torch::IntArrayRef({3, 16}));
+  if (dora) CHECK(tensors.at("base_model.model.fc2.lora_magnitude_vector").sizes() == torch::IntArrayRef({8}));
+
+  auto again = make_model();
+  auto loaded = load_adapter(*again, folder / "new" / "adapter");
+  CHECK(loaded.names() == std::vector<std::string>{"default"});
+  CHECK(loaded.scaling("fc1") == 3);
+  CHECK(loaded.scaling("fc2") == Approx(8.0 / 3));
+  CHECK(torch::equal(adapted_output(again, loaded), expected));
+  CHECK(testing::distance(again->forward(torch::ones({1, 8}, testing::device())),
+                          model->forward(torch::ones({1, 8}, testing::device()))) == 0);
+  for (const auto& parameter : loaded.parameters()) CHECK((parameter.requires_grad() && parameter.is_leaf()));
+  CHECK(!again->fc1->weight.requires_grad());
+
+  // What is loaded belongs to the adapter: training it does not reach the file, and saving it writes the same bytes.
+  loaded.save(folder / "copy");
+  for (const auto* name : {"adapter_model.safetensors", "adapter_config.json"})
+    CHECK(read_text(folder / "copy" / name) == read_text(folder / "new" / "adapter" / name));
+}
+
+TEST_CASE("all linear layers are written by name", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  const auto adapters =
+      trained(model, LoRAConfig(2).alpha(6).target_modules(lora::all_linear).exclude_modules({"fc2"}));
+  adapters.save(folder.path());
+  const auto config = lora::read_adapter_config(folder / "adapter_config.json");
+  REQUIRE(config.target_modules().names() != nullptr);
+  CHECK(*config.target_modules().names() == std::vector<std::string>{"fc1", "head"});
+  CHECK(config.exclude_modules().empty());
+  auto again = make_model();
+  CHECK(torch::equal(adapted_output(again, load_adapter(*again, folder.path())), adapted_output(model, adapters)));
+}
+
+TEST_CASE("the projections of attention are written under PEFT's names", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  torch::nn::TransformerEncoderLayer model(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"self_attn"}));
+  for (auto& parameter : adapters.parameters()) torch::nn::init::normal_(parameter);
+  adapters.save(folder.path());
+  const auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  CHECK(tensors.size() == 4);
+  CHECK(tensors.at("base_model.model.self_attn.lora_B.weight").sizes() == torch::IntArrayRef({24, 2}));
+  CHECK(tensors.at("base_model.model.self_attn.base_layer.out_proj.lora_B.weight").sizes() ==
+        torch::IntArrayRef({8, 2}));
+  torch::nn::TransformerEncoderLayer again(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  const auto loaded = load_adapter(*again, folder.path());
+  for (const auto& item : adapters.named_parameters()) {
+    INFO(item.key());
+    CHECK(torch::equal(loaded.named_parameters()[item.key()], item.value()));
+  }
+}
+
+TEST_CASE("tensors of another type are taken over in the adapter's", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  const auto adapters = trained(model, mlp_config());
+  adapters.save(folder.path());
+  auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  for (auto& item : tensors) item.second = item.second.to(torch::kBFloat16);
+  write_safetensors(folder / "adapter_model.safetensors", tensors);
+  const auto loaded = load_adapter(*model, folder.path()).named_parameters();
+  CHECK(loaded["fc1.lora_A"].scalar_type() == torch::kFloat);
+  CHECK(torch::equal(loaded["fc1.lora_A"].cpu(), tensors.at("base_model.model.fc1.lora_A.weight").to(torch::kFloat)));
+}
+
+TEST_CASE("load_adapter changes nothing when something is wrong", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto config = folder / "adapter_config.json", file = folder / "adapter_model.safetensors";
+  auto model = make_model();
+  trained(model, mlp_config()).save(folder.path());
+  auto tensors = read_safetensors(file);
+  const std::string key = "base_model.model.fc2.lora_A.weight";
+  const auto fails = [&](const std::string& expected) {
+    auto untouched = make_model();
+    const auto error = testing::error_of([&] { load_adapter(*untouched, folder.path()); });
+    CHECK_THAT(error, contains(expected));
+    CHECK_THAT(error, contains(folder.path().string()));
+    for (const auto& parameter : untouched->parameters()) CHECK(parameter.requires_grad());
+  };
+
+  SECTION("a folder that is not there") {
+    CHECK_THROWS_WITH(load_adapter(*model, folder / "none"),
+                      contains("none/adapter_config.json: cannot be opened: No such"));
+  }
+  SECTION("no tensors") {
+    std::filesystem::remove(file);
+    fails("adapter_model.safetensors: cannot be opened");
+  }
+  SECTION("cut short") {
+    std::filesystem::resize_file(file, std::filesystem::file_size(file) - 1);
+    fails("adapter_model.safetensors: is cut short");
+  }
+  SECTION("a tensor is missing") {
+    tensors.erase(key);
+    write_safetensors(file, tensors);
+    fails("adapter_model.safetensors: does not fit the model and adapter_config.json: missing: \"" + key +
+          "\" [3, 16]");
+  }
+  SECTION("a tensor too many, and two missing") {
+    tensors["fc2.lora_A.weight"] = tensors.at(key);
+    tensors.erase(key);
+    tensors.erase("base_model.model.fc1.lora_B.weight");
+    write_safetensors(file, tensors);
+    fails("missing: \"base_model.model.fc1.lora_B.weight\" [16, 2], \"" + key +
+          "\" [3, 16]; unexpected: \"fc2.lora_A.weight\" [3, 16]");
+  }
+  SECTION("a pattern that does not agree with the tensors") {
+    edit(config, "\"fc2\": 3", "\"fc2\": 4");
+    fails("not of the shape that rank and layer give: \"" + key + "\" is [3, 16], not [4, 16]");
+  }
+  SECTION("a tensor of whole numbers") {
+    tensors[key] = torch::ones({3, 16}, torch::kLong);
+    write_safetensors(file, tensors);
+    fails("\"" + key + "\" holds Long");
+  }
+  SECTION("another method") {
+    edit(config, "\"use_dora\": false", "\"use_dora\": true");
+    fails("missing: \"base_model.model.fc1.lora_magnitude_vector\" [16]");
+  }
+  SECTION("layers that the model does not have") {
+    edit(config, "\"fc2\"\n", "\"fc7\"\n");
+    fails("no module matches \"fc7\" of target_modules");
+  }
+  SECTION("what is not supported") {
+    edit(config, "\"lora_bias\": false", "\"lora_bias\": true");
+    fails("adapter_config.json: \"lora_bias\" is true, which is not supported");
+  }
+  SECTION("a model of another width") {
+    torch::nn::Sequential other;
+    other->push_back("fc1", torch::nn::Linear(8, 20));
+    other->push_back("fc2", torch::nn::Linear(16, 8));
+    CHECK_THROWS_WITH(load_adapter(*other, folder.path()),
+                      contains("\"base_model.model.fc1.lora_B.weight\" is [16, 2], not [20, 2]"));
+    for (const auto& parameter : other->parameters()) CHECK(parameter.requires_grad());
+  }
+}
+
+TEST_CASE("save keeps the earlier directory when it fails", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  const auto adapters = trained(model, mlp_config());
+  adapters.save(folder.path());
+  const auto config = read_text(folder / "adapter_config.json"),
+             tensors = read_text(folder / "adapter_model.safetensors");
+
+  auto other = make_model();
+  CHECK_THROWS_WITH(trained(other, mlp_config().base_model_name_or_path("\xff")).save(folder.path()),
+                    contains("adapter_config.json: cannot be written: "));
+  CHECK(read_text(folder / "adapter_config.json") == config);
+  CHECK(read_text(folder / "adapter_model.safetensors") == tensors);
+  CHECK(files_in(folder.path()) == 2);
+
+  CHECK_THROWS_WITH(adapters.save(folder / "adapter_config.json"), contains("cannot be created"));
+  CHECK_THROWS_WITH(adapters.save(folder.path(), "french"), contains("there is no adapter \"french\""));
+}
+
+TEST_CASE("one of several adapters is written by name", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  auto adapters = trained(model, mlp_config());
+  adapters.add("second", LoRAConfig(1).alpha(5).target_modules({"head"}));
+  CHECK_THROWS_WITH(adapters.save(folder.path()), contains("name the adapter that is meant"));
+  adapters.save(folder.path(), "second");
+  const auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  CHECK(tensors.size() == 2);
+  CHECK(tensors.at("base_model.model.head.lora_A.weight").sizes() == torch::IntArrayRef({1, 8}));
+}
