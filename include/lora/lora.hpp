@@ -2,6 +2,7 @@
 
 // The whole library. Each of these headers also stands alone.
 
+#include <lora/activation.hpp>
 #include <lora/adapters.hpp>
 #include <lora/attach.hpp>
 #include <lora/config.hpp>
