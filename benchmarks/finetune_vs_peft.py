@@ -1,0 +1,94 @@
+"""Does fine-tuning here reach what peft reaches, how long does a step take, and how much memory?
+
+python finetune_vs_peft.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--steps N] [--threads N] [--seed N]
+
+Without options it takes what `sh examples/finetune_gpt/run.sh` has left in build/, and needs the Python of build/venv.
+
+The default run (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj) with finetune_gpt, then in peft, each
+in a process of its own, from the same initial tensors, batches and learning rates. Prints the losses side by side, and
+the median time of a step and the peak memory of both processes as ratios. Exits with 1 when a loss is more than 0.02
+away from peft's.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REPLAY = ROOT / "tests" / "peft" / "replay_run.py"
+MODEL = ROOT / "build" / "models" / "SmolLM2-135M-Instruct"
+TOLERANCE = 0.02
+GIBIBYTE = 1 << 30
+
+
+def run_measured(command, threads):
+    """Runs a program to its end and returns its exit status and its peak memory in bytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    process = subprocess.Popen([str(part) for part in command], env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+
+
+def our_seconds_per_step(metrics, tokens_per_step):
+    with open(metrics, newline="") as file:
+        rates = [float(row["tokens_per_second"]) for row in csv.DictReader(file) if row["tokens_per_second"]]
+    return statistics.median(tokens_per_step / rate for rate in rates)
+
+
+def table_row(name, ours, theirs, unit):
+    return f"{name:<28} {ours:>9.3f} {unit:<4} {theirs:>9.3f} {unit:<4} {ours / theirs:>7.3f}"
+
+
+def measure(options, out):
+    """Runs both and returns (seconds per step, peak memory) of ours and of peft, and whether the losses agree."""
+    run, metrics, summary = out / "run", out / "metrics.csv", out / "peft.json"
+    fine_tune = [options.programs / "finetune_gpt", "--model", options.model, "--text", options.text, "--out", out]
+    # Neither samples nor merging: peft's process does not do them either.
+    settings = ["--export-run", run, "--device", "cpu", "--sample-tokens", 0, "--no-merge", "--overwrite"]
+    schedule = ["--steps", options.steps, "--warmup", min(10, options.steps)]
+    sizes = [*schedule, "--seed", options.seed, "--threads", options.threads]
+    status, our_memory = run_measured([*fine_tune, *settings, *sizes], options.threads)
+    if status != 0:
+        sys.exit(f"error: finetune_gpt ended with {status}")
+    tolerances = ["--tolerance-each", TOLERANCE, "--tolerance-validation", TOLERANCE, "--summary", summary]
+    command = [sys.executable, REPLAY, run, metrics, *tolerances, "--trained-adapter", out / "adapter"]
+    status, peft_memory = run_measured(command, options.threads)
+    if not summary.exists():
+        sys.exit(f"error: the replay in peft ended with {status}")
+    ours = our_seconds_per_step(metrics, options.tokens_per_step), our_memory
+    return ours, (json.loads(summary.read_text())["seconds_per_step"], peft_memory), status == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of finetune_gpt")
+    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face directory")
+    parser.add_argument("--text", type=Path, default=ROOT / "build/text/kjv.txt")
+    parser.add_argument("--out", type=Path, help="keep the runs there")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    options.tokens_per_step = 4 * 128  # the defaults of finetune_gpt
+    for path in (options.programs / "finetune_gpt", options.model, options.text):
+        if not path.exists():
+            sys.exit(f"error: {path} is missing; sh examples/finetune_gpt/run.sh makes it")
+
+    with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as temporary:
+        out = options.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        ours, peft, agree = measure(options, out)
+    print(f"\n{'':<28} {'here':>9} {'':<4} {'peft':>9} {'':<4} {'ratio':>7}   ({options.threads} threads)")
+    print(table_row("median time of a step", ours[0], peft[0], "s"))
+    print(table_row("peak memory of the process", ours[1] / GIBIBYTE, peft[1] / GIBIBYTE, "GiB"))
+    return int(not agree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

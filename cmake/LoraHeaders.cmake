@@ -1,0 +1,56 @@
+# Every header of the library, each under include/lora. The public ones are compiled alone by the test `headers`.
+set(LORA_PUBLIC_HEADERS
+  activation.hpp
+  adapters.hpp
+  attach.hpp
+  config.hpp
+  lora.hpp
+  merge.hpp
+  options.hpp
+  report.hpp
+  site.hpp
+  version.hpp
+  layers/all.hpp
+  layers/attention.hpp
+  layers/linear.hpp
+  layers/target.hpp
+  method/all.hpp
+  method/dora.hpp
+  method/low_rank.hpp
+  method/method.hpp
+  modules/linear.hpp
+  peft/checkpoint.hpp
+  peft/config.hpp
+  peft/error.hpp
+  peft/safetensors.hpp
+)
+set(LORA_DETAIL_HEADERS
+  detail/atomic_file.hpp
+  detail/descriptor.hpp
+  detail/interception.hpp
+  detail/json.hpp
+  detail/mapped_file.hpp
+  detail/peft_fields.hpp
+  detail/registry.hpp
+  detail/safetensors_header.hpp
+  detail/select.hpp
+  detail/text.hpp
+)
+
+# A header in the folder that is not in the lists would be missing from the installed package, so that is an error.
+if(PROJECT_IS_TOP_LEVEL)
+  file(GLOB_RECURSE lora_found RELATIVE "${PROJECT_SOURCE_DIR}/include/lora" CONFIGURE_DEPENDS
+       "${PROJECT_SOURCE_DIR}/include/lora/*.hpp")
+  set(lora_listed ${LORA_PUBLIC_HEADERS} ${LORA_DETAIL_HEADERS})
+  set(lora_not_listed ${lora_found})
+  list(REMOVE_ITEM lora_not_listed ${lora_listed})
+  set(lora_not_there ${lora_listed})
+  list(REMOVE_ITEM lora_not_there ${lora_found})
+  if(lora_not_listed OR lora_not_there)
+    message(FATAL_ERROR "cmake/LoraHeaders.cmake does not list what is under include/lora.\n"
+                        "  missing in the list: ${lora_not_listed}\n  listed, but no file: ${lora_not_there}")
+  endif()
+endif()
+
+list(TRANSFORM LORA_PUBLIC_HEADERS PREPEND "${PROJECT_SOURCE_DIR}/include/lora/")
+list(TRANSFORM LORA_DETAIL_HEADERS PREPEND "${PROJECT_SOURCE_DIR}/include/lora/")

@@ -1,0 +1,211 @@
+// Hugging Face directories: config.json, model.safetensors (or its shards with their index), tokenizer files.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <lora/peft/safetensors.hpp>
+
+#include "config.hpp"
+#include "model.hpp"
+
+namespace gpt {
+
+using TensorMap = std::map<std::string, torch::Tensor>;
+
+inline constexpr const char* kWeights = "model.safetensors";
+inline constexpr const char* kWeightsIndex = "model.safetensors.index.json";
+
+/// The tensors of a directory under the names of its files, mapped and not copied: those of model.safetensors, else
+/// those that model.safetensors.index.json lists. Throws lora::CheckpointError when neither is there or one is damaged.
+inline TensorMap read_weights(const std::filesystem::path& dir) {
+  const auto single = dir / kWeights, index = dir / kWeightsIndex;
+  if (std::filesystem::exists(single)) return lora::read_safetensors(single);
+  if (std::filesystem::exists(index)) return lora::read_safetensors_index(index);
+  throw lora::CheckpointError(dir, "holds neither ", kWeights, " nor ", kWeightsIndex);
+}
+
+namespace detail {
+
+inline bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// GPT-2's projections are stored as (in, out), the transpose of what torch::nn::Linear holds.
+inline bool is_stored_transposed(const ModelConfig& config, const std::string& name) {
+  if (config.architecture != Architecture::kGPT2) return false;
+  return ends_with(name, ".c_attn.weight") || ends_with(name, ".c_proj.weight") || ends_with(name, ".c_fc.weight");
+}
+
+// The name that a tensor of a file has in the model; GPT-2 files exist with and without "transformer.".
+inline std::string parameter_name(const ModelConfig& config, const std::string& name) {
+  const bool complete = name.rfind("transformer.", 0) == 0 || name == "lm_head.weight";
+  return config.architecture == Architecture::kLlama || complete ? name : "transformer." + name;
+}
+
+// Tensors that checkpoints carry but that are computed, or that another name holds already.
+inline bool is_redundant(const ModelConfig& config, const std::string& name) {
+  if (name == "lm_head.weight") return config.tie_word_embeddings;
+  if (config.architecture == Architecture::kLlama) return ends_with(name, ".rotary_emb.inv_freq");
+  return ends_with(name, ".attn.bias") || ends_with(name, ".attn.masked_bias");
+}
+
+// The parameters that a checkpoint of the model holds, by name: all but a tied head.
+inline TensorMap stored_parameters(const LanguageModelImpl& model) {
+  TensorMap parameters;
+  for (const auto& item : model.named_parameters()) {
+    if (item.key() == "lm_head.weight" && model.is_tied()) continue;
+    parameters.emplace(item.key(), item.value());
+  }
+  return parameters;
+}
+
+// The tensors of a file as the model wants them: its names, (out, in), nothing redundant. Views, no copies.
+inline TensorMap as_parameters(const ModelConfig& config, const TensorMap& weights) {
+  TensorMap parameters;
+  for (const auto& [stored_name, tensor] : weights) {
+    const auto name = parameter_name(config, stored_name);
+    if (is_redundant(config, name)) continue;
+    const bool transposed = is_stored_transposed(config, name) && tensor.dim() == 2;
+    parameters.emplace(name, transposed ? tensor.t() : tensor);
+  }
+  return parameters;
+}
+
+// Names what does not fit, a few of each kind: a checkpoint of another model would otherwise list hundreds.
+class Mismatches {
+ public:
+  void add(const std::string& text) {
+    if (++count_ <= kShown) text_ += (count_ == 1 ? "" : "; ") + text;
+  }
+  bool any() const { return count_ > 0; }
+  std::string text() const { return count_ > kShown ? c10::str(text_, "; and ", count_ - kShown, " more") : text_; }
+
+ private:
+  static constexpr int kShown = 4;
+  int count_ = 0;
+  std::string text_;
+};
+
+inline void check_fit(const std::filesystem::path& dir, const ModelConfig& config, const TensorMap& parameters,
+                      const TensorMap& found) {
+  Mismatches mismatches;
+  for (const auto& [name, parameter] : parameters) {
+    const auto tensor = found.find(name);
+    if (tensor == found.end()) {
+      mismatches.add(c10::str(name, " ", parameter.sizes(), " is missing"));
+    } else if (tensor->second.sizes() != parameter.sizes()) {
+      mismatches.add(c10::str(name, " is ", tensor->second.sizes(), " but must be ", parameter.sizes()));
+    } else if (!tensor->second.is_floating_point()) {
+      mismatches.add(c10::str(name, " holds ", tensor->second.scalar_type(), ", no floating-point numbers"));
+    }
+  }
+  for (const auto& [name, tensor] : found) {
+    if (parameters.count(name) == 0) mismatches.add(c10::str(name, " ", tensor.sizes(), " is not part of the model"));
+  }
+  if (mismatches.any()) {
+    throw lora::CheckpointError(dir, "the tensors do not fit ", architecture_name(config.architecture),
+                                " as config.json describes it: ", mismatches.text());
+  }
+}
+
+inline const char* dtype_name(torch::ScalarType dtype) {
+  switch (dtype) {
+    case torch::kFloat:
+      return "float32";
+    case torch::kBFloat16:
+      return "bfloat16";
+    case torch::kHalf:
+      return "float16";
+    case torch::kDouble:
+      return "float64";
+    default:
+      TORCH_CHECK_VALUE(false, "a model cannot be saved as ", dtype);
+  }
+}
+
+// What a directory holds beside the weights and config.json.
+inline const std::vector<std::string>& companion_files() {
+  static const std::vector<std::string> names = {
+      "generation_config.json",  "tokenizer.json",    "tokenizer_config.json", "tokenizer.model", "vocab.json",
+      "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",   "merges.txt"};
+  return names;
+}
+
+}  // namespace detail
+
+/// Loads a Hugging Face directory for use or for adapters: in eval mode and frozen.
+///
+/// Where dtype and device are those of the file, the parameters are the mapped file itself: nothing is copied or read
+/// until it is used. Otherwise one tensor after the other is converted.
+/// Throws lora::CheckpointError for an unsupported config.json, and for tensors that are missing, misshapen or not part
+/// of the model, naming them with their shapes.
+inline LanguageModel load_model(const std::filesystem::path& dir, torch::ScalarType dtype, torch::Device device) {
+  auto model = make_model(read_config(dir));
+  auto parameters = detail::stored_parameters(*model);
+  const auto found = detail::as_parameters(model->config, read_weights(dir));
+  detail::check_fit(dir, model->config, parameters, found);
+  for (auto& [name, parameter] : parameters) {
+    parameter.set_data(found.at(name).to(device, dtype));
+    parameter.requires_grad_(false);
+  }
+  model->eval();
+  return model;
+}
+
+/// What has changed in a model since its config.json was written.
+struct ConfigChanges {
+  std::optional<torch::ScalarType> dtype;
+  std::optional<bool> tie_word_embeddings;
+};
+
+/// Copies the tokenizer and its companions and writes config.json last: only a complete directory can be loaded. Both
+/// directories exist. Throws lora::CheckpointError or std::filesystem::filesystem_error when a file cannot be written.
+inline void copy_model_files(const std::filesystem::path& source_dir, const std::filesystem::path& target_dir,
+                             const ConfigChanges& changes) {
+  for (const auto& name : detail::companion_files()) {
+    if (!std::filesystem::exists(source_dir / name)) continue;
+    std::filesystem::copy_file(source_dir / name, target_dir / name, std::filesystem::copy_options::overwrite_existing);
+  }
+  std::ifstream source(source_dir / "config.json");
+  auto config = nlohmann::ordered_json::parse(source);
+  const char* dtype_key = config.contains("dtype") ? "dtype" : "torch_dtype";  // since transformers 5, and before
+  if (changes.dtype) config[dtype_key] = detail::dtype_name(*changes.dtype);
+  if (changes.tie_word_embeddings) config["tie_word_embeddings"] = *changes.tie_word_embeddings;
+  std::ofstream target(target_dir / "config.json");
+  target << config.dump(2) << "\n";
+  if (!target.flush()) throw lora::CheckpointError(target_dir / "config.json", "cannot be written");
+}
+
+/// Makes an empty or existing directory ready to receive a model; it must not be the one the model came from.
+inline void prepare_target(const std::filesystem::path& source_dir, const std::filesystem::path& target_dir) {
+  std::filesystem::create_directories(target_dir);
+  if (std::filesystem::equivalent(source_dir, target_dir))
+    throw lora::CheckpointError(target_dir, "is the directory the model came from; name another one");
+}
+
+/// Writes the model as a Hugging Face directory that Python's transformers loads: model.safetensors in the model's own
+/// dtype, and from `source_dir`, which the model was loaded from, config.json and the tokenizer files.
+/// Throws lora::CheckpointError when the target cannot be written or is `source_dir` itself.
+inline void save_model(LanguageModelImpl& model, const std::filesystem::path& source_dir,
+                       const std::filesystem::path& target_dir) {
+  prepare_target(source_dir, target_dir);
+  auto tensors = detail::stored_parameters(model);
+  std::vector<lora::TensorInfo> infos;
+  for (auto& [name, tensor] : tensors) {
+    tensor = detail::is_stored_transposed(model.config, name) ? tensor.detach().t() : tensor.detach();
+    infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  }
+  lora::SafetensorsWriter writer(target_dir / kWeights, std::move(infos));
+  for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
+  writer.finish();
+  copy_model_files(source_dir, target_dir, {model.lm_head->weight.scalar_type(), model.is_tied()});
+}
+
+}  // namespace gpt

@@ -1,0 +1,328 @@
+// Fine-tunes a language model that is written in plain torch::nn, with adapters on a few of its layers, on your own
+// text: measures and samples before and after, saves the adapter, merges it, and writes the merged model. `run`, at the
+// end of this file, tells the whole story.
+#include <torch/torch.h>
+
+#include <chrono>
+#include <cmath>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <fmt/format.h>
+#include <lora/lora.hpp>
+#include <lora/peft/checkpoint.hpp>
+
+#include "checkpoint.hpp"
+#include "data.hpp"
+#include "export_run.hpp"
+#include "interrupt.hpp"
+#include "metrics.hpp"
+#include "model.hpp"
+#include "options.hpp"
+#include "progress.hpp"
+#include "run_state.hpp"
+#include "sampling.hpp"
+#include "speed.hpp"
+#include "tokenizer.hpp"
+#include "trainer.hpp"
+
+namespace gpt {
+namespace {
+
+constexpr int kBadOptions = 2;
+constexpr int kInterrupted = 130;
+
+/// A resumed run is the same run only where the same sum is always rounded in the same way.
+void make_repeatable(torch::Device device, int64_t threads) {
+  if (threads > 0) torch::set_num_threads(static_cast<int>(threads));
+  if (!device.is_cuda()) return;
+  setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
+  at::globalContext().setDeterministicFillUninitializedMemory(false);
+}
+
+Dataset read_data(const Options& options, const Tokenizer& tokenizer, const ModelConfig& config) {
+  TORCH_CHECK_VALUE(options.block <= config.max_positions, "--block must be at most ", config.max_positions,
+                    ", the longest text of this model, got ", options.block);
+  const Encode encode = [&](std::string_view text) { return tokenizer.encode(text); };
+  if (options.jsonl.empty()) {
+    auto examples = read_text(options.text, encode, tokenizer.token_id("<|endoftext|>"), options.block);
+    return split(std::move(examples), options.validation_share, options.validation_blocks);
+  }
+  const auto end = config.eos_token_ids.empty() ? std::nullopt : std::make_optional(config.eos_token_ids.front());
+  auto dialogues = read_jsonl(options.jsonl, encode, end, options.block);
+  auto data = split(std::move(dialogues.examples), options.validation_share, options.validation_blocks);
+  data.shortened = dialogues.shortened;
+  data.dropped = dialogues.dropped;
+  data.is_chat = dialogues.is_chat;
+  return data;
+}
+
+lora::LoRAConfig adapter_config(const Options& options, const ModelConfig& model) {
+  const bool is_gpt2 = model.architecture == Architecture::kGPT2;
+  auto targets = options.targets;
+  if (targets.empty())
+    targets = is_gpt2 ? std::vector<std::string>{"c_attn"} : std::vector<std::string>{"q_proj", "v_proj"};
+  auto config = lora::LoRAConfig(options.rank).alpha(options.alpha).dropout(options.dropout).target_modules(targets);
+  for (const auto& method : lora::all_methods()) {
+    if (method.info().name == options.method) config.method(method);
+  }
+  return config.fan_in_fan_out(is_gpt2).task_type("CAUSAL_LM").base_model_name_or_path(options.model.string());
+}
+
+/// Attaches the adapter of the options. Throws c10::ValueError when --targets names no layer of the model.
+lora::Adapters attach_adapter(const Options& options, LanguageModelImpl& model) {
+  try {
+    return lora::attach(model, adapter_config(options, model.config));
+  } catch (const c10::Error& error) {
+    TORCH_CHECK_VALUE(false, "--targets: ", error.what_without_backtrace());
+  }
+}
+
+/// What must be the same for a resumed run to be the run that was interrupted.
+nlohmann::json settings_of(const Options& options, const Dataset& data, const lora::Adapters& adapters) {
+  const auto& training = options.training;
+  return {{"model", std::filesystem::canonical(options.model).string()},
+          {"the data (its fingerprint)", fmt::format("{:016x}", data.fingerprint())},
+          {"--block", options.block},
+          {"--batch", options.batch},
+          {"--accumulate", options.accumulate},
+          {"--steps", training.steps},
+          {"--lr", training.learning_rate},
+          {"--warmup", training.warmup},
+          {"--min-lr", training.min_lr_ratio},
+          {"--weight-decay", training.weight_decay},
+          {"--clip", training.clip},
+          {"--seed", options.seed},
+          {"--rank", options.rank},
+          {"--alpha", options.alpha},
+          {"--dropout", options.dropout},
+          {"--method", options.method},
+          {"adapted layers", adapters.targets()},
+          {"--device", parse_device(options.device).str()},
+          {"--threads", torch::get_num_threads()},  // another number of them rounds sums in another way
+          {"--dtype", options.dtype}};
+}
+
+/// The checkpoint to go on from, if any. Throws c10::ValueError when --resume finds none, and when a new run would mix
+/// its checkpoints with those of an earlier one.
+std::optional<Checkpoint> former_checkpoint(const Options& options) {
+  const auto checkpoints = list_checkpoints(options.out);
+  TORCH_CHECK_VALUE(!options.resume || !checkpoints.empty(), "--resume: there is no checkpoint in ",
+                    options.out.string());
+  if (checkpoints.empty()) return std::nullopt;
+  TORCH_CHECK_VALUE(options.resume || options.overwrite, options.out.string(), " holds checkpoint-",
+                    checkpoints.back().step,
+                    " of an earlier run; add --resume to go on with it, --overwrite to remove "
+                    "it, or choose another --out");
+  return options.resume ? std::make_optional(checkpoints.back()) : std::nullopt;
+}
+
+void print_setup(const Options& options, const LanguageModelImpl& model, const lora::Adapters& adapters,
+                 const Dataset& data) {
+  const auto report = adapters.report();
+  fmt::print("model     {}, {}, {:.1f} million parameters, {} on {}, {} thread{}\n", options.model.string(),
+             architecture_name(model.config.architecture), static_cast<double>(report.base) / 1e6, options.dtype,
+             parse_device(options.device).str(), torch::get_num_threads(), torch::get_num_threads() == 1 ? "" : "s");
+  fmt::print("adapters  {}, rank {}, alpha {:g}, on {} layers: {} trainable parameters ({:.3f} %)\n", options.method,
+             options.rank, options.alpha, adapters.targets().size(), report.trainable, 100 * report.share());
+  fmt::print("data      {} rows of up to {} tokens to learn from, {} for validation\n", data.train.size(),
+             options.block, data.validation.size());
+  if (data.shortened > 0) {
+    fmt::print("          {} examples were cut at {} tokens (--block), {} of them had nothing left to learn\n",
+               data.shortened, options.block, data.dropped);
+  }
+}
+
+/// The text to go on from: --prompt, else how the first validation row begins (a dialogue up to its first reply).
+std::vector<int64_t> prompt_tokens(const Options& options, const Dataset& data, const Tokenizer& tokenizer) {
+  if (!options.prompt.empty()) {
+    return tokenizer.encode(data.is_chat ? to_chatml({{"user", options.prompt}}, /*open_reply=*/true) : options.prompt);
+  }
+  const auto& example = data.validation.front();
+  size_t length = std::min<size_t>(16, example.inputs.size());
+  if (!options.jsonl.empty()) {
+    for (length = 1; example.targets[length - 1] == kIgnored;) ++length;
+  }
+  return {example.inputs.begin(), example.inputs.begin() + static_cast<int64_t>(length)};
+}
+
+void print_sample(const char* when, const Options& options, LanguageModelImpl& model, lora::Adapters& adapters,
+                  const Tokenizer& tokenizer, const std::vector<int64_t>& prompt) {
+  if (options.sample_tokens == 0) return;
+  SamplingOptions sampling;
+  sampling.max_new_tokens = options.sample_tokens;
+  sampling.temperature = options.sample_temperature;
+  sampling.seed = options.seed;
+  auto active = adapters.activate();
+  const auto reply = generate(model, prompt, sampling, model.config.eos_token_ids);
+  fmt::print("\nsample {} training\n  {} >>> {}\n\n", when, tokenizer.decode(prompt), tokenizer.decode(reply));
+}
+
+std::string format_loss(double loss) { return fmt::format("{:.4f} (perplexity {:.2f})", loss, std::exp(loss)); }
+
+/// The batches of update `step`, counted from 0.
+std::vector<Batch> next_batches(const Options& options, TrainingBatches& batches, int64_t step) {
+  std::vector<Batch> parts;
+  for (int64_t i = 0; i < options.accumulate; ++i) parts.push_back(batches.at(step * options.accumulate + i));
+  return parts;
+}
+
+/// One update, shown by `progress`, and its figures.
+MetricsRow timed_step(Trainer& trainer, const std::vector<Batch>& batches, Progress& progress) {
+  const Stopwatch watch;
+  const auto result = trainer.step(batches);
+  const auto seconds = watch.seconds();
+  int64_t tokens = 0;
+  for (const auto& batch : batches) tokens += batch.read;
+  MetricsRow row;
+  row.step = trainer.steps_done;
+  row.train_loss = result.loss;
+  row.learning_rate = result.learning_rate;
+  row.tokens_per_second = static_cast<double>(tokens) / seconds;
+  row.gradient_norm = result.gradient_norm;
+  progress.update(row.step, seconds, result.loss, result.learning_rate, *row.tokens_per_second,
+                  memory_in_use(trainer.parameters.front().device()));
+  return row;
+}
+
+/// Trains until all steps are done, or an interrupt asks to stop: then it returns false. `save` writes a checkpoint.
+bool train(const Options& options, Trainer& trainer, const Dataset& data, Metrics& metrics,
+           const std::function<void()>& save) {
+  TrainingBatches batches(data.train, options.batch, options.seed);
+  const auto validation = in_batches(data.validation, options.batch);
+  const auto steps = options.training.steps;
+  const InterruptGuard interrupt;
+  Progress progress(trainer.steps_done, steps);
+  auto validate = [&] {
+    const auto loss = trainer.evaluate(validation);
+    progress.print(fmt::format("step {}: validation loss {}", trainer.steps_done, format_loss(loss)));
+    return loss;
+  };
+  if (metrics.rows().empty()) {
+    MetricsRow before;
+    before.validation_loss = validate();
+    metrics.add(before);
+  }
+  while (trainer.steps_done < steps) {
+    auto row = timed_step(trainer, next_batches(options, batches, trainer.steps_done), progress);
+    auto is_due = [&](int64_t interval) { return interval > 0 && row.step % interval == 0; };
+    if (is_due(options.eval_every) || row.step == steps) row.validation_loss = validate();
+    metrics.add(row);
+    const bool stop = interrupt.stop_requested() && row.step < steps;
+    if (stop || is_due(options.save_every)) save();
+    if (stop) return false;
+  }
+  return true;
+}
+
+/// Compares speed and results of the base model, with adapters, and merged; then merges for good.
+void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
+  const auto device = adapters.parameters().front().device();
+  const auto batch = in_batches(data.validation, options.batch).front().to(device);
+  const auto speeds = measure_speeds(model, adapters, batch);
+  fmt::print("forward   {:.0f} tokens/s base, {:.0f} adapted, {:.0f} merged (medians of {} passes in turn)\n",
+             speeds.base, speeds.adapted, speeds.merged, kSpeedPasses);
+  const auto difference = compare_merged(model, adapters, batch.inputs);
+  fmt::print(
+      "merge     logits differ by at most {:.3g} from the adapted model's, and those by up to {:.3g} from the base "
+      "model's\n",
+      difference.merged_adapted, difference.adapted_base);
+  adapters.merge_and_unload();
+  save_model(model, options.model, options.out / "merged");
+}
+
+void print_summary(const Options& options, const Metrics& metrics) {
+  const auto& rows = metrics.rows();
+  fmt::print("\nvalidation loss {} before, {} after {} steps\n",
+             format_loss(rows.front().validation_loss.value_or(NAN)),
+             format_loss(rows.back().validation_loss.value_or(NAN)), options.training.steps);
+  const auto out = options.out.string();
+  fmt::print("{}/adapter      the adapter, a PEFT directory\n", out);
+  if (!options.no_merge) fmt::print("{}/merged       the merged model, a Hugging Face directory\n", out);
+  fmt::print("{}/metrics.csv  the figures of every step\n", out);
+  const auto problem = draw_losses(rows, options.out / "loss.png");
+  if (problem.empty()) fmt::print("{}/loss.png     the loss curves\n", out);
+  if (!problem.empty()) fmt::print("no picture of the loss curves: {}\n", problem);
+}
+
+int run(const Options& options) {
+  const auto device = parse_device(options.device);
+  make_repeatable(device, options.threads);
+  std::filesystem::create_directories(options.out);
+  const auto former = former_checkpoint(options);
+
+  // The model as it was published. Nothing in it knows of adapters.
+  auto model = load_model(options.model, parse_dtype(options.dtype), device);
+  const Tokenizer tokenizer(options.model / "tokenizer.json");
+  const auto data = read_data(options, tokenizer, model->config);
+  const auto prompt = prompt_tokens(options, data, tokenizer);
+
+  // Adapters on some of its layers. Only they learn.
+  torch::manual_seed(options.seed);
+  auto adapters = attach_adapter(options, *model);
+  Trainer trainer(*model, adapters, options.training);
+  print_setup(options, *model, adapters, data);
+  if (!options.export_run.empty()) export_run(options.export_run, options, data, adapters);
+
+  // From where an interrupted run was, or from the start.
+  const RunState state{adapters.named_parameters(), trainer.optimizer, device};
+  const auto settings = settings_of(options, data, adapters);
+  if (former) trainer.steps_done = load_checkpoint(*former, state, settings);
+  if (options.overwrite) remove_old_checkpoints(options.out, 0);
+  Metrics metrics(options.out / "metrics.csv", former ? std::make_optional(former->step) : std::nullopt);
+  if (former) fmt::print("resumed   from {}\n", former->folder.string());
+  if (!former) print_sample("before", options, *model, adapters, tokenizer, prompt);
+
+  auto save = [&] {
+    save_checkpoint(options.out, trainer.steps_done, state, settings, [&](const auto& path) { adapters.save(path); });
+  };
+  if (!train(options, trainer, data, metrics, save)) {
+    fmt::print("\ninterrupted after step {}; the same command with --resume goes on from there\n", trainer.steps_done);
+    return kInterrupted;
+  }
+  print_sample("after", options, *model, adapters, tokenizer, prompt);
+
+  // What stays: the adapter by itself, and a model that needs no adapter.
+  adapters.save(options.out / "adapter");
+  if (!options.no_merge) merge(options, *model, adapters, data);
+  print_summary(options, metrics);
+  return 0;
+}
+
+int fail(const std::string& reason, int code) {
+  fmt::print(stderr, "finetune_gpt: {}\n", reason);
+  return code;
+}
+
+}  // namespace
+}  // namespace gpt
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a log shows each line as it is written
+  CLI::App app("Fine-tunes a Llama or GPT-2 model with adapters, and merges them.", "finetune_gpt");
+  gpt::Options options;
+  gpt::add_options(app, options);
+  try {
+    app.parse(argc, argv);
+    gpt::check_options(options);
+    gpt::parse_device(options.device);
+  } catch (const CLI::Success& help) {
+    return app.exit(help);
+  } catch (const CLI::Error& error) {
+    return gpt::fail(std::string(error.what()) + " (--help shows all options)", gpt::kBadOptions);
+  } catch (const c10::Error& error) {
+    return gpt::fail(error.what_without_backtrace(), gpt::kBadOptions);
+  }
+  try {
+    return gpt::run(options);
+  } catch (const c10::ValueError& error) {
+    return gpt::fail(error.what_without_backtrace(), gpt::kBadOptions);
+  } catch (const c10::Error& error) {
+    return gpt::fail(error.what_without_backtrace(), 1);
+  } catch (const std::exception& error) {
+    return gpt::fail(error.what(), 1);
+  }
+}

@@ -1,0 +1,154 @@
+// Folds an adapter into the model it was trained on: base directory + PEFT directory -> Hugging Face directory.
+//
+// The weights go from the mapped files of the base to the files of the result, one tensor in memory at a time, so a
+// model that is larger than the memory can be merged. The arithmetic is the library's: float, rounded once.
+#include <torch/torch.h>
+
+#include <CLI/CLI.hpp>
+
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include <lora/lora.hpp>
+#include <lora/peft/checkpoint.hpp>
+
+#include "checkpoint.hpp"
+#include "common.hpp"
+
+namespace gpt {
+namespace {
+
+struct Options {
+  std::filesystem::path base, adapter, out;
+};
+
+/// Tensors by the name of the file that holds them; the result has the same files.
+using Shards = std::map<std::string, TensorMap>;
+
+Shards read_shards(const std::filesystem::path& base) {
+  if (std::filesystem::exists(base / kWeights)) return {{kWeights, read_weights(base)}};
+  Shards shards;
+  const auto tensors = read_weights(base);
+  const auto index = read_json(base / kWeightsIndex);
+  for (const auto& [name, tensor] : tensors) shards[index["weight_map"][name].get<std::string>()][name] = tensor;
+  return shards;
+}
+
+/// The merged tensors of a model, computed when they are asked for.
+class MergedWeights {
+ public:
+  MergedWeights(const std::filesystem::path& base, const std::filesystem::path& adapter)
+      : model_(make_model(read_config(base))), adapters_(lora::load_adapter(*model_, adapter)) {
+    for (const auto& layer : adapters_.layers()) layers_[layer->target.name + ".weight"] = layer;
+  }
+
+  const ModelConfig& config() const { return model_->config; }
+  size_t count() const { return layers_.size(); }
+
+  /// An adapted head cannot stay tied: it gets a tensor of its own, made from the embedding's.
+  bool separates_head() const { return config().tie_word_embeddings && layers_.count(kHead) > 0; }
+  bool is_embedding(const std::string& stored_name) const {
+    const auto parameters = model_->named_parameters();
+    const auto* weight = parameters.find(detail::parameter_name(config(), stored_name));
+    return weight != nullptr && weight->is_same(model_->embedding().weight);
+  }
+
+  /// Every adapted weight has to be in one of the files, in the model's shape.
+  void check(const std::filesystem::path& base, const Shards& shards) const {
+    TensorMap found;
+    for (const auto& [file, tensors] : shards) found.merge(detail::as_parameters(config(), tensors));
+    detail::check_fit(base, config(), detail::stored_parameters(*model_), found);
+  }
+
+  /// The tensor as it is in the merged model, in the layout and type of the file.
+  torch::Tensor at(const std::string& stored_name, const torch::Tensor& tensor) const {
+    const auto name = detail::parameter_name(config(), stored_name);
+    const auto layer = layers_.find(name);
+    if (layer == layers_.end()) return tensor;
+    const bool transposed = detail::is_stored_transposed(config(), name);
+    const auto& target = layer->second->target;
+    const auto merged = target.site->merged_weight(transposed ? tensor.t() : tensor, adapters_.names(), target.name);
+    return transposed ? merged.t() : merged;
+  }
+
+  static constexpr const char* kHead = "lm_head.weight";
+
+ private:
+  LanguageModel model_;  // names and shapes only: its parameters have no memory
+  lora::Adapters adapters_;
+  std::map<std::string, std::shared_ptr<lora::AdaptedLayer>> layers_;
+};
+
+/// Adds a head of its own beside the embedding, and drops a redundant copy of the tied one.
+void separate_head(const MergedWeights& merged, Shards& shards) {
+  for (auto& [file, tensors] : shards) tensors.erase(MergedWeights::kHead);
+  for (auto& [file, tensors] : shards) {
+    for (const auto& [name, tensor] : tensors) {
+      if (!merged.is_embedding(name)) continue;
+      tensors.emplace(MergedWeights::kHead, tensor);
+      return;
+    }
+  }
+}
+
+std::unique_ptr<lora::SafetensorsWriter> write_shard(const std::filesystem::path& file, const TensorMap& tensors,
+                                                     const MergedWeights& merged) {
+  std::vector<lora::TensorInfo> infos;
+  for (const auto& [name, tensor] : tensors) infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  std::filesystem::create_directories(file.parent_path());
+  auto writer = std::make_unique<lora::SafetensorsWriter>(file, std::move(infos));
+  for (const auto& [name, tensor] : tensors) writer->write(name, merged.at(name, tensor));
+  return writer;
+}
+
+void write_index(const std::filesystem::path& base, const std::filesystem::path& out, const Shards& shards) {
+  auto index = read_json(base / kWeightsIndex);
+  int64_t size = 0;
+  index["weight_map"].clear();
+  for (const auto& [file, tensors] : shards) {
+    for (const auto& [name, tensor] : tensors) {
+      index["weight_map"][name] = file;
+      size += static_cast<int64_t>(tensor.nbytes());
+    }
+  }
+  index["metadata"]["total_size"] = size;
+  std::ofstream stream(out / kWeightsIndex);
+  stream << index.dump(2) << "\n";
+  if (!stream.flush()) throw lora::CheckpointError(out / kWeightsIndex, "cannot be written");
+}
+
+void run(const Options& options) {
+  const MergedWeights merged(options.base, options.adapter);
+  auto shards = read_shards(options.base);
+  merged.check(options.base, shards);
+  if (merged.separates_head()) separate_head(merged, shards);
+
+  // No file appears under its name before all are written: an update that is not finite leaves nothing behind.
+  prepare_target(options.base, options.out);
+  std::vector<std::unique_ptr<lora::SafetensorsWriter>> writers;
+  for (const auto& [file, tensors] : shards) writers.push_back(write_shard(options.out / file, tensors, merged));
+  for (const auto& writer : writers) writer->finish();
+  if (shards.count(kWeights) == 0) write_index(options.base, options.out, shards);
+  ConfigChanges changes;
+  if (merged.separates_head()) changes.tie_word_embeddings = false;
+  copy_model_files(options.base, options.out, changes);
+  fmt::print("{} adapted layers merged into {}\n", merged.count(), options.out.string());
+}
+
+}  // namespace
+}  // namespace gpt
+
+int main(int argc, char** argv) {
+  CLI::App app("Folds an adapter into its base model and writes a Hugging Face directory.", "merge_checkpoint");
+  gpt::Options options;
+  app.add_option("base", options.base, "Hugging Face directory of the base model")->required()->type_name("DIR");
+  app.add_option("adapter", options.adapter, "PEFT directory of the adapter")->required()->type_name("DIR");
+  app.add_option("out", options.out, "directory to write; made if needed")->required()->type_name("DIR");
+  return gpt::run_program(app, argc, argv, [&] { gpt::run(options); });
+}

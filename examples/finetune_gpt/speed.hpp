@@ -1,0 +1,92 @@
+// How fast a model runs without adapters, with them, and with them merged; and how far merging moves its results.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include <lora/lora.hpp>
+
+#include "data.hpp"
+#include "model.hpp"
+
+namespace gpt {
+
+/// Counts from when it is made.
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+inline constexpr int kSpeedPasses = 5;
+
+/// Tokens per second of a forward pass.
+struct Speeds {
+  double base, adapted, merged;
+};
+
+namespace detail {
+
+inline double timed_forward(LanguageModelImpl& model, const torch::Tensor& inputs) {
+  const Stopwatch watch;
+  model.forward(inputs);
+  if (inputs.is_cuda()) torch::cuda::synchronize(inputs.device().index());
+  return watch.seconds();
+}
+
+inline double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+}  // namespace detail
+
+/// Medians over kSpeedPasses rounds of one pass each, after one round that does not count, so that whatever else the
+/// machine does meets all three alike. The adapters are unmerged afterwards, as before.
+inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters, const Batch& batch) {
+  torch::NoGradGuard no_grad;
+  model.eval();
+  std::vector<double> base, adapted, merged;
+  for (int pass = -1; pass < kSpeedPasses; ++pass) {
+    base.push_back(detail::timed_forward(model, batch.inputs));
+    {
+      auto active = adapters.activate();
+      adapted.push_back(detail::timed_forward(model, batch.inputs));
+    }
+    lora::MergeGuard guard(adapters);
+    merged.push_back(detail::timed_forward(model, batch.inputs));
+    if (pass < 0) base.clear(), adapted.clear(), merged.clear();
+  }
+  const auto tokens = static_cast<double>(batch.inputs.numel());
+  return {tokens / detail::median(base), tokens / detail::median(adapted), tokens / detail::median(merged)};
+}
+
+/// Largest absolute differences between logits.
+struct LogitDifferences {
+  double merged_adapted, adapted_base;
+};
+
+/// Compares the three forms of the model on `inputs` (B, T). The adapters are unmerged afterwards, as before.
+inline LogitDifferences compare_merged(LanguageModelImpl& model, lora::Adapters& adapters,
+                                       const torch::Tensor& inputs) {
+  torch::NoGradGuard no_grad;
+  model.eval();
+  auto distance = [](const torch::Tensor& a, const torch::Tensor& b) { return (a - b).abs().max().item<double>(); };
+  const auto base = model.forward(inputs).to(torch::kFloat);
+  torch::Tensor adapted;
+  {
+    auto active = adapters.activate();
+    adapted = model.forward(inputs).to(torch::kFloat);
+  }
+  lora::MergeGuard guard(adapters);
+  return {distance(model.forward(inputs).to(torch::kFloat), adapted), distance(adapted, base)};
+}
+
+}  // namespace gpt

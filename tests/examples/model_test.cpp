@@ -1,0 +1,503 @@
+#include <support/testing.hpp>
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+
+#include <nlohmann/json.hpp>
+
+#include "checkpoint.hpp"
+#include "common.hpp"
+#include "sampling.hpp"
+
+namespace {
+
+using testing::contains;
+using testing::distance;
+using testing::error_of;
+
+const nlohmann::json kLlamaJson = {
+    {"architectures", {"LlamaForCausalLM"}},
+    {"model_type", "llama"},
+    {"vocab_size", 31},
+    {"hidden_size", 24},
+    {"intermediate_size", 40},
+    {"num_hidden_layers", 2},
+    {"num_attention_heads", 6},
+    {"num_key_value_heads", 2},
+    {"max_position_embeddings", 160},
+    {"rms_norm_eps", 1e-5},
+    {"rope_theta", 100.0},
+    {"tie_word_embeddings", false},
+    {"eos_token_id", 2},
+    {"torch_dtype", "float32"},
+};
+
+const nlohmann::json kGPT2Json = {
+    {"architectures", {"GPT2LMHeadModel"}},
+    {"model_type", "gpt2"},
+    {"vocab_size", 31},
+    {"n_embd", 24},
+    {"n_layer", 2},
+    {"n_head", 3},
+    {"n_positions", 160},
+    {"eos_token_id", {2, 5}},
+    {"dtype", "float32"},
+};
+
+void write_text(const std::filesystem::path& file, const std::string& text) { std::ofstream(file) << text; }
+
+nlohmann::json read_text(const std::filesystem::path& file) {
+  std::ifstream stream(file);
+  return nlohmann::json::parse(stream);
+}
+
+// Random tensors under the names and in the shapes that a checkpoint of this configuration has.
+gpt::TensorMap random_weights(const gpt::ModelConfig& config) {
+  torch::manual_seed(7);
+  gpt::TensorMap weights;
+  for (const auto& [name, parameter] : gpt::detail::stored_parameters(*gpt::make_model(config))) {
+    const auto stored = gpt::detail::is_stored_transposed(config, name) ? parameter.t() : parameter;
+    const bool is_norm = parameter.dim() == 1 && gpt::detail::ends_with(name, "weight");
+    weights[name] = torch::randn(stored.sizes()) * 0.3 + (is_norm ? 1.0 : 0.0);
+  }
+  return weights;
+}
+
+// A Hugging Face directory of its own, with random weights.
+class ModelFolder {
+ public:
+  explicit ModelFolder(const nlohmann::json& config) {
+    write_text(path() / "config.json", config.dump());
+    weights = random_weights(gpt::read_config(path()));
+    write();
+  }
+
+  void write() const { lora::write_safetensors(path() / "model.safetensors", weights); }
+  const std::filesystem::path& path() const { return folder_.path(); }
+  gpt::LanguageModel load() const { return gpt::load_model(path(), torch::kFloat, torch::kCPU); }
+  std::string load_error() const {
+    return error_of([&] { load(); });
+  }
+
+  gpt::TensorMap weights;
+
+ private:
+  testing::TemporaryFolder folder_;
+};
+
+nlohmann::json changed(nlohmann::json config, const nlohmann::json& changes) {
+  config.update(changes);
+  return config;
+}
+
+// For GENERATE, which cannot hold JSON.
+nlohmann::json config_json(const std::string& kind) {
+  if (kind == "gpt2") return kGPT2Json;
+  if (kind == "llama tied") return changed(kLlamaJson, {{"tie_word_embeddings", true}});
+  if (kind == "llama biased") return changed(kLlamaJson, {{"attention_bias", true}, {"mlp_bias", true}});
+  return kLlamaJson;
+}
+
+torch::Tensor random_ids(int64_t batch, int64_t length) {
+  torch::manual_seed(11);
+  return torch::randint(31, {batch, length}, torch::kLong);
+}
+
+std::string config_error(const nlohmann::json& config) {
+  testing::TemporaryFolder folder;
+  write_text(folder / "config.json", config.dump());
+  return error_of([&] { gpt::read_config(folder.path()); });
+}
+
+}  // namespace
+
+TEST_CASE("cached passes give the logits of one pass over the whole text") {
+  ModelFolder folder(config_json(GENERATE("llama", "gpt2")));
+  auto model = folder.load();
+  torch::NoGradGuard no_grad;
+  const auto ids = random_ids(2, 150);
+  const auto whole = model->forward(ids);
+  REQUIRE(whole.sizes() == torch::IntArrayRef({2, 150, 31}));
+  REQUIRE(whole.abs().max().item<double>() > 0.5);
+
+  // A long start, single tokens across the growth of the buffers, and several tokens on top of a filled cache.
+  gpt::KeyValueCache cache;
+  std::vector<torch::Tensor> parts;
+  int64_t done = 0;
+  for (int64_t count : {60, 1, 1, 1, 1, 1, 1, 50, 33, 1}) {
+    parts.push_back(model->forward(ids.narrow(1, done, count), &cache));
+    done += count;
+    CHECK(cache.length() == done);
+  }
+  CHECK(distance(torch::cat(parts, 1), whole) < 1e-4);
+}
+
+TEST_CASE("a position sees the past and not the future") {
+  ModelFolder folder(config_json(GENERATE("llama", "gpt2")));
+  auto model = folder.load();
+  torch::NoGradGuard no_grad;
+  const auto ids = random_ids(1, 20);
+  auto other = ids.clone();
+  other[0][12] = (other[0][12] + 1) % 31;
+  const auto before = model->forward(ids), after = model->forward(other);
+  CHECK(distance(before.slice(1, 0, 12), after.slice(1, 0, 12)) < 1e-6);
+  CHECK(distance(before.slice(1, 13), after.slice(1, 13)) > 1e-3);
+}
+
+TEST_CASE("a pass that fails half way leaves the cache as it was") {
+  ModelFolder folder(kGPT2Json);
+  auto model = folder.load();
+  torch::NoGradGuard no_grad;
+  const auto ids = random_ids(1, 12);
+  gpt::KeyValueCache cache;
+  model->forward(ids.narrow(1, 0, 5), &cache);
+  CHECK_THROWS_WITH(model->forward(torch::full({1, 3}, 99, torch::kLong), &cache), contains("index out of range"));
+  CHECK(cache.length() == 5);
+  const auto rest = model->forward(ids.narrow(1, 5, 7), &cache);
+  CHECK(distance(rest, model->forward(ids).slice(1, 5)) < 1e-4);
+  CHECK_THROWS_WITH(model->forward(random_ids(1, 149), &cache), contains("161 tokens is longer than the model's 160"));
+}
+
+TEST_CASE("gradients flow through the frozen model, but not into a cache") {
+  ModelFolder folder(config_json(GENERATE("llama", "gpt2")));
+  auto model = folder.load();
+  for (const auto& parameter : model->parameters()) REQUIRE(!parameter.requires_grad());
+  auto& weight = model->as<gpt::LlamaImpl>() != nullptr ? model->as<gpt::LlamaImpl>()->model->embed_tokens->weight
+                                                        : model->as<gpt::GPT2Impl>()->transformer->wte->weight;
+  weight.requires_grad_(true);
+  model->forward(random_ids(2, 9)).pow(2).mean().backward();
+  CHECK(weight.grad().abs().max().item<double>() > 1e-6);
+  gpt::KeyValueCache cache;
+  CHECK_THROWS_WITH(model->forward(random_ids(2, 9), &cache), contains("NoGradGuard"));
+}
+
+TEST_CASE("a tied head is the embedding, for forward, parameters and files") {
+  ModelFolder folder(config_json("llama tied"));
+  REQUIRE(folder.weights.count("lm_head.weight") == 0);
+  auto model = folder.load();
+  const auto parameters = model->named_parameters();
+  const auto* embedding = model->as<gpt::LlamaImpl>()->model->embed_tokens->weight.unsafeGetTensorImpl();
+  CHECK(model->lm_head->weight.unsafeGetTensorImpl() == embedding);
+  CHECK(parameters["lm_head.weight"].unsafeGetTensorImpl() == embedding);
+  CHECK(parameters["model.embed_tokens.weight"].unsafeGetTensorImpl() == embedding);
+  CHECK(model->is_tied());
+
+  const auto ids = random_ids(2, 9);
+  const auto expected = model->forward(ids);
+  model->to(torch::kDouble);
+  CHECK(model->is_tied());
+  CHECK(distance(model->forward(ids), expected) < 1e-4);
+
+  // An lm_head.weight beside a tied embedding is a copy that some exporters write.
+  folder.weights["lm_head.weight"] = torch::zeros({31, 24});
+  folder.write();
+  CHECK(torch::equal(folder.load()->forward(ids), expected));
+}
+
+TEST_CASE("a merged head is saved apart from the embedding it was tied to") {
+  ModelFolder folder(config_json(GENERATE("llama tied", "gpt2")));
+  auto model = folder.load();
+  const auto merged = model->lm_head->weight + 0.25;
+  model->lm_head->weight = merged;
+  gpt::detail::Registry::of(*model->lm_head)["weight"] = merged;
+  CHECK(!model->is_tied());
+  testing::TemporaryFolder target;
+  gpt::save_model(*model, folder.path(), target.path());
+  auto again = gpt::load_model(target.path(), torch::kFloat, torch::kCPU);
+  CHECK(torch::equal(again->lm_head->weight, merged));
+  CHECK(torch::equal(again->forward(random_ids(2, 9)), model->forward(random_ids(2, 9))));
+}
+
+TEST_CASE("GPT-2's projections are transposed views of the mapped file") {
+  ModelFolder folder(kGPT2Json);
+  auto model = folder.load();
+  const auto parameters = model->named_parameters();
+  for (const std::string name : {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}) {
+    const auto weight = parameters["transformer.h.1." + name + ".weight"];
+    CHECK(weight.stride(0) == 1);
+    CHECK(torch::equal(weight.t(), folder.weights.at("transformer.h.1." + name + ".weight")));
+  }
+  auto& c_attn = model->as<gpt::GPT2Impl>()->transformer->h->ptr(1)->as<gpt::GPT2Block>()->attn->c_attn;
+  CHECK(c_attn->weight.is_same(parameters["transformer.h.1.attn.c_attn.weight"]));
+  CHECK(c_attn->weight.sizes() == torch::IntArrayRef({72, 24}));
+
+  // Mapped, not copied: a copy would own memory that can be resized.
+  for (const auto& item : parameters) CHECK(!item->storage().resizable());
+}
+
+TEST_CASE("torch::save writes what forward uses") {
+  ModelFolder folder(config_json(GENERATE("llama tied", "gpt2")));
+  auto model = folder.load();
+  std::stringstream stream;
+  torch::save(model, stream);
+  auto again = gpt::make_model(model->config);
+  CHECK(again->forward(random_ids(1, 4)).isnan().all().item<bool>());  // no weights yet
+  torch::load(again, stream);
+  again->eval();
+  CHECK(torch::equal(again->forward(random_ids(2, 9)), model->forward(random_ids(2, 9))));
+}
+
+TEST_CASE("save_model and load_model give the same model back") {
+  const auto config = config_json(GENERATE("llama", "llama biased", "gpt2"));
+  ModelFolder folder(config);
+  write_text(folder.path() / "tokenizer.json", "{}");
+  write_text(folder.path() / "unrelated.bin", "large");
+  testing::TemporaryFolder parent;
+  const auto target = parent / "deep/target";
+  auto model = folder.load();
+  gpt::save_model(*model, folder.path(), target);
+  CHECK(std::filesystem::exists(target / "tokenizer.json"));
+  CHECK(!std::filesystem::exists(target / "unrelated.bin"));
+
+  const auto written = lora::read_safetensors(target / "model.safetensors");
+  CHECK(written.size() == folder.weights.size());
+  for (const auto& [name, tensor] : folder.weights) CHECK(torch::equal(written.at(name), tensor));
+  auto again = gpt::load_model(target, torch::kFloat, torch::kCPU);
+  CHECK(torch::equal(again->forward(random_ids(2, 9)), model->forward(random_ids(2, 9))));
+
+  auto half = gpt::load_model(folder.path(), torch::kBFloat16, torch::kCPU);
+  gpt::save_model(*half, folder.path(), target);
+  const char* key = config.contains("dtype") ? "dtype" : "torch_dtype";
+  CHECK(read_text(target / "config.json").at(key) == "bfloat16");
+  CHECK(lora::read_safetensors(target / "model.safetensors").begin()->second.scalar_type() == torch::kBFloat16);
+
+  CHECK_THROWS_WITH(gpt::save_model(*model, folder.path(), folder.path()),
+                    contains("the directory the model came from"));
+}
+
+TEST_CASE("a bfloat16 model gives nearly the same probabilities") {
+  ModelFolder folder(config_json(GENERATE("llama", "gpt2")));
+  auto half = gpt::load_model(folder.path(), torch::kBFloat16, torch::kCPU);
+  const auto found = half->forward(random_ids(2, 9));
+  CHECK(found.scalar_type() == torch::kBFloat16);
+  const auto expected = folder.load()->forward(random_ids(2, 9)).softmax(-1);
+  CHECK(distance(found.to(torch::kFloat).softmax(-1), expected) < 0.05);
+}
+
+TEST_CASE("GPT-2 checkpoints load with and without the prefix, and with their buffers") {
+  ModelFolder folder(kGPT2Json);
+  const auto expected = folder.load()->forward(random_ids(2, 9));
+  gpt::TensorMap bare;
+  for (const auto& [name, tensor] : folder.weights) bare[name.substr(std::string("transformer.").size())] = tensor;
+  bare["h.0.attn.bias"] = torch::ones({1, 1, 160, 160}).tril();
+  bare["h.1.attn.masked_bias"] = torch::tensor(-1e4f);
+  folder.weights = bare;
+  folder.write();
+  CHECK(torch::equal(folder.load()->forward(random_ids(2, 9)), expected));
+}
+
+TEST_CASE("a sharded checkpoint loads by its index") {
+  ModelFolder folder(kLlamaJson);
+  const auto expected = folder.load()->forward(random_ids(2, 9));
+  gpt::TensorMap shards[2];
+  nlohmann::json map;
+  for (const auto& [name, tensor] : folder.weights) {
+    const bool second = name > "model.layers.1";
+    shards[second][name] = tensor;
+    map[name] = second ? "b.safetensors" : "a.safetensors";
+  }
+  lora::write_safetensors(folder.path() / "a.safetensors", shards[0]);
+  lora::write_safetensors(folder.path() / "b.safetensors", shards[1]);
+  write_text(folder.path() / "model.safetensors.index.json", nlohmann::json{{"weight_map", map}}.dump());
+  std::filesystem::remove(folder.path() / "model.safetensors");
+  CHECK(torch::equal(folder.load()->forward(random_ids(2, 9)), expected));
+  std::filesystem::remove(folder.path() / "model.safetensors.index.json");
+  CHECK_THROWS_WITH(folder.load(), contains("neither model.safetensors nor model.safetensors.index.json"));
+}
+
+TEST_CASE("tensors that do not fit are named with their shapes") {
+  ModelFolder folder(kLlamaJson);
+  const std::string q = "model.layers.1.self_attn.q_proj.weight", norm = "model.norm.weight";
+  SECTION("missing") {
+    folder.weights.erase(q);
+    folder.weights.erase("lm_head.weight");
+    folder.write();
+    CHECK_THROWS_AS(folder.load(), lora::CheckpointError);
+    CHECK_THROWS_WITH(folder.load(), contains(q + " [24, 24] is missing"));
+    CHECK_THROWS_WITH(folder.load(), contains("lm_head.weight [31, 24] is missing"));
+    CHECK_THROWS_WITH(folder.load(), contains(folder.path().string()));
+  }
+  SECTION("extra") {
+    folder.weights["model.layers.2.mlp.up_proj.weight"] = torch::zeros({40, 24});
+    folder.write();
+    CHECK_THROWS_WITH(folder.load(), contains("model.layers.2.mlp.up_proj.weight [40, 24] is not part of the model"));
+  }
+  SECTION("misshapen") {
+    folder.weights[norm] = torch::zeros({23});
+    folder.write();
+    CHECK_THROWS_WITH(folder.load(), contains(norm + " is [23] but must be [24]"));
+  }
+  SECTION("no numbers") {
+    folder.weights[q] = folder.weights[q].to(torch::kChar);
+    folder.write();
+    CHECK_THROWS_WITH(folder.load(), contains(q + " holds Char"));
+  }
+  SECTION("another model altogether") {
+    folder.weights = random_weights(gpt::read_config(ModelFolder(kGPT2Json).path()));
+    folder.write();
+    CHECK(folder.load_error().find("more") != std::string::npos);
+    CHECK(folder.load_error().size() < 1000);
+  }
+}
+
+TEST_CASE("a computed buffer in a checkpoint is passed over") {
+  ModelFolder folder(kLlamaJson);
+  folder.weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch::zeros({2});
+  folder.write();
+  CHECK_NOTHROW(folder.load());
+}
+
+TEST_CASE("config.json is read for both architectures") {
+  ModelFolder llama(changed(kLlamaJson, {{"head_dim", 8}, {"num_key_value_heads", nullptr}}));
+  const auto config = gpt::read_config(llama.path());
+  CHECK(config.architecture == gpt::Architecture::kLlama);
+  CHECK(config.head_dim == 8);
+  CHECK(config.num_key_value_heads == 6);
+  CHECK(config.eos_token_ids == std::vector<int64_t>{2});
+  CHECK(llama.load()->forward(random_ids(2, 9)).size(2) == 31);
+  const auto gpt2 = gpt::read_config(ModelFolder(kGPT2Json).path());
+  CHECK(gpt2.architecture == gpt::Architecture::kGPT2);
+  CHECK(gpt2.intermediate_size == 96);
+  CHECK(gpt2.tie_word_embeddings);
+  CHECK(gpt2.eos_token_ids == std::vector<int64_t>{2, 5});
+}
+
+TEST_CASE("both spellings of the rotary embedding mean the same") {
+  ModelFolder plain(kLlamaJson);
+  const auto ids = random_ids(1, 60);
+  const nlohmann::json scaling = {
+      {"factor", 4.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}, {"original_max_position_embeddings", 32}};
+  auto logits = [&](const nlohmann::json& changes) {
+    write_text(plain.path() / "config.json", changed(kLlamaJson, changes).dump());
+    return plain.load()->forward(ids);
+  };
+  const auto unscaled = logits(nlohmann::json::object());
+  for (const std::string type : {"linear", "llama3"}) {
+    auto old_style = scaling, new_style = scaling;
+    old_style["type"] = type;
+    new_style["rope_type"] = type;
+    new_style["rope_theta"] = 100.0;
+    const auto expected = logits({{"rope_scaling", old_style}});
+    CHECK(distance(expected, unscaled) > 1e-3);
+    CHECK(torch::equal(logits({{"rope_theta", nullptr}, {"rope_parameters", new_style}}), expected));
+  }
+}
+
+TEST_CASE("llama3 scaling divides long wavelengths, keeps short ones and blends between") {
+  gpt::RopeConfig rope;
+  rope.scaling = gpt::RopeScaling::kLlama3;
+  rope.factor = 8;
+  rope.low_frequency_factor = 1;
+  rope.high_frequency_factor = 4;
+  rope.original_positions = 100;
+  const auto wavelengths = torch::tensor({10.0, 25.0, 40.0, 100.0, 1000.0}, torch::kDouble);
+  const auto frequencies = 2 * M_PI / wavelengths;
+  const auto found = gpt::detail::llama3_frequencies(frequencies, rope) / frequencies;
+  CHECK(distance(found, torch::tensor({1.0, 1.0, 0.5 / 8 + 0.5, 1 / 8.0, 1 / 8.0}, torch::kDouble)) < 1e-12);
+}
+
+TEST_CASE("what is not supported is an error that names it") {
+  CHECK(contains("unknown architecture \"MambaForCausalLM\"; supported: LlamaForCausalLM, GPT2LMHeadModel")
+            .match(config_error(changed(kLlamaJson, {{"architectures", {"MambaForCausalLM"}}}))));
+  auto rope = [](const nlohmann::json& scaling) { return changed(kLlamaJson, {{"rope_scaling", scaling}}); };
+  CHECK(contains("\"yarn\"").match(config_error(rope({{"rope_type", "yarn"}, {"factor", 2.0}}))));
+  CHECK(contains("no \"factor\"").match(config_error(rope({{"rope_type", "linear"}}))));
+  CHECK(contains("\"relu\"").match(config_error(changed(kLlamaJson, {{"hidden_act", "relu"}}))));
+  CHECK(contains("no \"hidden_size\"").match(config_error(changed(kLlamaJson, {{"hidden_size", nullptr}}))));
+  CHECK(contains("wrong type").match(config_error(changed(kLlamaJson, {{"hidden_size", "wide"}}))));
+  CHECK(contains("key/value heads").match(config_error(changed(kLlamaJson, {{"num_key_value_heads", 4}}))));
+  CHECK(contains("quantized").match(config_error(changed(kLlamaJson, {{"quantization_config", {{"bits", 4}}}}))));
+  CHECK(contains("multiple of \"n_head\"").match(config_error(changed(kGPT2Json, {{"n_head", 5}}))));
+  CHECK(contains("must be positive").match(config_error(changed(kGPT2Json, {{"n_layer", 0}}))));
+  testing::TemporaryFolder empty;
+  CHECK_THROWS_WITH(gpt::read_config(empty.path()), contains("config.json: cannot be opened"));
+}
+
+TEST_CASE("generate continues as the logits of the whole text say") {
+  ModelFolder folder(config_json(GENERATE("llama", "gpt2")));
+  auto model = folder.load();
+  gpt::SamplingOptions greedy;
+  greedy.max_new_tokens = 20;
+  greedy.temperature = 0;
+  const std::vector<int64_t> prompt = {3, 1, 4, 1, 5};
+  std::vector<int64_t> streamed;
+  model->train();
+  const auto tokens = gpt::generate(*model, prompt, greedy, {}, [&](int64_t token) { streamed.push_back(token); });
+  CHECK(model->is_training());
+  CHECK(streamed == tokens);
+  REQUIRE(tokens.size() == 20);
+
+  model->eval();
+  auto text = prompt;
+  for (const auto token : tokens) {
+    const auto logits = model->forward(torch::tensor(text, torch::kLong).unsqueeze(0));
+    CHECK(logits.select(1, -1).argmax().item<int64_t>() == token);
+    text.push_back(token);
+  }
+
+  // A stop token ends the text and is not part of it.
+  const auto stop = tokens[7];
+  const auto first = std::find(tokens.begin(), tokens.end(), stop);
+  CHECK(gpt::generate(*model, prompt, greedy, {stop}) == std::vector<int64_t>(tokens.begin(), first));
+
+  // Positions end the text as well.
+  greedy.max_new_tokens = 1000;
+  CHECK(gpt::generate(*model, prompt, greedy, {}).size() == 155);
+  CHECK_THROWS_WITH(gpt::generate(*model, std::vector<int64_t>(160, 1), greedy, {}), contains("160 positions"));
+  CHECK_THROWS_WITH(gpt::generate(*model, {}, greedy, {}), contains("at least one token"));
+}
+
+TEST_CASE("sampling draws from the tokens it may, with the model's probabilities") {
+  const auto probabilities = torch::tensor({0.1, 0.4, 0.05, 0.3, 0.15});
+  const auto scores = probabilities.log() + 3;
+  auto frequencies = [&](const gpt::SamplingOptions& options) {
+    const auto generator = at::detail::createCPUGenerator(5);
+    auto counts = torch::zeros({5});
+    for (int i = 0; i < 2000; ++i) counts[gpt::detail::sample(scores, options, generator)] += 1;
+    return counts / 2000;
+  };
+  gpt::SamplingOptions options;
+  options.temperature = 1;
+  options.top_p = 1;
+  CHECK(distance(frequencies(options), probabilities) < 0.04);
+  options.top_k = 2;
+  CHECK(distance(frequencies(options), torch::tensor({0.0, 4 / 7.0, 0.0, 3 / 7.0, 0.0})) < 0.04);
+  options.top_k = 0;
+  options.top_p = 0.71;  // 0.4 + 0.3 is not enough: the third is the one that passes it
+  CHECK(distance(frequencies(options), torch::tensor({0.0, 8 / 17.0, 0.0, 6 / 17.0, 3 / 17.0})) < 0.04);
+  options.top_p = 1;
+  options.temperature = 0.5;
+  CHECK(distance(frequencies(options), probabilities.square() / probabilities.square().sum()) < 0.04);
+
+  auto invalid = [](auto change) {
+    gpt::SamplingOptions bad;
+    change(bad);
+    return error_of([&] { gpt::detail::validate(bad); });
+  };
+  CHECK(contains("max_new_tokens").match(invalid([](auto& bad) { bad.max_new_tokens = 0; })));
+  CHECK(contains("temperature").match(invalid([](auto& bad) { bad.temperature = -1; })));
+  CHECK(contains("top_p").match(invalid([](auto& bad) { bad.top_p = 0; })));
+  CHECK(contains("top_k").match(invalid([](auto& bad) { bad.top_k = -1; })));
+}
+
+TEST_CASE("devices and types are named in words") {
+  CHECK(gpt::parse_device("cpu") == torch::Device(torch::kCPU));
+  CHECK(gpt::parse_device("auto").is_cuda() == torch::cuda::is_available());
+  CHECK(gpt::parse_dtype("float32") == torch::kFloat);
+  CHECK(gpt::parse_dtype("bfloat16") == torch::kBFloat16);
+  CHECK_THROWS_WITH(gpt::parse_dtype("float8"), contains("float32 or bfloat16, got \"float8\""));
+  for (const std::string name : {"gpu", "cuda:", "cuda:x", "cuda:-1", ""}) {
+    CHECK_THROWS_WITH(gpt::parse_device(name), contains("auto, cpu, cuda or cuda:N, got \"" + name + "\""));
+  }
+  if (!torch::cuda::is_available()) {
+    CHECK_THROWS_WITH(gpt::parse_device("cuda:1"), contains("\"cuda:1\" was asked for, but no CUDA device is there"));
+  }
+  CHECK_THROWS_WITH(gpt::parse_device("cuda:99"), contains("\"cuda:99\" was asked for"));
+}
+
+TEST_CASE("ChatML is the concatenation of its turns") {
+  CHECK(gpt::to_chatml({{"system", "Be brief."}, {"user", "Hi!"}}, true) ==
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n");
+  CHECK(gpt::to_chatml({{"user", "Hi!"}}) == "<|im_start|>user\nHi!<|im_end|>\n");
+}

@@ -1,0 +1,102 @@
+# Read by tests/run.sh and examples/finetune_gpt/run.sh, from the project's root: whatever the project needs and this
+# machine lacks. What is there already is used, so a second run has nothing to do.
+#
+#   install_packages    Debian packages, when root; without root their names are printed and the script ends
+#   choose_python       sets $python: a Python with all of $requirements; makes build/venv when there is none
+#   prepare_model       sets $model: the default model as a Hugging Face directory
+#   prepare_text        sets $text: the default text
+#   configure           build/cmake, for LibTorch of that Python
+#   build TARGET...     with two jobs
+#   CMAKE_ARGS          more options for CMake, from the environment
+
+build=build/cmake
+requirements="torch==2.13.0 numpy==2.4.6 peft==0.21.2 transformers==5.23.0 safetensors==0.8.0 tokenizers==0.23.3
+gguf==0.19.0 accelerate==1.15.0"
+
+say() { printf '%s\n' "$*"; }
+fail() { printf '%s\n' "$*" >&2; exit 1; }
+
+# have EVIDENCE: a program on the PATH, or a header in one of the system's folders
+have() {
+  case $1 in
+    *.h | *.hpp) for folder in /usr/include /usr/local/include; do [ ! -e "$folder/$1" ] || return 0; done; return 1 ;;
+    *) command -v "$1" > /dev/null ;;
+  esac
+}
+
+install_packages() {
+  missing=
+  have c++ || missing="$missing g++"
+  have cmake || missing="$missing cmake"
+  have ninja || missing="$missing ninja-build"
+  have pkg-config || missing="$missing pkg-config"
+  have pcre2.h || missing="$missing libpcre2-dev"
+  have nlohmann/json.hpp || missing="$missing nlohmann-json3-dev"
+  have fmt/format.h || missing="$missing libfmt-dev"
+  have CLI/CLI.hpp || missing="$missing libcli11-dev"
+  have catch2/catch.hpp || have catch2/catch_all.hpp || missing="$missing catch2"
+  have bible || missing="$missing bible-kjv"
+  have gnuplot || missing="$missing gnuplot-nox"
+  have clang-format || missing="$missing clang-format"
+  have python3 || missing="$missing python3"
+  # A Debian Python makes virtual environments only with this package; other Pythons bring what it holds.
+  python3 -c 'import venv, ensurepip' 2> /dev/null || missing="$missing python3-venv"
+  [ -n "$missing" ] || return 0
+  [ "$(id -u)" -eq 0 ] || fail "These Debian packages are missing, and installing them takes root: apt-get install$missing"
+  command -v apt-get > /dev/null || fail "These packages are missing, by their Debian names, and there is no apt-get:$missing"
+  say "Installing Debian packages:$missing"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing > build/apt.log 2>&1 ||
+    { tail -n 20 build/apt.log >&2; fail "apt-get could not install them; the whole log is build/apt.log"; }
+}
+
+# lacking PYTHON: those of $requirements that it has not, or has in an older version; fails when it does not run
+lacking() {
+  "$1" - $requirements << 'END'
+import re, sys
+from importlib.metadata import PackageNotFoundError, version
+
+def numbers(text):
+    return [int(part) for part in re.match(r"\d+(\.\d+)*", text).group().split(".")]
+
+def satisfied(requirement):
+    name, wanted = requirement.split("==")
+    try:
+        return numbers(version(name)) >= numbers(wanted)
+    except PackageNotFoundError:
+        return False
+
+print(*[requirement for requirement in sys.argv[1:] if not satisfied(requirement)])
+END
+}
+
+choose_python() {
+  for python in "${LORA_PYTHON:-}" "$PWD/build/venv/bin/python" "$(command -v python3)"; do
+    if [ -n "$python" ] && missing=$(lacking "$python" 2> /dev/null) && [ -z "$missing" ]; then return 0; fi
+  done
+  python=$PWD/build/venv/bin/python
+  "$python" -c 'import pip' 2> /dev/null || python3 -m venv --clear build/venv || fail "python3 could not make build/venv"
+  missing=$(lacking "$python")
+  say "Installing Python packages into build/venv:" $missing
+  "$python" -m pip install --quiet --disable-pip-version-check $missing || fail "pip could not install them"
+}
+
+prepare_model() {
+  model=$PWD/build/models/SmolLM2-135M-Instruct
+  [ -e "$model/config.json" ] || "$python" examples/finetune_gpt/prepare_model.py "$model"
+}
+
+prepare_text() {
+  text=$PWD/build/text/kjv.txt
+  [ -e "$text" ] || sh examples/finetune_gpt/prepare_text.sh "$text"
+}
+
+configure() {
+  cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "-DLORA_PYTHON=$python" ${CMAKE_ARGS:-} \
+    > "$build.log" 2>&1 || { cat "$build.log" >&2; fail "cmake could not configure $build"; }
+  grep -e '-- lora:' "$build.log"
+}
+
+build() { cmake --build "$build" --parallel 2 --target "$@"; }
+
+mkdir -p build
