@@ -12,7 +12,6 @@
 #include <vector>
 
 #include <lora/lora.hpp>
-#include <lora/peft/safetensors.hpp>
 
 #include "data.hpp"
 #include "options.hpp"

@@ -12,7 +12,6 @@
 
 #include <fmt/format.h>
 #include <lora/lora.hpp>
-#include <lora/peft/checkpoint.hpp>
 
 #include "checkpoint.hpp"
 #include "data.hpp"
@@ -31,8 +30,7 @@
 namespace gpt {
 namespace {
 
-constexpr int kBadOptions = 2;
-constexpr int kInterrupted = 130;
+constexpr int kInterrupted = 130;  // as shells report a program that Ctrl-C ended
 
 /// A resumed run is the same run only where the same sum is always rounded in the same way.
 void make_repeatable(torch::Device device, int64_t threads) {
@@ -248,6 +246,7 @@ void print_summary(const Options& options, const Metrics& metrics) {
   if (!problem.empty()) fmt::print("no picture of the loss curves: {}\n", problem);
 }
 
+/// The whole run; returns the exit code of the program.
 int run(const Options& options) {
   const auto device = parse_device(options.device);
   make_repeatable(device, options.threads);
@@ -292,11 +291,6 @@ int run(const Options& options) {
   return 0;
 }
 
-int fail(const std::string& reason, int code) {
-  fmt::print(stderr, "finetune_gpt: {}\n", reason);
-  return code;
-}
-
 }  // namespace
 }  // namespace gpt
 
@@ -305,24 +299,10 @@ int main(int argc, char** argv) {
   CLI::App app("Fine-tunes a Llama or GPT-2 model with adapters, and merges them.", "finetune_gpt");
   gpt::Options options;
   gpt::add_options(app, options);
-  try {
-    app.parse(argc, argv);
+  int code = 0;
+  const int failed = gpt::run_program(app, argc, argv, [&] {
     gpt::check_options(options);
-    gpt::parse_device(options.device);
-  } catch (const CLI::Success& help) {
-    return app.exit(help);
-  } catch (const CLI::Error& error) {
-    return gpt::fail(std::string(error.what()) + " (--help shows all options)", gpt::kBadOptions);
-  } catch (const c10::Error& error) {
-    return gpt::fail(error.what_without_backtrace(), gpt::kBadOptions);
-  }
-  try {
-    return gpt::run(options);
-  } catch (const c10::ValueError& error) {
-    return gpt::fail(error.what_without_backtrace(), gpt::kBadOptions);
-  } catch (const c10::Error& error) {
-    return gpt::fail(error.what_without_backtrace(), 1);
-  } catch (const std::exception& error) {
-    return gpt::fail(error.what(), 1);
-  }
+    code = gpt::run(options);
+  });
+  return failed != 0 ? failed : code;
 }

@@ -1,18 +1,17 @@
 #!/bin/sh
 # sh examples/finetune_gpt/run.sh [OPTION...]: sets up whatever is missing, builds the program and fine-tunes a model.
 # The options are those of finetune_gpt; --help lists them. Without --model it is SmolLM2-135M-Instruct, without --text
-# or --jsonl the text is the King James Bible, without --out the results go to build/finetune_gpt, anew each time.
+# or --jsonl the text is the King James Bible, without --out the results go to build/finetune_gpt.
 set -eu
 here=$PWD
 cd "$(dirname "$0")/../.."
 
-needs_model=yes needs_text=yes needs_out=yes only_help=no resumes=no
+needs_model=yes needs_text=yes needs_out=yes only_help=no
 for option in "$@"; do
   case $option in
     --model | --model=*) needs_model=no ;;
     --text | --text=* | --jsonl | --jsonl=*) needs_text=no ;;
     --out | --out=*) needs_out=no ;;
-    --resume) resumes=yes ;;
     -h | --help) only_help=yes ;;
   esac
 done
@@ -35,7 +34,6 @@ if [ "$needs_text" = yes ]; then
 fi
 if [ "$needs_out" = yes ]; then
   set -- "$@" --out "$PWD/build/finetune_gpt"
-  [ "$resumes" = yes ] || set -- "$@" --overwrite
 fi
 cd "$here"
 exec "$program" "$@"

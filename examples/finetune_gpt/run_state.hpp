@@ -19,7 +19,6 @@
 
 #include <fmt/format.h>
 #include <lora/lora.hpp>
-#include <lora/peft/safetensors.hpp>
 
 namespace gpt {
 

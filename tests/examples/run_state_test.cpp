@@ -6,8 +6,6 @@
 #include <fstream>
 
 #include <lora/lora.hpp>
-#include <lora/peft/checkpoint.hpp>
-#include <lora/peft/safetensors.hpp>
 
 #include "data.hpp"
 #include "run_state.hpp"
