@@ -4,7 +4,9 @@
 #include <fstream>
 #include <sstream>
 
+#include <lora/attach.hpp>
 #include <nlohmann/json.hpp>
+#include <support/models.hpp>
 
 #include "checkpoint.hpp"
 #include "common.hpp"
@@ -224,6 +226,26 @@ TEST_CASE("GPT-2's projections are transposed views of the mapped file") {
 
   // Mapped, not copied: a copy would own memory that can be resized.
   for (const auto& item : parameters) CHECK(!item->storage().resizable());
+}
+
+TEST_CASE("every adapter tensor on GPT-2's c_attn gets its gradient: in all rows of q, k and v, in every layer") {
+  ModelFolder folder(kGPT2Json);
+  auto model = folder.load();
+  model->to(torch::kDouble);
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(6).target_modules({"c_attn"}));
+  testing::randomize(adapters.parameters());
+  const auto ids = random_ids(2, 9);
+  auto loss = [&] {
+    auto active = adapters.activate();
+    return torch::log_softmax(model->forward(ids), -1).sin().mean();
+  };
+  CHECK(testing::gradient_error(loss, adapters.parameters()) < 1e-8);
+  loss().backward();
+  REQUIRE(adapters.parameters().size() == 2 * 2);
+  for (const auto& item : adapters.named_parameters()) {
+    INFO(item.key());
+    CHECK(item->grad().abs().amax(1).min().item<double>() > 1e-9);  // no row without a gradient
+  }
 }
 
 TEST_CASE("torch::save writes what forward uses") {
