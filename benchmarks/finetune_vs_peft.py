@@ -84,7 +84,7 @@ def main():
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
         ours, peft, agree = measure(options, out)
-    print(f"\n{'':<28} {'here':>9} {'':<4} {'peft':>9} {'':<4} {'ratio':>7}   ({options.threads} threads)")
+    print(f"\n{'':<28} {'here':>9} {'':<4} {'peft':>9} {'':<4} {'ratio':>7}   (threads: {options.threads})")
     print(table_row("median time of a step", ours[0], peft[0], "s"))
     print(table_row("peak memory of the process", ours[1] / GIBIBYTE, peft[1] / GIBIBYTE, "GiB"))
     return int(not agree)
