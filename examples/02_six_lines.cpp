@@ -59,4 +59,5 @@ int main() {
   adapters.merge_and_unload();             // lora
   fmt::print("merged, a plain model: {:5.1f} % on the old line, {:5.1f} % on the new one\n",
              100 * accuracy(model, before), 100 * accuracy(model, after));
+  return accuracy(model, after) > 0.97 ? 0 : 1;
 }
