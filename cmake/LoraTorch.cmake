@@ -10,11 +10,11 @@
 # that it likes, although compiling and linking need none. So for a CUDA build a trial decides, once and in a project
 # of its own; where it fails, `torch` is an imported target of ours with the same libraries.
 #
-# Result: the target `torch`, LORA_TORCH_PREFIX (the folder with include/ and lib/) and one line that says what was found;
-# or LORA_TORCH_ERROR, a text that says what was tried and what to do.
+# Result: the target `torch`, LORA_TORCH_PREFIX (the folder with include/ and lib/), LORA_TORCH_STANDARD (the C++ that its
+# headers need) and one line that says what was found; or LORA_TORCH_ERROR, which says what was tried and what to do.
 
 set(LORA_PYTHON "" CACHE FILEPATH "Python whose package torch is used where find_package(Torch) finds none")
-set(LORA_TORCH_OLDEST 2.2)  # std::optional in its interface and C++17; 2.13 and 2.14 are the ones that were tested
+set(LORA_TORCH_OLDEST 2.2)  # the first with std::optional in its interface; 2.13 and 2.14 were tested
 
 # The version that the headers under `prefix` state, or "unknown".
 function(lora_torch_version prefix result)
@@ -30,6 +30,19 @@ function(lora_torch_version prefix result)
     set(version unknown)
   endif()
   set(${result} "${version}" PARENT_SCOPE)
+endfunction()
+
+# The C++ standard that the headers under `prefix` ask for: 17, from LibTorch 2.14 on 20.
+function(lora_torch_standard prefix result)
+  set(standard 17)
+  set(header "${prefix}/include/torch/csrc/api/include/torch/all.h")
+  if(EXISTS "${header}")
+    file(STRINGS "${header}" line REGEX "C\\+\\+[0-9]+ or later")
+    if(line MATCHES "C\\+\\+([0-9]+) or later" AND CMAKE_MATCH_1 GREATER standard)
+      set(standard "${CMAKE_MATCH_1}")
+    endif()
+  endif()
+  set(${result} "${standard}" PARENT_SCOPE)
 endfunction()
 
 # The folder of the TorchConfig.cmake that find_package(Torch) would read, or "". No version satisfies the request, so
@@ -187,9 +200,18 @@ ${LORA_TORCH_PYTHONS}). Set LORA_PYTHON to a Python that has torch, or CMAKE_PRE
   endif()
 endif()
 
+# TorchConfig.cmake does not pass on what standard the headers need.
+lora_torch_standard("${LORA_TORCH_PREFIX}" LORA_TORCH_STANDARD)
+get_target_property(lora_torch_target torch ALIASED_TARGET)
+if(NOT lora_torch_target)
+  set(lora_torch_target torch)
+endif()
+set_property(TARGET ${lora_torch_target} APPEND PROPERTY INTERFACE_COMPILE_FEATURES cxx_std_${LORA_TORCH_STANDARD})
+
 lora_torch_version("${LORA_TORCH_PREFIX}" LORA_TORCH_VERSION)
 set(lora_torch_device CPU)
 if(EXISTS "${LORA_TORCH_PREFIX}/lib/libtorch_cuda.so")
   set(lora_torch_device CUDA)
 endif()
-message(STATUS "lora: LibTorch ${LORA_TORCH_VERSION} (${lora_torch_device}) in ${LORA_TORCH_PREFIX}, by ${lora_torch_how}")
+message(STATUS
+  "lora: LibTorch ${LORA_TORCH_VERSION} (${lora_torch_device}, C++${LORA_TORCH_STANDARD}) in ${LORA_TORCH_PREFIX}, by ${lora_torch_how}")

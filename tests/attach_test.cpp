@@ -165,11 +165,12 @@ TEST_CASE("A model that is moved to another type after attaching is followed") {
   torch::manual_seed(0);
   testing::Stack model(1);
   auto x = torch::randn({2, 8}, testing::device());
+  auto base = model->forward(x);
   auto adapters = lora::attach(*model, kQueries);
   testing::randomize(adapters.parameters());
   auto expected = by_hand(model, adapters, x);
   model->to(torch::kBFloat16);
   auto active = adapters.activate();
   CHECK(testing::distance(model->forward(x.to(torch::kBFloat16)), expected) < 0.1);
-  CHECK(testing::distance(expected, model->forward(x.to(torch::kBFloat16)).zero_()) > 0.3);
+  CHECK(testing::distance(expected, base) > 0.2);
 }

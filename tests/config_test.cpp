@@ -91,9 +91,9 @@ TEST_CASE("What matches nothing is an error that names it, the nearest names and
   CHECK_THAT(error(config), testing::contains(text));
 }
 
-TEST_CASE("Two layers with one weight cannot both be adapted") {
+TEST_CASE("Of two layers with one weight neither can be adapted alone, since their products look the same") {
   torch::nn::Sequential model(torch::nn::Linear(4, 4), torch::nn::Linear(4, 4));
   model->ptr(1)->as<torch::nn::Linear>()->weight = model->ptr(0)->as<torch::nn::Linear>()->weight;
-  CHECK_THROWS_WITH(lora::attach(*model, LoRAConfig(2).target_modules({"0", "1"})),
+  CHECK_THROWS_WITH(lora::attach(*model, LoRAConfig(2).target_modules({"0"})),
                     testing::contains("\"0\" and \"1\" share one weight"));
 }

@@ -40,7 +40,7 @@ CMAKE_ARGS="$hidden -DLORA_BUILD_TESTS=OFF -DLORA_BUILD_BENCHMARKS=OFF ${CMAKE_A
 configure
 expect "find_package(Torch) stops here for want of the toolkit" \
   grep -q 'cannot find the CUDA' "$build/lora_try_torch/log"
-expect "so the targets are lora's own" grep -q "(CUDA).*targets of lora's own" "$build.log"
+expect "so the targets are lora's own" grep -q "(CUDA.*targets of lora's own" "$build.log"
 build finetune_gpt
 
 program=$build/programs/finetune_gpt

@@ -28,12 +28,14 @@ struct AdapterPlan {
 
   /// Gives every tensor its first values.
   void initialize() {
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     for (auto& layer : layers) layer.method->initialize(layer.target.site->pristine(layer.target.slot));
   }
 };
 
 /// The adapters of one model under their names. The model is not changed: its layers stay stock torch::nn layers, its
-/// parameters are frozen while there is an adapter, and outside a scope of `activate` it is the base model, bit by bit.
+/// parameters are frozen while there is an adapter, and outside a scope of `activate` it is the base model, bit by bit,
+/// unless it is merged.
 ///
 ///   auto adapters = lora::attach(*model, lora::LoRAConfig(8).alpha(16).target_modules({"q_proj", "v_proj"}));
 ///   torch::optim::AdamW optimizer(adapters.parameters());
@@ -41,7 +43,8 @@ struct AdapterPlan {
 ///   adapters.merge();
 ///
 /// Layers stay alive as long as their adapters. Destroying an `Adapters` leaves the model as it is: frozen, and merged
-/// if it was merged; `detach` gives it back. Errors: c10::Error that names what was asked for and what there is;
+/// if it was merged; `detach` gives it back. Several `Adapters` of one model are detached in the reverse order of their
+/// first `add`. Errors: c10::Error that names what was asked for and what there is;
 /// nothing is changed when one is thrown.
 class Adapters {
  public:
@@ -51,8 +54,8 @@ class Adapters {
   Adapters(Adapters&&) = default;
   Adapters& operator=(Adapters&&) = default;
 
-  /// Adds an adapter and freezes the model's parameters. The tensors are those of a float layer even for a model in
-  /// half precision. Throws when a part of the configuration matches nothing in the model.
+  /// Adds an adapter; the first one freezes the model's parameters. The tensors are those of a float layer even for a
+  /// model in half precision. Throws when a part of the configuration matches nothing in the model.
   void add(const std::string& name, const LoRAConfig& config) {
     auto planned = plan(config);
     planned.initialize();
@@ -75,6 +78,9 @@ class Adapters {
     TORCH_CHECK(!held_ || !alive_.expired(), "lora::Adapters: the model was destroyed before its adapters");
     AdapterPlan plan{config, {}};
     for (auto& selected : detail::Selection(*model_, config).run()) {
+      for (const auto& layer : layers_) {  // whose site knows what is merged
+        if (layer->target.name == selected.target.name) selected.target = layer->target;
+      }
       const auto& weight = selected.target.slot.read();
       const auto options = weight.options().dtype(adapter_dtype(weight.scalar_type())).requires_grad(false);
       const auto& site = *selected.target.site;
@@ -98,7 +104,7 @@ class Adapters {
     return names;
   }
 
-  /// The adapted layers in the order of the model.
+  /// The adapted layers in the order in which they were first adapted, which for one adapter is that of the model.
   const std::vector<std::shared_ptr<AdaptedLayer>>& layers() const { return layers_; }
 
   /// The trainable tensors of all adapters, or of one, by the name of their layer and their own: "fc2.lora_B". With
@@ -138,9 +144,13 @@ class Adapters {
     return method(adapter, layer).delta(target.site->pristine(target.slot));
   }
 
-  /// Forward passes on this thread use the adapter until the returned scope ends. Without a name: the only adapter.
+  /// Forward passes on this thread use the adapter until the returned scope ends. Without a name: the only adapter. One
+  /// that is merged is in the weights already and is not added again; while another one is merged it is an error.
   Activation activate() const { return activate(only()); }
   Activation activate(const std::string& adapter) const {
+    TORCH_CHECK(!is_merged() || merged_ == adapter, "lora::activate: \"", merged_,
+                "\" is merged, and the two would add up; unmerge it first");
+    check_devices(known(adapter));
     return Activation(identity_.get(), layers_of(known(adapter)), {adapter});
   }
 
@@ -149,7 +159,8 @@ class Adapters {
   void merge() { merge(only()); }
   void merge(const std::string& adapter) {
     TORCH_CHECK(!is_merged(), "lora::merge: the adapter \"", merged_, "\" is merged already; unmerge it first");
-    detail::merge(targets_of(known(adapter)), {adapter});
+    check_devices(known(adapter));
+    detail::merge(targets_of(adapter), {adapter});
     merged_ = adapter;
   }
 
@@ -168,7 +179,8 @@ class Adapters {
   void merge_and_unload(const std::string& adapter) {
     TORCH_CHECK(!is_merged() || merged_ == adapter, "lora::merge: the adapter \"", merged_,
                 "\" is merged already; unmerge it first");
-    const auto targets = targets_of(known(adapter));
+    check_devices(known(adapter));
+    const auto targets = targets_of(adapter);
     if (!is_merged()) detail::check_mergeable(targets, {adapter});
     thaw();  // first, since merged tensors take over whether the weights they replace are trainable
     if (is_merged()) {
@@ -288,6 +300,19 @@ class Adapters {
     std::vector<Target> targets;
     for (const auto& layer : layers_of(adapter)) targets.push_back(layer->target);
     return targets;
+  }
+
+  /// An adapter is made where its weight is; a model that is moved later leaves it behind.
+  void check_devices(const std::string& adapter) const {
+    for (const auto& layer : layers_of(adapter)) {
+      const auto device = layer->target.slot.read().device();
+      for (const auto& item : layer->target.site->at(adapter).tensors()) {
+        TORCH_CHECK(item.tensor->device() == device,
+                    "lora::Adapters: the model was moved after it was adapted: ", layer->target.name, " is on ", device,
+                    ", its ", item.name, " on ", item.tensor->device(),
+                    "; move the model first, then attach or load the adapter");
+      }
+    }
   }
 
   static Report::Layer row(const AdaptedLayer& layer, AnyMethod& method) {

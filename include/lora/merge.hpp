@@ -59,6 +59,8 @@ class MergeGuard {
       if (mergeable_.is_merged()) mergeable_.unmerge();
     } catch (const c10::Error& error) {  // a destructor must not throw
       TORCH_WARN(error.what_without_backtrace());
+    } catch (...) {
+      TORCH_WARN("lora::MergeGuard: unmerging failed; the model is still merged");
     }
   }
   MergeGuard(const MergeGuard&) = delete;

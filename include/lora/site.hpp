@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linear.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/api/include/torch/ordered_dict.h>
 
 #include <lora/detail/registry.hpp>
@@ -65,6 +66,7 @@ class Site {
   at::Tensor merged_weight(const at::Tensor& weight, const std::vector<std::string>& adapters,
                            const std::string& layer) const {
     at::NoGradGuard no_grad;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto sum = weight.to(adapter_dtype(weight.scalar_type()));
     for (const auto& adapter : adapters) {
       if (!contains(adapter)) continue;

@@ -4,6 +4,8 @@
 
 #include <lora/attach.hpp>
 
+#include <ATen/autocast_mode.h>
+
 #include <set>
 
 namespace {
@@ -95,11 +97,54 @@ TEST_CASE("Every method: the gradient of the input is right, every tensor gets o
   }
 }
 
+TEST_CASE("Every method: dropout acts in training mode, and only there") {
+  Fixture f(any_method(), torch::kFloat);
+  lora::Adapters dropping(*f.model);
+  auto config = f.adapters->config("default");
+  dropping.add("dropping", config.dropout(0.5));
+  testing::randomize(dropping.parameters(), 0.3);
+  auto active = dropping.activate();
+  CHECK_FALSE(torch::equal(f.model->forward(f.x), f.model->forward(f.x)));
+  f.model->eval();
+  CHECK(torch::equal(f.model->forward(f.x), f.model->forward(f.x)));
+}
+
+TEST_CASE("Every method: merging under autocast is computed in float all the same") {
+  Fixture f(any_method(), torch::kFloat);
+  auto expected = f.layer().weight + f.adapters->delta("default", "fc");
+  at::autocast::set_autocast_enabled(testing::device().type(), true);
+  f.adapters->merge();
+  at::autocast::set_autocast_enabled(testing::device().type(), false);
+  CHECK(torch::equal(f.layer().weight, expected));
+}
+
+TEST_CASE("Every method: a row of zeros in the weight does no harm") {
+  Fixture f(any_method(), torch::kFloat);
+  f.layer().weight.detach()[1].zero_();
+  lora::Adapters fresh(*f.model);
+  fresh.add("fresh", f.adapters->config("default"));
+  auto base = f.model->forward(f.x);
+  auto active = fresh.activate();
+  CHECK(testing::distance(f.model->forward(f.x), base) < 1e-5);
+}
+
+TEST_CASE("Every method: added while another adapter is merged, it starts from the weight without that one") {
+  Fixture f(any_method(), torch::kFloat);
+  auto base = f.model->forward(f.x);
+  f.adapters->merge();
+  f.adapters->add("late", f.adapters->config("default"));
+  CHECK_THROWS_WITH(f.adapters->activate("late"), testing::contains("\"default\" is merged"));
+  f.adapters->unmerge();
+  auto active = f.adapters->activate("late");
+  CHECK(testing::distance(f.model->forward(f.x), base) < 1e-5);
+}
+
 TEST_CASE("Every method starts as the frozen layer") {
   Fixture f(any_method(), torch::kFloat);
   lora::Adapters fresh(*f.model);
   fresh.add("fresh", f.adapters->config("default"));
+  auto base = f.model->forward(f.x);
   auto active = fresh.activate();
-  CHECK(testing::distance(f.model->forward(f.x), f.layer().forward(f.x)) < 1e-5);
+  CHECK(testing::distance(f.model->forward(f.x), base) < 1e-5);
   CHECK(testing::distance(fresh.delta("fresh", "fc"), torch::zeros({4, 5})) < 1e-6);
 }

@@ -90,6 +90,15 @@ TEST_CASE("Saving and loading keeps the layer frozen and its output the same") {
   CHECK(lora::trainable_parameters(*loaded).size() == 2);
 }
 
+TEST_CASE("A merged layer is not saved, for its update would be added again on loading") {
+  testing::TemporaryFolder folder;
+  auto layer = make_layer();
+  torch::save(layer, (folder / "layer.pt").string());
+  layer->merge();
+  CHECK_THROWS_WITH(torch::save(layer, (folder / "merged.pt").string()), testing::contains("unmerge it first"));
+  CHECK_THROWS_WITH(torch::load(layer, (folder / "layer.pt").string()), testing::contains("unmerge it first"));
+}
+
 TEST_CASE("A layer moved to another type computes in it, also between merge and unmerge") {
   auto layer = make_layer();
   auto x = torch::randn({2, 5, 4});

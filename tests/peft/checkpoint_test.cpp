@@ -90,7 +90,7 @@ TEST_CASE("an adapter survives its directory", "[peft_checkpoint]") {
   auto loaded = load_adapter(*again, folder / "new" / "adapter");
   CHECK(loaded.names() == std::vector<std::string>{"default"});
   CHECK(loaded.scaling("fc1") == 3);
-  CHECK(loaded.scaling("fc2") == Approx(8.0 / 3));
+  CHECK(loaded.scaling("fc2") == testing::Approx(8.0 / 3));
   CHECK(torch::equal(adapted_output(again, loaded), expected));
   CHECK(testing::distance(again->forward(torch::ones({1, 8}, testing::device())),
                           model->forward(torch::ones({1, 8}, testing::device()))) == 0);
@@ -192,7 +192,7 @@ TEST_CASE("load_adapter changes nothing when something is wrong", "[peft_checkpo
   }
   SECTION("a pattern that does not agree with the tensors") {
     edit(config, "\"fc2\": 3", "\"fc2\": 4");
-    fails("not of the shape that rank and layer give: \"" + key + "\" is [3, 16], not [4, 16]");
+    fails("not of the shape or type that rank and layer give: \"" + key + "\" is [3, 16], not [4, 16]");
   }
   SECTION("a tensor of whole numbers") {
     tensors[key] = torch::ones({3, 16}, torch::kLong);

@@ -41,7 +41,9 @@ class ProductHandler {
 /// The weights of one scope, found by the memory they lie in.
 class WeightTable {
  public:
-  void add(const at::Tensor& weight, ProductHandler& handler) { entries_[key(weight)].push_back({weight, &handler}); }
+  void add(const at::Tensor& weight, ProductHandler& handler) {
+    entries_[key(weight)].push_back({weight, weight.storage(), &handler});
+  }
 
   struct Match {
     ProductHandler* handler;
@@ -53,7 +55,8 @@ class WeightTable {
                             int64_t column_stride) const {
     const auto found = entries_.find(key(operand));
     if (found == entries_.end()) return std::nullopt;
-    for (const auto& [weight, handler] : found->second) {
+    for (const auto& [weight, storage, handler] : found->second) {
+      if (!weight.is_alias_of(operand)) continue;  // moved elsewhere since the scope opened
       if (weight.size(1) != columns || weight.stride(0) != row_stride || weight.stride(1) != column_stride) continue;
       const auto offset = operand.storage_offset() - weight.storage_offset();
       if (offset < 0 || offset % row_stride != 0 || offset / row_stride + rows > weight.size(0)) continue;
@@ -65,6 +68,7 @@ class WeightTable {
  private:
   struct Entry {
     at::Tensor weight;
+    c10::Storage storage;  // kept alive, so that no other tensor gets its address while the table lives
     ProductHandler* handler;
   };
 
@@ -82,7 +86,7 @@ struct ActiveTable {
   const WeightTable* table;
 };
 
-inline std::vector<ActiveTable>& active_tables() {
+__attribute__((visibility("default"))) inline std::vector<ActiveTable>& active_tables() {
   thread_local std::vector<ActiveTable> tables;
   return tables;
 }
@@ -124,8 +128,9 @@ inline at::Tensor matmul_kernel(const at::Tensor& x, const at::Tensor& matrix) {
 }
 
 /// Registers the kernels once in the process. Only one fallback may be registered for a key, so it is done when the
-/// first scope opens, not when a shared library is loaded.
-inline void register_kernels() {
+/// first scope opens, not when a shared library is loaded; and it is visible, so that libraries with hidden symbols
+/// share it.
+__attribute__((visibility("default"))) inline void register_kernels() {
   static const auto libraries = [] {
     std::vector<torch::Library> made;
     made.emplace_back(torch::Library::IMPL, "_", kInterceptionKey, __FILE__, __LINE__);
@@ -139,13 +144,19 @@ inline void register_kernels() {
   (void)libraries;
 }
 
-/// Makes a table active on this thread while it lives, and leaves the thread as it found it.
+/// Makes a table active on this thread while it lives, and leaves the thread as it found it. Scopes end on the thread
+/// they began on, in reverse order.
 class Interception {
  public:
-  Interception(const void* owner, const WeightTable& table) : include_(registered_key()) {
+  Interception(const void* owner, const WeightTable& table) : include_(registered_key()), table_(&table) {
     active_tables().push_back({owner, &table});
   }
-  ~Interception() { active_tables().pop_back(); }
+  ~Interception() {
+    auto& tables = active_tables();
+    const auto is_own = [&](const ActiveTable& active) { return active.table == table_; };
+    const auto own = std::find_if(tables.rbegin(), tables.rend(), is_own);
+    if (own != tables.rend()) tables.erase(std::next(own).base());
+  }
   Interception(const Interception&) = delete;
   Interception& operator=(const Interception&) = delete;
 
@@ -156,6 +167,7 @@ class Interception {
   }
 
   c10::impl::IncludeDispatchKeyGuard include_;
+  const WeightTable* table_;
 };
 
 }  // namespace lora::detail

@@ -45,8 +45,8 @@ Json parse_json(const std::filesystem::path& path, std::string_view text) {
   if (text.find('\0') != text.npos) throw CheckpointError(path, "is not valid JSON: it contains a zero byte");
   try {
     return Json::parse(text, JsonRules<Json>(path));
-  } catch (const nlohmann::json::parse_error& error) {
-    const std::string what = error.what();  // "[json.exception.parse_error.101] parse error at ..."
+  } catch (const nlohmann::json::exception& error) {  // a syntax error, or a number that fits no type
+    const std::string what = error.what();            // "[json.exception.parse_error.101] parse error at ..."
     throw CheckpointError(path, "is not valid JSON: ", what.substr(what.find(' ') + 1));
   }
 }

@@ -27,15 +27,22 @@ inline std::vector<NamedModule> modules_of(const torch::nn::Module& model) {
   return modules;
 }
 
+/// The regular expressions of rank_pattern or alpha_pattern.
+template <class T>
+std::vector<std::regex> compile_patterns(const std::vector<std::pair<std::string, T>>& patterns) {
+  std::vector<std::regex> expressions;
+  for (const auto& item : patterns) expressions.push_back(compile("(.*\\.)?(" + item.first + ")", item.first));
+  return expressions;
+}
+
 /// The value of the first pattern that matches `name`, tried as `(.*\.)?(pattern)` on the whole name, else `otherwise`.
 /// Marks in `used` every pattern that matches.
 template <class T>
-T pattern_value(const std::vector<std::pair<std::string, T>>& patterns, const std::string& name, T otherwise,
-                std::vector<bool>& used) {
+T pattern_value(const std::vector<std::pair<std::string, T>>& patterns, const std::vector<std::regex>& expressions,
+                const std::string& name, T otherwise, std::vector<bool>& used) {
   std::optional<T> value;
   for (size_t i = 0; i < patterns.size(); ++i) {
-    const auto expression = compile("(.*\\.)?(" + patterns[i].first + ")", patterns[i].first);
-    if (!std::regex_match(name, expression)) continue;
+    if (!std::regex_match(name, expressions[i])) continue;
     used[i] = true;
     if (!value) value = patterns[i].second;
   }
@@ -52,7 +59,10 @@ class Selection {
 
   Selection(const torch::nn::Module& model, const LoRAConfig& config) : config_(config), modules_(modules_of(model)) {
     for (const auto& item : modules_) {
-      for (const auto& target : adaptable_weights(item.name, item.module)) adaptable_.push_back(target.name);
+      for (auto& target : adaptable_weights(item.name, item.module)) {
+        adaptable_.push_back(target.name);
+        all_.push_back(std::move(target));
+      }
     }
   }
 
@@ -138,36 +148,43 @@ class Selection {
                 ", which has no weight that can be adapted; name layers inside it instead. Here are ",
                 list(adaptable_));
     for (auto& target : found) {
-      if (taken_.insert(target.name).second) targets_.push_back(std::move(target));
+      const bool excluded = target.name != item.name && is_excluded(target.name);  // one that comes with its parent
+      if (!excluded && taken_.insert(target.name).second) targets_.push_back(std::move(target));
     }
   }
 
   void check_entries() const {
     const auto& targets = config_.target_modules();
     if (const auto* names = targets.names()) {
-      for (const auto& entry : *names)
-        check_matched(matched_targets_.count(entry) > 0, entry, "module", "target_modules");
+      for (const auto& entry : *names) check_matched(matched_targets_.count(entry) > 0, entry, kTargetModules);
     }
     for (auto layer : config_.layers_to_transform()) {
       TORCH_CHECK(present_layers_.count(layer) > 0, "lora::attach: layers_to_transform names layer ", layer,
-                  ", but no target has that number; the numbers here are ", numbers());
+                  ", but no target has that number",
+                  config_.layers_pattern().empty() ? "" : " in the lists of layers_pattern", "; the numbers here are ",
+                  numbers());
     }
     TORCH_CHECK(!targets_.empty(), "lora::attach: ", nothing_left());
     if (const auto* regex = config_.exclude_modules().pattern()) {
-      check_matched(matched_excludes_.count(regex->pattern) > 0, regex->pattern, "target", "exclude_modules");
+      check_matched(matched_excludes_.count(regex->pattern) > 0, regex->pattern, "exclude_modules");
     } else {
       for (const auto& entry : *config_.exclude_modules().names()) {
-        check_matched(matched_excludes_.count(entry) > 0, entry, "target", "exclude_modules");
+        check_matched(matched_excludes_.count(entry) > 0, entry, "exclude_modules");
       }
     }
   }
 
-  void check_matched(bool matched, const std::string& entry, const char* what, const char* option) const {
-    TORCH_CHECK(matched, "lora::attach: no ", what, " matches \"", entry, "\" of ", option, ";",
-                did_you_mean(entry, candidates()), " Layers that can be adapted here: ", list(adaptable_));
+  void check_matched(bool matched, const std::string& entry, const char* option) const {
+    const bool of_all = option == kTargetModules;  // every other option picks among the targets
+    const auto names = of_all ? adaptable_ : names_of(targets_);
+    TORCH_CHECK(matched, "lora::attach: no ", of_all ? "module" : "target", " matches \"", entry, "\" of ", option, ";",
+                did_you_mean(entry, with_last_parts(names)),
+                of_all ? " Layers that can be adapted here: " : " The targets here: ", list(names));
   }
 
   std::string nothing_left() const {
+    if (adaptable_.empty())
+      return "the model has no layer inside that can be adapted (the model itself does not count)";
     if (const auto* regex = config_.target_modules().pattern(); regex != nullptr && matched_excludes_.empty()) {
       return "no module matches the regular expression \"" + regex->pattern +
              "\" of target_modules (it has to match a whole name). Layers that can be adapted here: " +
@@ -177,24 +194,35 @@ class Selection {
            list(adaptable_);
   }
 
-  /// Two layers whose products cannot be told apart.
+  /// Products are known by the memory of their weight, so those of two layers with one weight cannot be told apart.
   void check_shared_weights() const {
-    for (size_t i = 0; i < targets_.size(); ++i) {
-      for (size_t j = 0; j < i; ++j) {
-        TORCH_CHECK(!targets_[i].slot.read().is_same(targets_[j].slot.read()), "lora::attach: \"", targets_[j].name,
-                    "\" and \"", targets_[i].name, "\" share one weight, so their adapters could not be told apart; ",
-                    "exclude one of them");
+    for (const auto& target : targets_) {
+      for (const auto& other : all_) {
+        const auto &mine = target.slot.read(), &theirs = other.slot.read();
+        const bool shared = other.name != target.name && mine.is_alias_of(theirs) && mine.stride(0) != 0 &&
+                            mine.storage_offset() == theirs.storage_offset();
+        TORCH_CHECK(!shared, "lora::attach: \"", target.name, "\" and \"", other.name,
+                    "\" share one weight, so products of one cannot be told from those of the other; ",
+                    "give one of them a copy of it first");
       }
     }
   }
 
+  static std::vector<std::string> names_of(const std::vector<Target>& targets) {
+    std::vector<std::string> names;
+    for (const auto& target : targets) names.push_back(target.name);
+    return names;
+  }
+
   std::vector<Layer> with_options() {
     std::vector<bool> ranks(config_.rank_pattern().size()), alphas(config_.alpha_pattern().size());
+    const auto rank_expressions = compile_patterns(config_.rank_pattern());
+    const auto alpha_expressions = compile_patterns(config_.alpha_pattern());
     std::vector<Layer> layers;
     for (auto& target : targets_) {
       LoRAOptions options(config_);
-      options.rank(pattern_value(config_.rank_pattern(), target.name, config_.rank(), ranks));
-      options.alpha(pattern_value(config_.alpha_pattern(), target.name, config_.alpha(), alphas));
+      options.rank(pattern_value(config_.rank_pattern(), rank_expressions, target.name, config_.rank(), ranks));
+      options.alpha(pattern_value(config_.alpha_pattern(), alpha_expressions, target.name, config_.alpha(), alphas));
       options.validate("lora::LoRAConfig");
       layers.push_back({target, options});
     }
@@ -206,13 +234,12 @@ class Selection {
   template <class T>
   void check_patterns(const std::vector<std::pair<std::string, T>>& patterns, const std::vector<bool>& used,
                       const char* option) const {
-    for (size_t i = 0; i < patterns.size(); ++i) check_matched(used[i], patterns[i].first, "target", option);
+    for (size_t i = 0; i < patterns.size(); ++i) check_matched(used[i], patterns[i].first, option);
   }
 
-  /// What a mistyped entry may have meant: the names of the adaptable layers and their last parts.
-  std::vector<std::string> candidates() const {
-    auto names = adaptable_;
-    for (const auto& name : adaptable_) names.push_back(name.substr(name.rfind('.') + 1));
+  /// What a mistyped entry may have meant: the names and their last parts.
+  static std::vector<std::string> with_last_parts(std::vector<std::string> names) {
+    for (size_t i = 0, size = names.size(); i < size; ++i) names.push_back(names[i].substr(names[i].rfind('.') + 1));
     return names;
   }
 
@@ -227,10 +254,12 @@ class Selection {
     return *target_regex_;
   }
 
+  static constexpr const char* kTargetModules = "target_modules";
+
   LoRAConfig config_;
   std::vector<NamedModule> modules_;
-  std::vector<std::string> adaptable_;
-  std::vector<Target> targets_;
+  std::vector<std::string> adaptable_;  // names of all_
+  std::vector<Target> all_, targets_;
   std::set<std::string> taken_, matched_targets_, matched_excludes_;
   std::set<int64_t> present_layers_;
   std::optional<std::regex> target_regex_;

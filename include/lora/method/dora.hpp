@@ -5,6 +5,8 @@
 
 #include <lora/method/low_rank.hpp>
 
+#include <limits>
+
 namespace lora {
 
 /// Weight-decomposed low-rank adaptation: a magnitude for each output, and a direction that LoRA moves.
@@ -56,15 +58,19 @@ struct DoRA : LowRank {
   at::Tensor lora_magnitude_vector;  // m (out)
 
  private:
-  /// W + s B A, in the adapter's type.
+  /// W + s B A, in float at least.
   at::Tensor moved(const at::Tensor& weight) const {
-    return at::addmm(weight.to(lora_A.scalar_type()), lora_B, lora_A, /*beta=*/1, scaling);
+    const auto type = adapter_dtype(lora_A.scalar_type());
+    return at::addmm(weight.to(type), lora_B.to(type), lora_A.to(type), /*beta=*/1, scaling);
   }
 
   static at::Tensor row_norms(const at::Tensor& direction) { return at::norm(direction, 2, {1}); }
 
   /// m / ||W + s B A||, the norm a constant for the gradient. (out)
-  at::Tensor gain(const at::Tensor& direction) const { return lora_magnitude_vector / row_norms(direction.detach()); }
+  /// A row of zeros, whose m starts at zero, has the gain 0 and not 0 / 0.
+  at::Tensor gain(const at::Tensor& direction) const {
+    return lora_magnitude_vector / row_norms(direction.detach()).clamp_min(std::numeric_limits<float>::min());
+  }
 };
 
 }  // namespace lora

@@ -44,7 +44,10 @@ struct LowRank {
     lora_B.zero_();
   }
 
-  at::Tensor delta(const at::Tensor& /*weight*/) const { return at::matmul(lora_B, lora_A).mul(scaling); }
+  at::Tensor delta(const at::Tensor& /*weight*/) const {
+    const auto type = adapter_dtype(lora_A.scalar_type());
+    return at::matmul(lora_B.to(type), lora_A.to(type)).mul(scaling);
+  }
 
   at::Tensor forward(const FrozenProduct& product) const { return add_update(product.output, dropped(product)); }
 

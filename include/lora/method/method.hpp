@@ -19,7 +19,7 @@
 //   LoRAOptions options;  double scaling;             both set before any of the following is called
 //   void allocate(int64_t out, int64_t in, at::TensorOptions);   gives the tensors their shapes, without values
 //   void initialize(const at::Tensor& weight);        gives them their first values; the layer starts as the frozen one
-//   at::Tensor delta(const at::Tensor& weight) const; W' - W, (out, in), differentiable, in the type of its tensors
+//   at::Tensor delta(const at::Tensor& weight) const; W' - W, (out, in), differentiable, in float at least
 //   at::Tensor forward(const FrozenProduct&) const;   x W'^T + b from the product that the frozen layer computed
 //
 // and everything else (modules, attaching, merging, files, reports) works with it through `AnyMethod`.
@@ -100,7 +100,8 @@ class MethodOf final : public AnyMethod {
   M value;
 };
 
-/// A method as a value of a configuration: `LoRAConfig(8).method(lora::DoRA())`.
+/// A method as a value of a configuration: `LoRAConfig(8).method(lora::DoRA())`. Only its type counts; rank, alpha and
+/// all else are the configuration's.
 class MethodKind {
  public:
   template <class M, class = decltype(M::info)>

@@ -103,8 +103,20 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
   std::shared_ptr<torch::nn::Module> clone(const std::optional<torch::Device>& device = std::nullopt) const override {
     auto copy = torch::nn::Cloneable<LoRALinearImpl>::clone(device);
     auto& layer = *copy->template as<LoRALinearImpl>();
+    layer.method().scaling = method().scaling;
     layer.site_->copy_merged(*site_, layer.slot());
     return copy;
+  }
+
+  /// Writes the layer as any module is written. Throws when it is merged: the file would hold the merged weight and the
+  /// adapter too, and whoever loads it would add the update a second time.
+  void save(torch::serialize::OutputArchive& archive) const override {
+    TORCH_CHECK(!is_merged(), "lora::LoRALinear: a merged layer cannot be saved; unmerge it first");
+    torch::nn::Module::save(archive);
+  }
+  void load(torch::serialize::InputArchive& archive) override {
+    TORCH_CHECK(!is_merged(), "lora::LoRALinear: nothing can be loaded into a merged layer; unmerge it first");
+    torch::nn::Module::load(archive);
   }
 
   /// The method with its tensors.

@@ -61,7 +61,7 @@ class PeftTensorReader {
     std::string text;
     for (const auto& [what, names] : {std::pair("missing: ", &missing_),
                                       {"unexpected: ", &unexpected_},
-                                      {"not of the shape that rank and layer give: ", &misshapen_}}) {
+                                      {"not of the shape or type that rank and layer give: ", &misshapen_}}) {
       if (!names->empty()) text += (text.empty() ? "" : "; ") + (what + list(*names));
     }
     if (!text.empty()) throw CheckpointError(path_, "does not fit the model and ", kAdapterConfig, ": ", text);
@@ -88,13 +88,17 @@ inline AdapterPlan read_plan(const Adapters& adapters, const std::filesystem::pa
   }
 }
 
-/// The configuration as it is written: with the names of what was selected for "all linear layers", by which PEFT means
-/// all but the head.
+/// The configuration as it is written: with the names of what was selected where PEFT would select something else. By
+/// "all linear layers" it means all but the head, and it wants a prefix before a list of blocks.
 inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets) {
-  if (!config.target_modules().is_all_linear()) return config;
+  const bool by_blocks = !config.layers_to_transform().empty();
+  const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
+  if (!config.target_modules().is_all_linear() && !by_blocks) return config;
   std::vector<std::string> names;
-  for (const auto& target : targets) names.push_back(target.name);
-  return config.target_modules(names).exclude_modules({});
+  for (const auto& target : targets) {
+    if (!is_inside(target)) names.push_back(target.name);
+  }
+  return config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
 }
 
 }  // namespace detail
@@ -102,7 +106,8 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
 /// Writes the only adapter as a PEFT directory, which is made when it does not exist. Both files are complete before
 /// the first of them appears under its name.
 ///
-/// Errors: CheckpointError with the path and the reason of the operating system; files that were there are kept.
+/// Errors: CheckpointError with the path and the reason of the operating system; files that were there are kept, unless
+/// it is the very last step that fails, the renaming of the configuration after that of the tensors.
 inline void Adapters::save(const std::filesystem::path& directory) const { save(directory, only()); }
 
 /// The same for one adapter among several.
@@ -117,6 +122,7 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
 
   const auto config_path = directory / detail::kAdapterConfig;
+  if (std::filesystem::is_directory(config_path)) throw CheckpointError(config_path, "is a directory, not a file");
   const auto written = detail::written_config(configs_[adapter], targets);
   detail::AtomicFile config(config_path);
   config.write_at(0, detail::PeftConfigWriter(config_path, written).text());

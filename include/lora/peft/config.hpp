@@ -219,8 +219,9 @@ class PeftConfigWriter {
     fields["exclude_modules"] = selector(config_.exclude_modules());
     if (!config_.layers_to_transform().empty()) fields["layers_to_transform"] = config_.layers_to_transform();
     if (!config_.layers_pattern().empty()) fields["layers_pattern"] = config_.layers_pattern();
-    for (const auto& [pattern, rank] : config_.rank_pattern()) fields["rank_pattern"][pattern] = rank;
-    for (const auto& [pattern, alpha] : config_.alpha_pattern()) fields["alpha_pattern"][pattern] = short_number(alpha);
+    for (const auto& [pattern, rank] : config_.rank_pattern()) fields["rank_pattern"].emplace(pattern, rank);
+    for (const auto& [pattern, alpha] : config_.alpha_pattern())
+      fields["alpha_pattern"].emplace(pattern, short_number(alpha));
     if (!config_.base_model_name_or_path().empty())
       fields["base_model_name_or_path"] = config_.base_model_name_or_path();
     if (!config_.task_type().empty()) fields["task_type"] = config_.task_type();
