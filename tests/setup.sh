@@ -1,11 +1,13 @@
 # Read by tests/run.sh and examples/finetune_gpt/run.sh, from the project's root: whatever the project needs and this
 # machine lacks. What is there already is used, so a second run has nothing to do.
 #
-#   install_packages    Debian packages, when root; without root their names are printed and the script ends
+#   install_packages [only PACKAGE...]
+#                       Debian packages, when root; without root their names are printed and the script ends. Of
+#                       catch2, bible-kjv and clang-format all are needed, or, with `only`, those that are named
 #   choose_python       sets $python: a Python with all of $requirements; makes build/venv when there is none
 #   prepare_model       sets $model: the default model as a Hugging Face directory
 #   prepare_text        sets $text: the default text
-#   configure           build/cmake, for LibTorch of that Python
+#   configure           build/cmake, for LibTorch of that Python; with the tests where there is Catch2
 #   build TARGET...     with two jobs
 #   CMAKE_ARGS          more options for CMake, from the environment
 
@@ -24,8 +26,12 @@ have() {
   esac
 }
 
+have_catch2() { have catch2/catch.hpp || have catch2/catch_all.hpp; }
+
 install_packages() {
-  missing=
+  missing= optional=
+  case ${1:-} in only) needed=" $* " ;; *) needed=" catch2 bible-kjv clang-format " ;; esac
+  needs() { case $needed in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
   have c++ || missing="$missing g++"
   have cmake || missing="$missing cmake"
   have ninja || missing="$missing ninja-build"
@@ -34,20 +40,30 @@ install_packages() {
   have nlohmann/json.hpp || missing="$missing nlohmann-json3-dev"
   have fmt/format.h || missing="$missing libfmt-dev"
   have CLI/CLI.hpp || missing="$missing libcli11-dev"
-  have catch2/catch.hpp || have catch2/catch_all.hpp || missing="$missing catch2"
-  have bible || missing="$missing bible-kjv"
-  have gnuplot || missing="$missing gnuplot-nox"
-  have clang-format || missing="$missing clang-format"
-  have python3 || missing="$missing python3"
-  # A Debian Python makes virtual environments only with this package; other Pythons bring what it holds.
-  python3 -c 'import venv, ensurepip' 2> /dev/null || missing="$missing python3-venv"
+  if ! have_catch2; then
+    if needs catch2; then missing="$missing catch2"; else optional="$optional catch2"; fi
+  fi
+  have bible || ! needs bible-kjv || missing="$missing bible-kjv"
+  have clang-format || ! needs clang-format || missing="$missing clang-format"
+  have gnuplot || optional="$optional gnuplot-nox"
+  if ! find_python; then
+    have python3 || missing="$missing python3"
+    # A Debian Python makes virtual environments only with this package; other Pythons bring what it holds.
+    python3 -c 'import venv, ensurepip' 2> /dev/null || missing="$missing python3-venv"
+  fi
+  if [ "$(id -u)" -eq 0 ] && have apt-get; then
+    missing=$missing$optional
+  elif [ -n "$optional" ]; then
+    say "Not installed, and only needed for the tests (catch2) or pictures (gnuplot-nox):$optional"
+  fi
   [ -n "$missing" ] || return 0
   [ "$(id -u)" -eq 0 ] || fail "These Debian packages are missing, and installing them takes root: apt-get install$missing"
   command -v apt-get > /dev/null || fail "These packages are missing, by their Debian names, and there is no apt-get:$missing"
   say "Installing Debian packages:$missing"
   export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing > build/apt.log 2>&1 ||
-    { tail -n 20 build/apt.log >&2; fail "apt-get could not install them; the whole log is build/apt.log"; }
+  apt-get update -qq > build/apt.log 2>&1 &&
+    apt-get install -y -qq --no-install-recommends $missing >> build/apt.log 2>&1 ||
+    { tail -n 20 build/apt.log >&2 || :; fail "apt-get could not install them; the whole log is build/apt.log"; }
 }
 
 # lacking PYTHON: those of $requirements that it has not, or has in an older version; fails when it does not run
@@ -70,11 +86,21 @@ print(*[requirement for requirement in sys.argv[1:] if not satisfied(requirement
 END
 }
 
-choose_python() {
-  for python in "${LORA_PYTHON:-}" "$PWD/build/venv/bin/python" "$(command -v python3)"; do
-    if [ -n "$python" ] && missing=$(lacking "$python" 2> /dev/null) && [ -z "$missing" ]; then return 0; fi
+# find_python: sets $found to the first Python that has all of $requirements; fails when there is none
+find_python() {
+  for found in "${LORA_PYTHON:-}" "$PWD/build/venv/bin/python" "$(command -v python3)"; do
+    if [ -n "$found" ] && lacks=$(lacking "$found" 2> /dev/null) && [ -z "$lacks" ]; then return 0; fi
   done
-  python=$PWD/build/venv/bin/python
+  return 1
+}
+
+choose_python() {
+  if find_python; then python=$found; else python=$PWD/build/venv/bin/python; found=; fi
+  if [ -n "${LORA_PYTHON:-}" ] && [ "$python" != "$LORA_PYTHON" ]; then
+    lacks=$(lacking "$LORA_PYTHON" 2> /dev/null) || lacks="(it does not run)"
+    say "LORA_PYTHON is not used, but $python, because it lacks:" $lacks
+  fi
+  [ -z "$found" ] || return 0
   "$python" -c 'import pip' 2> /dev/null || python3 -m venv --clear build/venv || fail "python3 could not make build/venv"
   missing=$(lacking "$python")
   say "Installing Python packages into build/venv:" $missing
@@ -92,7 +118,9 @@ prepare_text() {
 }
 
 configure() {
-  cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "-DLORA_PYTHON=$python" ${CMAKE_ARGS:-} \
+  if have_catch2; then with_tests=ON; else with_tests=OFF; fi
+  cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "-DLORA_PYTHON=$python" \
+    -DLORA_BUILD_TESTS=$with_tests ${CMAKE_ARGS:-} \
     > "$build.log" 2>&1 || { cat "$build.log" >&2; fail "cmake could not configure $build"; }
   grep -e '-- lora:' "$build.log"
 }

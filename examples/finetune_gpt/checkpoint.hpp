@@ -183,16 +183,28 @@ inline void copy_model_files(const std::filesystem::path& source_dir, const std:
   if (!target.flush()) throw lora::CheckpointError(target_dir / "config.json", "cannot be written");
 }
 
+/// Throws lora::CheckpointError when the target is the directory that the model came from.
+inline void check_target(const std::filesystem::path& source_dir, const std::filesystem::path& target_dir) {
+  if (std::filesystem::exists(target_dir) && std::filesystem::equivalent(source_dir, target_dir))
+    throw lora::CheckpointError(target_dir, "is the directory the model came from; name another one");
+}
+
 /// Makes an empty or existing directory ready to receive a model; it must not be the one the model came from.
 inline void prepare_target(const std::filesystem::path& source_dir, const std::filesystem::path& target_dir) {
   std::filesystem::create_directories(target_dir);
-  if (std::filesystem::equivalent(source_dir, target_dir))
-    throw lora::CheckpointError(target_dir, "is the directory the model came from; name another one");
+  check_target(source_dir, target_dir);
+}
+
+/// Removes what makes an earlier model of the directory loadable, so that none is ever loaded that is half the earlier
+/// one and half the new one. To be called when the new files are complete but not yet under their names.
+inline void remove_earlier_model(const std::filesystem::path& target_dir) {
+  for (const auto* name : {"config.json", kWeights, kWeightsIndex}) std::filesystem::remove(target_dir / name);
 }
 
 /// Writes the model as a Hugging Face directory that Python's transformers loads: model.safetensors in the model's own
 /// dtype, and from `source_dir`, which the model was loaded from, config.json and the tokenizer files.
-/// Throws lora::CheckpointError when the target cannot be written or is `source_dir` itself.
+/// A model that was in the target is replaced. Throws lora::CheckpointError when the target cannot be written or is
+/// `source_dir` itself.
 inline void save_model(LanguageModelImpl& model, const std::filesystem::path& source_dir,
                        const std::filesystem::path& target_dir) {
   prepare_target(source_dir, target_dir);
@@ -204,6 +216,7 @@ inline void save_model(LanguageModelImpl& model, const std::filesystem::path& so
   }
   lora::SafetensorsWriter writer(target_dir / kWeights, std::move(infos));
   for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
+  remove_earlier_model(target_dir);
   writer.finish();
   copy_model_files(source_dir, target_dir, {model.lm_head->weight.scalar_type(), model.is_tied()});
 }

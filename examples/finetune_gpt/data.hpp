@@ -187,6 +187,19 @@ inline std::string read_file(const std::filesystem::path& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
+namespace detail {
+
+inline std::vector<int64_t> encode_file(const std::filesystem::path& path, const Encode& encode) {
+  const auto text = read_file(path);
+  try {
+    return encode(text);
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(false, path.string(), ": ", error.what_without_backtrace());
+  }
+}
+
+}  // namespace detail
+
 /// Reads text files into one stream of tokens, with `separator` (the tokenizer's end of text, if it has one) between
 /// them, and cuts it into blocks.
 inline std::vector<Example> read_text(const std::vector<std::filesystem::path>& paths, const Encode& encode,
@@ -194,7 +207,7 @@ inline std::vector<Example> read_text(const std::vector<std::filesystem::path>& 
   std::vector<int64_t> tokens;
   for (const auto& path : paths) {
     if (!tokens.empty() && separator) tokens.push_back(*separator);
-    const auto ids = encode(read_file(path));
+    const auto ids = detail::encode_file(path, encode);
     tokens.insert(tokens.end(), ids.begin(), ids.end());
   }
   auto examples = cut_into_blocks(tokens, block);
@@ -340,6 +353,8 @@ inline Dialogues read_jsonl(const std::filesystem::path& path, const Encode& enc
       TORCH_CHECK(false, path.string(), ":", number, ": ", error.what_without_backtrace());
     }
   }
+  TORCH_CHECK(!dialogues.examples.empty() || dialogues.dropped == 0, path.string(), ": all ", dialogues.dropped,
+              " examples have nothing left to learn when they are cut at ", block, " tokens; give a larger --block");
   return dialogues;
 }
 

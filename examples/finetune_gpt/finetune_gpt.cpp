@@ -3,6 +3,7 @@
 // end of this file, tells the whole story.
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <functional>
@@ -70,12 +71,16 @@ lora::LoRAConfig adapter_config(const Options& options, const ModelConfig& model
   return config.fan_in_fan_out(is_gpt2).task_type("CAUSAL_LM").base_model_name_or_path(options.model.string());
 }
 
-/// Attaches the adapter of the options. Throws c10::ValueError when --targets names no layer of the model.
+/// Attaches the adapter of the options. Throws c10::ValueError when --targets does not select layers of the model.
 lora::Adapters attach_adapter(const Options& options, LanguageModelImpl& model) {
   try {
     return lora::attach(model, adapter_config(options, model.config));
+  } catch (const c10::ValueError&) {
+    throw;  // another option, which the text names
   } catch (const c10::Error& error) {
-    TORCH_CHECK_VALUE(false, "--targets: ", error.what_without_backtrace());
+    const std::string reason = error.what_without_backtrace();
+    TORCH_CHECK_VALUE(reason.rfind("lora::attach: ", 0) != 0, "--targets: ", reason);
+    throw;
   }
 }
 
@@ -159,7 +164,10 @@ void print_sample(const char* when, const Options& options, LanguageModelImpl& m
   fmt::print("\nsample {} training\n  {} >>> {}\n\n", when, tokenizer.decode(prompt), tokenizer.decode(reply));
 }
 
-std::string format_loss(double loss) { return fmt::format("{:.4f} (perplexity {:.2f})", loss, std::exp(loss)); }
+std::string format_loss(std::optional<double> loss) {
+  if (!loss) return "unknown";
+  return fmt::format("{:.4f} (perplexity {:.2f})", *loss, std::exp(*loss));
+}
 
 /// The batches of update `step`, counted from 0.
 std::vector<Batch> next_batches(const Options& options, TrainingBatches& batches, int64_t step) {
@@ -199,7 +207,7 @@ bool train(const Options& options, Trainer& trainer, const Dataset& data, Metric
     progress.print(fmt::format("step {}: validation loss {}", trainer.steps_done, format_loss(loss)));
     return loss;
   };
-  if (metrics.rows().empty()) {
+  if (trainer.steps_done == 0) {
     MetricsRow before;
     before.validation_loss = validate();
     metrics.add(before);
@@ -209,14 +217,22 @@ bool train(const Options& options, Trainer& trainer, const Dataset& data, Metric
     auto is_due = [&](int64_t interval) { return interval > 0 && row.step % interval == 0; };
     if (is_due(options.eval_every) || row.step == steps) row.validation_loss = validate();
     metrics.add(row);
-    const bool stop = interrupt.stop_requested() && row.step < steps;
+    const bool stop = interrupt.stop_requested();
     if (stop || is_due(options.save_every)) save();
     if (stop) return false;
   }
   return true;
 }
 
-/// Compares speed and results of the base model, with adapters, and merged; then merges for good.
+/// How far the merged model's logits may be from the adapted one's. float32 only adds up in another order; bfloat16
+/// also rounds the merged weights, which costs a part of what the adapter does.
+double allowed_difference(const Options& options, const LogitDifferences& difference) {
+  if (options.dtype == "float32") return 1e-4 * std::max(10.0, difference.largest);
+  return 0.1 * difference.adapted_base + 0.5;
+}
+
+/// Compares speed and results of the base model, with adapters, and merged; then merges for good. Throws c10::Error,
+/// with nothing written, when the merged model is not the adapted one.
 void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
   const auto device = adapters.parameters().front().device();
   const auto batch = in_batches(data.validation, options.batch).front().to(device);
@@ -228,20 +244,25 @@ void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& ada
       "merge     logits differ by at most {:.3g} from the adapted model's, and those by up to {:.3g} from the base "
       "model's\n",
       difference.merged_adapted, difference.adapted_base);
+  const auto allowed = allowed_difference(options, difference);
+  TORCH_CHECK(difference.merged_adapted <= allowed, "the merged model is not the adapted one: the logits differ by ",
+              difference.merged_adapted, ", at most ", allowed,
+              " is rounding; no merged model was written, the adapter is in ", (options.out / "adapter").string());
   adapters.merge_and_unload();
   save_model(model, options.model, options.out / "merged");
 }
 
 void print_summary(const Options& options, const Metrics& metrics) {
   const auto& rows = metrics.rows();
-  fmt::print("\nvalidation loss {} before, {} after {} steps\n",
-             format_loss(rows.front().validation_loss.value_or(NAN)),
-             format_loss(rows.back().validation_loss.value_or(NAN)), options.training.steps);
+  const auto before = rows.empty() ? std::nullopt : rows.front().validation_loss;
+  const auto after = rows.empty() ? std::nullopt : rows.back().validation_loss;
+  fmt::print("\nvalidation loss {} before, {} after {} steps\n", format_loss(before), format_loss(after),
+             options.training.steps);
   const auto out = options.out.string();
   fmt::print("{}/adapter      the adapter, a PEFT directory\n", out);
   if (!options.no_merge) fmt::print("{}/merged       the merged model, a Hugging Face directory\n", out);
   fmt::print("{}/metrics.csv  the figures of every step\n", out);
-  const auto problem = draw_losses(rows, options.out / "loss.png");
+  const auto problem = rows.empty() ? "metrics.csv is empty" : draw_losses(rows, options.out / "loss.png");
   if (problem.empty()) fmt::print("{}/loss.png     the loss curves\n", out);
   if (!problem.empty()) fmt::print("no picture of the loss curves: {}\n", problem);
 }
@@ -249,6 +270,7 @@ void print_summary(const Options& options, const Metrics& metrics) {
 /// The whole run; returns the exit code of the program.
 int run(const Options& options) {
   const auto device = parse_device(options.device);
+  if (!options.no_merge) check_target(options.model, options.out / "merged");
   make_repeatable(device, options.threads);
   std::filesystem::create_directories(options.out);
   const auto former = former_checkpoint(options);
@@ -279,13 +301,14 @@ int run(const Options& options) {
     save_checkpoint(options.out, trainer.steps_done, state, settings, [&](const auto& path) { adapters.save(path); });
   };
   if (!train(options, trainer, data, metrics, save)) {
-    fmt::print("\ninterrupted after step {}; the same command with --resume goes on from there\n", trainer.steps_done);
+    fmt::print("\ninterrupted after step {}; the same command with --resume {}goes on from there\n", trainer.steps_done,
+               options.overwrite ? "(in place of --overwrite) " : "");
     return kInterrupted;
   }
-  print_sample("after", options, *model, adapters, tokenizer, prompt);
 
   // What stays: the adapter by itself, and a model that needs no adapter.
   adapters.save(options.out / "adapter");
+  print_sample("after", options, *model, adapters, tokenizer, prompt);
   if (!options.no_merge) merge(options, *model, adapters, data);
   print_summary(options, metrics);
   return 0;
@@ -301,6 +324,7 @@ int main(int argc, char** argv) {
   gpt::add_options(app, options);
   int code = 0;
   const int failed = gpt::run_program(app, argc, argv, [&] {
+    gpt::complete_options(app, options);
     gpt::check_options(options);
     code = gpt::run(options);
   });

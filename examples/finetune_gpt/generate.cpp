@@ -37,8 +37,13 @@ struct Options {
 
 void add_options(CLI::App& app, Options& options) {
   auto& sampling = options.sampling;
-  app.add_option("--model", options.model, "Hugging Face directory of the model")->required()->type_name("DIR");
-  app.add_option("--adapter", options.adapter, "PEFT directory of an adapter for it")->type_name("DIR");
+  app.add_option("--model", options.model, "Hugging Face directory of the model")
+      ->required()
+      ->check(CLI::ExistingDirectory)
+      ->type_name("DIR");
+  app.add_option("--adapter", options.adapter, "PEFT directory of an adapter for it")
+      ->check(CLI::ExistingDirectory)
+      ->type_name("DIR");
   app.add_flag("--merge", options.merge, "fold the adapter into the weights first: faster, more memory")
       ->needs("--adapter");
   app.add_option("--prompt", options.prompt, "the text to continue; without it, standard input")->type_name("TEXT");
@@ -106,8 +111,9 @@ void run(const Options& options) {
   const Tokenizer tokenizer(options.model / "tokenizer.json");
   const auto prompt = tokenizer.encode(prompt_text(options, tokenizer));
 
-  const auto start = std::chrono::steady_clock::now();
+  std::chrono::steady_clock::time_point start;
   auto write = [&] {
+    start = std::chrono::steady_clock::now();
     return generate(*model, prompt, options.sampling, stop_ids(options, model->config, tokenizer),
                     [&](int64_t token) { print_token(tokenizer, token); });
   };

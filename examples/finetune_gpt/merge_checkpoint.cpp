@@ -107,8 +107,8 @@ std::unique_ptr<lora::SafetensorsWriter> write_shard(const std::filesystem::path
   return writer;
 }
 
-void write_index(const std::filesystem::path& base, const std::filesystem::path& out, const Shards& shards) {
-  auto index = read_json(base / kWeightsIndex);
+nlohmann::json make_index(const std::filesystem::path& base, const Shards& shards) {
+  nlohmann::json index = read_json(base / kWeightsIndex);
   int64_t size = 0;
   index["weight_map"].clear();
   for (const auto& [file, tensors] : shards) {
@@ -118,6 +118,10 @@ void write_index(const std::filesystem::path& base, const std::filesystem::path&
     }
   }
   index["metadata"]["total_size"] = size;
+  return index;
+}
+
+void write_index(const std::filesystem::path& out, const nlohmann::json& index) {
   std::ofstream stream(out / kWeightsIndex);
   stream << index.dump(2) << "\n";
   if (!stream.flush()) throw lora::CheckpointError(out / kWeightsIndex, "cannot be written");
@@ -133,8 +137,11 @@ void run(const Options& options) {
   prepare_target(options.base, options.out);
   std::vector<std::unique_ptr<lora::SafetensorsWriter>> writers;
   for (const auto& [file, tensors] : shards) writers.push_back(write_shard(options.out / file, tensors, merged));
+  const bool is_sharded = shards.count(kWeights) == 0;
+  const auto index = is_sharded ? make_index(options.base, shards) : nlohmann::json();
+  remove_earlier_model(options.out);
   for (const auto& writer : writers) writer->finish();
-  if (shards.count(kWeights) == 0) write_index(options.base, options.out, shards);
+  if (is_sharded) write_index(options.out, index);
   ConfigChanges changes;
   if (merged.separates_head()) changes.tie_word_embeddings = false;
   copy_model_files(options.base, options.out, changes);
@@ -147,8 +154,14 @@ void run(const Options& options) {
 int main(int argc, char** argv) {
   CLI::App app("Folds an adapter into its base model and writes a Hugging Face directory.", "merge_checkpoint");
   gpt::Options options;
-  app.add_option("base", options.base, "Hugging Face directory of the base model")->required()->type_name("DIR");
-  app.add_option("adapter", options.adapter, "PEFT directory of the adapter")->required()->type_name("DIR");
+  app.add_option("base", options.base, "Hugging Face directory of the base model")
+      ->required()
+      ->check(CLI::ExistingDirectory)
+      ->type_name("DIR");
+  app.add_option("adapter", options.adapter, "PEFT directory of the adapter")
+      ->required()
+      ->check(CLI::ExistingDirectory)
+      ->type_name("DIR");
   app.add_option("out", options.out, "directory to write; made if needed")->required()->type_name("DIR");
   return gpt::run_program(app, argc, argv, [&] { gpt::run(options); });
 }

@@ -78,10 +78,13 @@ class Metrics {
   /// is about to do again, are dropped.
   Metrics(std::filesystem::path path, std::optional<int64_t> last_step = std::nullopt) : path_(std::move(path)) {
     if (last_step) read(*last_step);
-    std::ofstream file(path_);
+    const auto temporary = path_.string() + ".tmp";  // a crash must not cost the rows of the run so far
+    std::ofstream file(temporary);
     file << detail::kMetricsHeader << "\n";
     for (const auto& row : rows_) file << detail::format_row(row) << "\n";
-    TORCH_CHECK(file.flush(), path_.string(), ": cannot be written");
+    file.close();
+    TORCH_CHECK(file, path_.string(), ": cannot be written");
+    std::filesystem::rename(temporary, path_);
   }
 
   void add(const MetricsRow& row) {

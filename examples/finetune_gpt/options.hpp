@@ -5,6 +5,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -65,11 +66,13 @@ inline std::vector<std::string> method_names() {
   return names;
 }
 
-/// Numbers from `least` to `most`; the errors and --help are CLI11's, but without the limits of number types.
-inline CLI::Validator between(double least, double most = std::numeric_limits<double>::infinity()) {
+/// Finite numbers from `least` to `most`; the errors and --help are CLI11's, but without the limits of number types.
+inline CLI::Validator between(double least = -std::numeric_limits<double>::infinity(),
+                              double most = std::numeric_limits<double>::infinity()) {
   auto check = [least, most](const std::string& text) -> std::string {
     double value = 0;
-    if (CLI::detail::lexical_cast(text, value) && value >= least && value <= most) return "";
+    if (CLI::detail::lexical_cast(text, value) && std::isfinite(value) && value >= least && value <= most) return "";
+    if (std::isinf(least)) return fmt::format("must be a finite number, got {}", text);
     if (std::isinf(most)) return fmt::format("must be a number of at least {:g}, got {}", least, text);
     return fmt::format("must be a number from {:g} to {:g}, got {}", least, most, text);
   };
@@ -110,7 +113,7 @@ inline void add_adapter_options(CLI::App& app, Options& o) {
       ->transform(CLI::IsMember(method_names(), CLI::ignore_case))
       ->group(group);
   app.add_option("--rank", o.rank, "Rank of the update")->check(between(1))->group(group);
-  app.add_option("--alpha", o.alpha, "The update is scaled by alpha / rank")->group(group);
+  app.add_option("--alpha", o.alpha, "The update is scaled by alpha / rank")->check(between())->group(group);
   app.add_option("--dropout", o.dropout, "Dropout on the adapter's input")->check(between(0, 0.99))->group(group);
   app.add_option("--targets", o.targets, "Names of the layers to adapt\n[default: q_proj v_proj; GPT-2: c_attn]")
       ->type_name("NAME ...")
@@ -126,7 +129,8 @@ inline void add_training_options(CLI::App& app, Options& o) {
       ->check(between(1))
       ->group(group);
   app.add_option("--lr", t.learning_rate, "Peak of the learning rate")->check(between(0))->group(group);
-  app.add_option("--warmup", t.warmup, "Updates of linear warm-up, before half a cosine")
+  app.add_option("--warmup", t.warmup,
+                 "Updates of linear warm-up, before half a cosine;\nunless given, at most --steps")
       ->check(between(0))
       ->group(group);
   app.add_option("--min-lr", t.min_lr_ratio, "Learning rate at the end, as a share of --lr")
@@ -157,7 +161,7 @@ inline void add_run_options(CLI::App& app, Options& o) {
   app.add_option("--dtype", o.dtype, "Numbers of the frozen model; adapters are always float32")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->group(group);
-  app.add_option("--threads", o.threads, "CPU threads; 0: LibTorch's choice")->check(between(0))->group(group);
+  app.add_option("--threads", o.threads, "CPU threads; 0: LibTorch's choice")->check(between(0, 4096))->group(group);
 }
 
 inline void add_result_options(CLI::App& app, Options& o) {
@@ -201,6 +205,12 @@ inline void add_options(CLI::App& app, Options& options) {
   detail::add_result_options(app, options);
   for (auto* option : app.get_options()) option->option_text(detail::value_text(*option));
   app.get_formatter()->column_width(32);
+}
+
+/// What follows from other options where the command line says nothing: a run shorter than the warm-up is all warm-up.
+inline void complete_options(const CLI::App& app, Options& options) {
+  auto& training = options.training;
+  if (app.count("--warmup") == 0) training.warmup = std::min(training.warmup, training.steps);
 }
 
 /// The checks that concern more than one option. Throws c10::ValueError.

@@ -17,10 +17,12 @@ for option in "$@"; do
 done
 
 . tests/setup.sh
-install_packages
+packages=
+if [ "$needs_text" = yes ] && [ "$only_help" = no ] && [ ! -e build/text/kjv.txt ]; then packages=bible-kjv; fi
+install_packages only $packages
 choose_python
 configure
-build finetune_gpt
+build finetune_gpt generate merge_checkpoint
 program=$PWD/$build/programs/finetune_gpt
 if [ "$only_help" = yes ]; then exec "$program" "$@"; fi
 

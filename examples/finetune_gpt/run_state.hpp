@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -29,8 +30,11 @@ namespace fs = std::filesystem;
 /// Waits until a file, or the list of names of a folder, is on the disk.
 inline void sync_to_disk(const fs::path& path) {
   const int file = open(path.c_str(), O_RDONLY);
-  TORCH_CHECK(file >= 0 && fsync(file) == 0, path.string(), ": cannot be written to disk");
+  TORCH_CHECK(file >= 0, path.string(), ": cannot be opened to be written to disk");
+  // Some file systems cannot sync a folder and say EINVAL; the files in it are safe there too.
+  const bool is_synced = fsync(file) == 0 || (errno == EINVAL && fs::is_directory(path));
   close(file);
+  TORCH_CHECK(is_synced, path.string(), ": cannot be written to disk");
 }
 
 /// Removes a folder so that it is never seen half removed under its name.

@@ -68,9 +68,9 @@ inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters,
   return {tokens / detail::median(base), tokens / detail::median(adapted), tokens / detail::median(merged)};
 }
 
-/// Largest absolute differences between logits.
+/// Largest absolute differences between logits, and the largest absolute logit of the adapted model.
 struct LogitDifferences {
-  double merged_adapted, adapted_base;
+  double merged_adapted, adapted_base, largest;
 };
 
 /// Compares the three forms of the model on `inputs` (B, T). The adapters are unmerged afterwards, as before.
@@ -86,7 +86,8 @@ inline LogitDifferences compare_merged(LanguageModelImpl& model, lora::Adapters&
     adapted = model.forward(inputs).to(torch::kFloat);
   }
   lora::MergeGuard guard(adapters);
-  return {distance(model.forward(inputs).to(torch::kFloat), adapted), distance(adapted, base)};
+  return {distance(model.forward(inputs).to(torch::kFloat), adapted), distance(adapted, base),
+          adapted.abs().max().item<double>()};
 }
 
 }  // namespace gpt

@@ -87,8 +87,8 @@ class Trainer {
         device_(parameters.front().device()) {}
 
   /// One update from the mean loss over all targets of `batches` together (gradient accumulation, in which a batch
-  /// counts by the number of its targets). Throws c10::Error, before any adapter has changed, if the loss is not
-  /// finite.
+  /// counts by the number of its targets). Throws c10::Error, before any adapter has changed, if the loss or the
+  /// norm of the gradient is not finite.
   StepResult step(const std::vector<Batch>& batches) {
     const auto rate = learning_rate_at(steps_done, options);
     model_.train();
@@ -98,6 +98,8 @@ class Trainer {
                 ", so training cannot go on; a lower --lr or a longer --warmup may help");
     const auto limit = options.clip > 0 ? options.clip : std::numeric_limits<double>::infinity();
     const auto norm = torch::nn::utils::clip_grad_norm_(parameters, limit);
+    TORCH_CHECK(std::isfinite(norm), "the gradient of step ", steps_done + 1, " has the norm ", norm,
+                ", so training cannot go on; a lower --lr or a longer --warmup may help");
     for (auto& group : optimizer.param_groups()) group.options().set_lr(rate);
     optimizer.step();
     ++steps_done;

@@ -61,6 +61,8 @@ TEST_CASE("Text files become one stream with the end of text between them", "[ex
   CHECK_THAT(error_of([&] { gpt::read_text(files, encode, 999, 3); }), contains("has 6 tokens, at least 7"));
   CHECK_THAT(error_of([&] { gpt::read_text({folder / "none.txt"}, encode, 999, 3); }),
              contains("none.txt: cannot be read"));
+  const gpt::Encode refuse = [](std::string_view) -> std::vector<int64_t> { TORCH_CHECK(false, "has to be UTF-8"); };
+  CHECK_THAT(error_of([&] { gpt::read_text(files, refuse, 999, 3); }), contains("a.txt: has to be UTF-8"));
 }
 
 TEST_CASE("Validation is the end of the data, evenly thinned out", "[examples][data]") {
@@ -169,6 +171,10 @@ TEST_CASE("Examples that are too long are cut, and left out when nothing to lear
   CHECK(dialogues.examples[1].targets == Ids{'x', 2});
   CHECK(dialogues.shortened == 2);
   CHECK(dialogues.dropped == 1);
+  const auto cut = write_file(folder / "cut.jsonl", "{\"prompt\": \"abcd\", \"completion\": \"xyz\"}\n");
+  const auto error = error_of([&] { gpt::read_jsonl(cut, encode, 2, 3); });
+  CHECK_THAT(error, contains("cut.jsonl: all 1 examples have nothing left to learn"));
+  CHECK_THAT(error, contains("cut at 3 tokens; give a larger --block"));
 }
 
 TEST_CASE("A malformed line is named with its file, its number and what is wrong", "[examples][data]") {

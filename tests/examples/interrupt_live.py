@@ -76,6 +76,8 @@ def check_bad_options(command, folder):
     for options, expected in [
         (["--steps", "-3"], "--steps"),
         (["--lr", "fast"], "--lr"),
+        (["--alpha", "inf"], "--alpha"),
+        (["--steps", "3", "--warmup", "4"], "--warmup"),
         (["--method", "magic"], "--method"),
         (["--device", "abacus"], "device"),
         (["--targets", "w_proj"], "w_proj"),

@@ -41,6 +41,7 @@ TEST_CASE("A resumed run goes on with the lines up to its checkpoint", "[example
   std::ofstream(path, std::ios::app) << "5,3.1";  // a line cut short by a crash
   gpt::Metrics metrics(path, 2);
   REQUIRE(metrics.rows().size() == 2);
+  CHECK_FALSE(std::filesystem::exists(folder / "metrics.csv.tmp"));
   CHECK(metrics.rows()[1].train_loss == 2.0);
   CHECK(metrics.rows()[1].validation_loss == 2.5);
   metrics.add(row(3, 7));

@@ -278,8 +278,10 @@ TEST_CASE("save_model and load_model give the same model back") {
   auto again = gpt::load_model(target, torch::kFloat, torch::kCPU);
   CHECK(torch::equal(again->forward(random_ids(2, 9)), model->forward(random_ids(2, 9))));
 
+  std::ofstream(target / "model.safetensors.index.json") << "{}";  // of an earlier model in shards
   auto half = gpt::load_model(folder.path(), torch::kBFloat16, torch::kCPU);
   gpt::save_model(*half, folder.path(), target);
+  CHECK(!std::filesystem::exists(target / "model.safetensors.index.json"));
   const char* key = config.contains("dtype") ? "dtype" : "torch_dtype";
   CHECK(read_text(target / "config.json").at(key) == "bfloat16");
   CHECK(lora::read_safetensors(target / "model.safetensors").begin()->second.scalar_type() == torch::kBFloat16);

@@ -101,6 +101,18 @@ TEST_CASE("Steps on the same batch lower its loss", "[examples][trainer]") {
   CHECK(trainer.evaluate({batch}) < 0.7 * before);
 }
 
+TEST_CASE("A gradient that is not finite stops the run before it spoils the adapters", "[examples][trainer]") {
+  auto model = testing::tiny_llama();
+  auto adapters = attach(*model);
+  gpt::Trainer trainer(*model, adapters, without_warmup());
+  trainer.parameters[0].register_hook([](const torch::Tensor& gradient) { return gradient / 0; });
+  const auto before = trainer.parameters[0].detach().clone();
+  const auto error = testing::error_of([&] { trainer.step({gpt::collate({&kFirst})}); });
+  CHECK_THAT(error, testing::contains("the gradient of step 1 has the norm "));
+  CHECK(torch::equal(trainer.parameters[0], before));
+  CHECK(trainer.steps_done == 0);
+}
+
 TEST_CASE("A loss that is not finite stops the run before it spoils the adapters", "[examples][trainer]") {
   auto model = testing::tiny_llama();
   auto adapters = attach(*model);
