@@ -177,8 +177,10 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
                                       std::optional<int64_t> padding_idx) {
   BelowInterception guard;
   const auto bag = [&](const at::Tensor& entries, bool sparse) {
-    return at::embedding_bag(entries, indices, offsets, scale_grad_by_freq, mode, sparse, per_sample_weights,
-                             include_last_offset, padding_idx);
+    auto weights = per_sample_weights;
+    if (weights) weights = weights->to(entries.scalar_type());
+    return at::embedding_bag(entries, indices, offsets, scale_grad_by_freq, mode, sparse, weights, include_last_offset,
+                             padding_idx);
   };
   const auto matches = find_matches(table, Use::kLookup, true);
   if (matches.empty()) return bag(table, sparse);
