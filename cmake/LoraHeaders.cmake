@@ -18,6 +18,8 @@ set(LORA_PUBLIC_HEADERS
   method/dora.hpp
   method/low_rank.hpp
   method/method.hpp
+  modules/attention.hpp
+  modules/attention_options.hpp
   modules/linear.hpp
   peft/checkpoint.hpp
   peft/config.hpp
@@ -26,6 +28,7 @@ set(LORA_PUBLIC_HEADERS
 )
 set(LORA_DETAIL_HEADERS
   detail/atomic_file.hpp
+  detail/attention_mask.hpp
   detail/descriptor.hpp
   detail/interception.hpp
   detail/json.hpp
@@ -34,6 +37,7 @@ set(LORA_DETAIL_HEADERS
   detail/registry.hpp
   detail/safetensors_header.hpp
   detail/select.hpp
+  detail/stacked.hpp
   detail/text.hpp
 )
 

@@ -8,6 +8,7 @@
 #include <lora/config.hpp>
 #include <lora/merge.hpp>
 #include <lora/method/all.hpp>
+#include <lora/modules/attention.hpp>
 #include <lora/modules/linear.hpp>
 #include <lora/options.hpp>
 #include <lora/peft/checkpoint.hpp>

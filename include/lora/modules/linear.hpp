@@ -9,6 +9,9 @@
 #include <lora/merge.hpp>
 #include <lora/method/all.hpp>
 
+#include <string>
+#include <vector>
+
 namespace lora {
 
 /// Options of a `LoRALinear` that is built from sizes.
@@ -81,20 +84,25 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
     TORCH_CHECK(input.dim() > 0 && input.size(-1) == options.in_features(),
                 "lora::LoRALinear: the last dimension of the input has to be ", options.in_features(),
                 ", but the input has shape ", input.sizes());
-    auto output = torch::nn::functional::linear(input, weight, bias);
-    return site_->forward({input, output, weight, bias, this->is_training()}, {kAdapter});
+    return adapt(input, torch::nn::functional::linear(input, weight, bias));
+  }
+
+  /// What `forward` makes of the frozen x W^T + b (..., out_features), which someone else computed, e.g. as a part of a
+  /// larger product.
+  at::Tensor adapt(const at::Tensor& input, const at::Tensor& frozen_output) {
+    return site_->forward({input, frozen_output, weight, bias, this->is_training()}, {kAdapter});
   }
 
   /// Folds the update into `weight`; the weight as it was is kept. Throws, with nothing changed, when it is not finite.
   void merge() {
     TORCH_CHECK(!is_merged(), "lora::merge: this LoRALinear is merged already");
-    detail::merge({target()}, {kAdapter});
+    detail::merge(targets(), {kAdapter});
   }
 
   /// Brings back the weight from before `merge`, bit by bit.
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: this LoRALinear is not merged");
-    detail::unmerge({target()});
+    detail::unmerge(targets());
   }
 
   bool is_merged() const { return site_->is_merged(); }
@@ -119,6 +127,13 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
     torch::nn::Module::load(archive);
   }
 
+  /// The name of the layer's own adapter at its site.
+  static constexpr const char* kAdapter = "default";
+  /// What a merge of this layer, alone or together with others, acts on; errors call it `name`.
+  std::vector<Target> targets(const std::string& name = "LoRALinear") {
+    return {{name, "", "Linear", nullptr, slot(), site_}};
+  }
+
   /// The method with its tensors.
   Method& method() const { return method_->value; }
   /// s: alpha / rank.
@@ -130,8 +145,6 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
   at::Tensor weight, bias;
 
  private:
-  static constexpr const char* kAdapter = "default";
-
   /// Registers the frozen tensors and a new, uninitialized adapter for them.
   void build(const at::Tensor& frozen_weight, const at::Tensor& frozen_bias) {
     frozen_weight.requires_grad_(false);
@@ -146,7 +159,6 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
   }
 
   detail::WeightSlot slot() { return detail::WeightSlot(*this, weight, "weight"); }
-  Target target() { return {"LoRALinear", "", "Linear", nullptr, slot(), site_}; }
 
   std::shared_ptr<MethodOf<Method>> method_;
   std::shared_ptr<Site> site_;
