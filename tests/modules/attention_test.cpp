@@ -3,6 +3,7 @@
 #include <lora/attach.hpp>
 #include <lora/modules/attention.hpp>
 
+#include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 
 #include <cmath>
@@ -218,7 +219,7 @@ TEST_CASE("Masks of every shape act together; true is what is not seen") {
       boolean ? torch::zeros(sizes, testing::device()).masked_fill(blocked, -std::numeric_limits<float>::infinity())
               : mask;
 
-  // By hand, example after example and head after head: a layer with one head has to agree with a slice of the mask.
+  // By hand, with the mask written out for every example and head.
   auto full = added;
   if (sizes.size() == 3) full = sizes[0] == kBatch * 4 ? added.view({kBatch, 4, kQueries, kKeys}) : added.unsqueeze(1);
   full = full.expand({kBatch, 4, kQueries, kKeys});
@@ -425,6 +426,30 @@ TEST_CASE("An attention moved to another type computes in it, also between merge
   CHECK(testing::distance(other->forward(x.to(torch::kDouble)), before) < 1e-5);
   other->unmerge();
   CHECK(testing::distance(other->forward(x.to(torch::kDouble)), before) < 1e-5);
+}
+
+TEST_CASE("An attention around weights of any type computes in it, and under autocast") {
+  const auto type = GENERATE(torch::kDouble, torch::kBFloat16);
+  auto stock = make_stock(torch::nn::MultiheadAttentionOptions(kWidth, 2));
+  auto x = randn({kBatch, kQueries, kWidth}), mask = randn({kQueries, kQueries});
+  auto expected = stock_output(stock, x, x, {}, mask);
+  stock->to(type);
+  LoRAAttention layer(stock, kAdapter, Projections().k(true));
+  auto inputs = AttentionInputs().attn_mask(mask);  // in float
+  auto output = layer->forward(x.to(type), inputs);
+  CHECK(output.scalar_type() == type);
+  CHECK(testing::distance(output, expected) < 0.05);
+  CHECK(layer->v_proj.weight().data_ptr() == stock->in_proj_weight.slice(0, 2 * kWidth).data_ptr());
+
+  layer->to(torch::kFloat);
+  const auto device = testing::device().type();
+  at::autocast::set_autocast_dtype(device, torch::kBFloat16);
+  at::autocast::set_autocast_enabled(device, true);
+  output = layer->forward(x, inputs);
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(device, false);
+  CHECK(output.scalar_type() == torch::kBFloat16);
+  CHECK(testing::distance(output, expected) < 0.05);
 }
 
 TEST_CASE("Attention weights are dropped in training mode only") {
