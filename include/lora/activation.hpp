@@ -24,7 +24,8 @@ class LayerHandler final : public WeightHandler {
 
   AdaptedLayer& layer() const { return *layer_; }
 
-  bool accepts(Use use) const override { return (static_cast<int>(target().use) & static_cast<int>(use)) != 0; }
+  bool accepts(Use use) const override { return overlap(target().use, use); }
+  bool adds_to_products() const override { return target().site->view().shape().batch.empty(); }
   void count_use() override { layer_->uses.fetch_add(1, std::memory_order_relaxed); }
 
   at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Multiply multiply) override {
@@ -46,12 +47,18 @@ class LayerHandler final : public WeightHandler {
   std::vector<std::string> adapters_;
 };
 
+/// A tensor of the model and what stands in for it in a scope: the copy of it that an adapter trains.
+struct Replacement {
+  at::Tensor original, trained;
+  Use use;
+};
+
 /// The scope of one `Adapters::activate`.
 class AdapterScope final : public Scope {
  public:
   AdapterScope(std::shared_ptr<Usage> usage, const std::vector<std::shared_ptr<AdaptedLayer>>& layers,
-               const std::vector<std::string>& adapters)
-      : usage_(std::move(usage)) {
+               const std::vector<std::string>& adapters, std::vector<Replacement> replacements)
+      : usage_(std::move(usage)), replacements_(std::move(replacements)) {
     for (const auto& layer : layers) {
       const auto on_it = [&](const std::string& name) { return layer->target.site->contains(name); };
       if (std::none_of(adapters.begin(), adapters.end(), on_it)) continue;
@@ -62,9 +69,11 @@ class AdapterScope final : public Scope {
 
   const void* owner() const override { return usage_.get(); }
   const WeightTable& weights() const override { return weights_; }
-  bool observes() const override { return usage_->is_watching(); }
+  bool observes() const override { return usage_->is_watching() || !replacements_.empty(); }
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack, const std::function<void()>& run) override {
+    if (!replacements_.empty()) replace(op, stack);
+    if (!usage_->is_watching()) return run();
     const auto used = used_by(op, stack);
     usage_->watch(op, used, run);
     if (!used.empty() && unreached().empty()) usage_->stop_watching();
@@ -82,6 +91,19 @@ class AdapterScope final : public Scope {
   Usage& usage() const { return *usage_; }
 
  private:
+  /// Puts the trained copies in the places of the tensors they are copies of.
+  void replace(const c10::OperatorHandle& op, torch::jit::Stack& stack) const {
+    const bool is_lookup = op.operator_name().name.rfind("aten::embedding", 0) == 0;
+    for_each_operand(op, stack, [&](const at::Tensor& operand) {
+      if (!operand.defined() || !operand.has_storage()) return operand;
+      for (const auto& [original, trained, use] : replacements_) {
+        if (!operand.is_alias_of(original) || !part_of(original, operand)) continue;
+        if (overlap(use, is_lookup ? Use::kLookup : Use::kProduct)) return same_part(trained, original, operand);
+      }
+      return operand;
+    });
+  }
+
   /// The layers whose weights are among the operands.
   std::vector<AdaptedLayer*> used_by(const c10::OperatorHandle& op, torch::jit::Stack& stack) const {
     std::vector<AdaptedLayer*> used;
@@ -95,6 +117,7 @@ class AdapterScope final : public Scope {
   }
 
   std::shared_ptr<Usage> usage_;
+  std::vector<Replacement> replacements_;
   std::vector<std::unique_ptr<LayerHandler>> handlers_;
   WeightTable weights_;
 };
