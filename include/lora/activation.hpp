@@ -8,7 +8,6 @@
 
 #include <exception>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -133,16 +132,18 @@ class AdapterScope final : public Scope {
 class [[nodiscard]] Activation {
  public:
   Activation(std::shared_ptr<detail::AdapterScope> scope, bool is_script)
-      : scope_(std::move(scope)), guard_(registered(scope_)) {
-    if (is_script) unoptimized_.emplace(false);
+      : scope_(std::move(scope)), guard_(std::make_unique<detail::ScopeGuard>(registered(scope_))) {
+    if (is_script) unoptimized_ = std::make_unique<torch::jit::GraphOptimizerEnabledGuard>(false);
   }
 
   ~Activation() {
-    if (std::uncaught_exceptions() == exceptions_) scope_->usage().warn(scope_->unreached());
+    const bool is_moved_from = scope_ == nullptr;
+    if (!is_moved_from && std::uncaught_exceptions() == exceptions_) scope_->usage().warn(scope_->unreached());
   }
 
-  Activation(const Activation&) = delete;
-  Activation& operator=(const Activation&) = delete;
+  /// Moved to another variable of the same thread, e.g. into a std::optional.
+  Activation(Activation&&) = default;
+  Activation& operator=(Activation&&) = delete;
 
  private:
   static std::shared_ptr<detail::AdapterScope> registered(std::shared_ptr<detail::AdapterScope> scope) {
@@ -151,9 +152,9 @@ class [[nodiscard]] Activation {
   }
 
   std::shared_ptr<detail::AdapterScope> scope_;
-  detail::ScopeGuard guard_;
+  std::unique_ptr<detail::ScopeGuard> guard_;
   // TorchScript's optimizer would replace autograd by derivatives of its own, which know nothing of the adapters.
-  std::optional<torch::jit::GraphOptimizerEnabledGuard> unoptimized_;
+  std::unique_ptr<torch::jit::GraphOptimizerEnabledGuard> unoptimized_;
   int exceptions_ = std::uncaught_exceptions();
 };
 
