@@ -51,9 +51,9 @@ namespace detail {
 inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options) {
   const auto pattern = std::regex_replace(layer, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
   auto ranks = config.rank_pattern();
-  auto alphas = config.alpha_pattern();
-  if (options.rank() != config.rank()) ranks.emplace_back("^" + pattern, options.rank());
-  if (options.alpha() != config.alpha()) alphas.emplace_back("^" + pattern, options.alpha());
+  auto alphas = config.alpha_pattern();  // of which the first that matches counts
+  if (options.rank() != config.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
+  if (options.alpha() != config.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
   config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
 }
 

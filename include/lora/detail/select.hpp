@@ -2,9 +2,11 @@
 
 #include <lora/config.hpp>
 #include <lora/detail/text.hpp>
+#include <lora/layers/parameter.hpp>
 #include <lora/layers/parts.hpp>
 #include <lora/model.hpp>
 
+#include <map>
 #include <numeric>
 #include <optional>
 #include <set>
@@ -243,11 +245,31 @@ class Selection {
       for (const auto& entry : entries) {
         if (is_or_ends_with(parameter.name, entry)) found = matched.insert(entry).second || true;
       }
-      if (found) targets_.push_back(model_.parameter_target(parameter.name));
+      if (!found) continue;
+      targets_.push_back(model_.parameter_target(parameter.name));
+      targets_.back().files = layers::parameter_files(targets_.back().slot->read());
     }
+    name_parameters();
     for (const auto& entry : entries) {
       TORCH_CHECK(matched.count(entry) > 0, "lora::attach: no parameter matches \"", entry, "\" of target_parameters;",
                   did_you_mean(entry, with_last_parts(names)), " Parameters here: ", list(names));
+    }
+  }
+
+  /// PEFT's files name a parameter's adapter after its module; of several on one module the last one has the module's
+  /// name, and each earlier one lies inside the next.
+  void name_parameters() {
+    std::map<std::string, std::string> names;
+    for (auto target = targets_.rbegin(); target != targets_.rend(); ++target) {
+      if (target->kind != "Parameter") continue;
+      const auto dot = target->name.rfind('.');
+      auto& name = names[dot == std::string::npos ? "" : target->name.substr(0, dot)];
+      if (name.empty()) {
+        name = dot == std::string::npos ? target->name : target->name.substr(0, dot);
+      } else {
+        name += ".base_layer";
+      }
+      target->file_name = name;
     }
   }
 

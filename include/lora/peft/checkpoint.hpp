@@ -4,7 +4,9 @@
 #include <lora/peft/config.hpp>
 #include <lora/peft/safetensors.hpp>
 
+#include <cmath>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 #include <utility>
@@ -20,9 +22,18 @@ namespace detail {
 inline constexpr const char* kAdapterConfig = "adapter_config.json";
 inline constexpr const char* kAdapterTensors = "adapter_model.safetensors";
 
+inline constexpr const char* kPrefix = "base_model.model.";
+
 /// The name of a tensor in adapter_model.safetensors.
 inline std::string peft_key(const Target& target, const NamedTensor& tensor) {
-  return "base_model.model." + target.file_name + "." + tensor.file_name;
+  const auto name = target.files.name ? target.files.name(tensor) : tensor.file_name;
+  return kPrefix + target.file_name + "." + name;
+}
+
+/// A tensor of a layer as PEFT's file keeps it.
+inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
+  at::NoGradGuard no_grad;
+  return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
 }
 
 /// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
@@ -32,8 +43,9 @@ class PeftTensorReader {
 
   void fill(AdapterPlan& plan) {
     for (auto& layer : plan.layers) {
-      for (const auto& tensor : layer.method->tensors()) match(peft_key(layer.target, tensor), *tensor.tensor);
+      for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
     }
+    for (auto& full : plan.full) match(kPrefix + full.file_name, full.value, full.value.sizes(), {});
     for (const auto& [key, tensor] : content_) unexpected_.push_back(quoted(key) + " " + c10::str(tensor.sizes()));
     report();
     at::NoGradGuard no_grad;
@@ -43,17 +55,31 @@ class PeftTensorReader {
  private:
   static std::string quoted(const std::string& key) { return "\"" + key + "\""; }
 
-  void match(const std::string& key, const at::Tensor& target) {
+  using FromFile = std::function<at::Tensor(const at::Tensor& stored)>;
+
+  void match(const Target& target, const NamedTensor& tensor) {
+    FromFile from_file;
+    if (target.files.from_file)
+      from_file = [&](const at::Tensor& stored) { return target.files.from_file(tensor.name, stored); };
+    match(peft_key(target, tensor), *tensor.tensor, to_file(target, tensor).sizes(), from_file);
+  }
+
+  /// Finds the tensor `key`, which has to have the sizes `stored_sizes` in the file, for `target`.
+  void match(const std::string& key, const at::Tensor& target, at::IntArrayRef stored_sizes,
+             const FromFile& from_file) {
     const auto found = content_.find(key);
     if (found == content_.end()) {
-      missing_.push_back(quoted(key) + " " + c10::str(target.sizes()));
+      missing_.push_back(quoted(key) + " " + c10::str(stored_sizes));
       return;
     }
     const auto& source = found->second;
-    if (source.sizes() != target.sizes())
-      misshapen_.push_back(quoted(key) + " is " + c10::str(source.sizes()) + ", not " + c10::str(target.sizes()));
-    if (!source.is_floating_point()) misshapen_.push_back(quoted(key) + " holds " + c10::str(source.scalar_type()));
-    copies_.emplace_back(target, source);
+    if (source.sizes() != stored_sizes) {
+      misshapen_.push_back(quoted(key) + " is " + c10::str(source.sizes()) + ", not " + c10::str(stored_sizes));
+    } else if (target.is_floating_point() && !source.is_floating_point()) {
+      misshapen_.push_back(quoted(key) + " holds " + c10::str(source.scalar_type()));
+    } else {
+      copies_.emplace_back(target, from_file ? from_file(source) : source);
+    }
     content_.erase(found);
   }
 
@@ -90,7 +116,14 @@ inline AdapterPlan read_plan(const Adapters& adapters, const std::filesystem::pa
 
 /// The configuration as it is written: with the names of what was selected where PEFT would select something else. By
 /// "all linear layers" it means all but the head, and it wants a prefix before a list of blocks.
-inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets) {
+inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets, const std::string& adapter) {
+  for (const auto& target : targets) {
+    if (target.site->view().part_rows().empty()) continue;
+    const auto& options = target.site->at(adapter).options();
+    const auto parts = static_cast<double>(target.site->view().shape().batch.front());
+    const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(parts) : parts);
+    note_options(config, target.name, LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha));
+  }
   const bool by_blocks = !config.layers_to_transform().empty();
   const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
   if (!config.target_modules().is_all_linear() && !by_blocks) return config;
@@ -115,15 +148,17 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
   const auto targets = targets_of(known(adapter));
   std::map<std::string, at::Tensor> tensors;
   for (const auto& target : targets) {
-    for (const auto& item : target.site->at(adapter).tensors()) tensors[detail::peft_key(target, item)] = *item.tensor;
+    for (const auto& item : target.site->at(adapter).tensors())
+      tensors[detail::peft_key(target, item)] = detail::to_file(target, item);
   }
+  for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
 
   const auto config_path = directory / detail::kAdapterConfig;
   if (std::filesystem::is_directory(config_path)) throw CheckpointError(config_path, "is a directory, not a file");
-  const auto written = detail::written_config(configs_[adapter], targets);
+  const auto written = detail::written_config(configs_[adapter], targets, adapter);
   detail::AtomicFile config(config_path);
   config.write_at(0, detail::PeftConfigWriter(config_path, written).text());
   config.sync();
