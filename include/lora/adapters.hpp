@@ -107,6 +107,9 @@ class Adapters {
     full_.insert(name, std::move(plan.full));
   }
 
+  /// Adds the adapter in a PEFT directory, as `load_adapter` does. Defined in lora/peft/checkpoint.hpp.
+  void load(const std::string& name, const std::filesystem::path& directory);
+
   /// Takes over the adapters that layers of this library (LoRALinear, ...) have of their own, as one adapter "default".
   /// What requires gradients stays as it is. Throws when the model has no such layers, or of different methods.
   void adopt();

@@ -166,6 +166,10 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
   config.commit();
 }
 
+inline void Adapters::load(const std::string& name, const std::filesystem::path& directory) {
+  add(name, detail::read_plan(*this, directory));
+}
+
 /// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"
 /// and trainable; its tensors take the type of an attached adapter whatever their type in the file.
 ///
@@ -176,7 +180,7 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
 /// does not have. The model is unchanged then.
 inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory) {
   Adapters adapters(model);
-  adapters.add("default", detail::read_plan(adapters, directory));
+  adapters.load("default", directory);
   return adapters;
 }
 
