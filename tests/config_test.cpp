@@ -78,6 +78,13 @@ TEST_CASE("What matches nothing is an error that names it, the nearest names and
       {LoRAConfig(2).target_modules({"layers"}), "\"layers\" is a torch::nn::ModuleListImpl, which has no weight"},
       {LoRAConfig(2).target_modules(lora::regex("q_proj")), "the regular expression \"q_proj\""},
       {LoRAConfig(2).target_modules(lora::regex("[")), "\"[\" is not a regular expression"},
+      {LoRAConfig(2).target_modules(lora::regex(std::string(201, '(') + std::string(201, ')'))),
+       "may have 10000 characters, 200 brackets in each other and numbers of 9 digits, but \"" + std::string(60, '(') +
+           "...\" has 402, 201 and 0"},
+      {LoRAConfig(2).target_modules(lora::regex(std::string(10001, 'a'))), "...\" has 10001, 0 and 0"},
+      {LoRAConfig(2).target_modules(lora::regex("a{2,1234567890}\\1")), "...\" has 17, 0 and 10"},
+      {LoRAConfig(2).target_modules(lora::regex("(a)\\12345678901")), "...\" has 15, 1 and 11"},
+      {LoRAConfig(2).target_modules({"q_proj"}).rank_pattern({{std::string(100000, '['), 3}}), "has 100009, 1 and 0"},
       {LoRAConfig(2).target_modules({"q_proj"}).exclude_modules({"lm_haed"}), "\"lm_haed\" of exclude_modules"},
       {LoRAConfig(2).target_modules({"q_proj"}).exclude_modules({"q_proj"}), "leave none of the targets"},
       {LoRAConfig(2).target_modules({"q_proj"}).layers_to_transform({1, 9}), "layer 9"},

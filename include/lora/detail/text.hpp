@@ -81,14 +81,26 @@ inline size_t nesting(const std::string& pattern) {
   return most;
 }
 
-/// A compiled pattern; an error that shows `shown` when it is none. std::regex calls itself for every letter and every
-/// bracket, and a pattern may come from anywhere, so there are limits, with which the stack is enough.
+/// The digits of the longest number in a \\1 or {1,2} of a pattern.
+inline size_t most_digits(const std::string& pattern) {
+  size_t most = 0;
+  for (auto i = pattern.find_first_of("\\{,"); i != pattern.npos; i = pattern.find_first_of("\\{,", i + 1)) {
+    const auto end = std::min(pattern.find_first_not_of("0123456789", i + 1), pattern.size());
+    most = std::max(most, end - i - 1);
+  }
+  return most;
+}
+
+/// A compiled pattern; an error that shows `shown` when it is none. A pattern may come from anywhere, and std::regex
+/// calls itself for every letter and every bracket, and computes numbers without looking for their end, so there are
+/// limits.
 inline std::regex compile(const std::string& pattern, const std::string& shown) {
-  constexpr size_t kMaxLength = 10000, kMaxNesting = 200;
-  TORCH_CHECK_VALUE(pattern.size() <= kMaxLength && nesting(pattern) <= kMaxNesting,
-                    "lora::LoRAConfig: a regular expression may have ", kMaxLength, " characters and ", kMaxNesting,
-                    " brackets in each other, but \"", shown.substr(0, 60), "...\" has ", pattern.size(), " and ",
-                    nesting(pattern));
+  constexpr size_t kMaxLength = 10000, kMaxNesting = 200, kMaxDigits = 9;
+  const auto depth = nesting(pattern), digits = most_digits(pattern);
+  TORCH_CHECK_VALUE(pattern.size() <= kMaxLength && depth <= kMaxNesting && digits <= kMaxDigits,
+                    "lora::LoRAConfig: a regular expression may have ", kMaxLength, " characters, ", kMaxNesting,
+                    " brackets in each other and numbers of ", kMaxDigits, " digits, but \"", shown.substr(0, 60),
+                    "...\" has ", pattern.size(), ", ", depth, " and ", digits);
   try {
     return std::regex(pattern, std::regex::ECMAScript | std::regex::optimize);
   } catch (const std::regex_error& error) {
