@@ -37,6 +37,8 @@ set(LORA_PUBLIC_HEADERS
   peft/checkpoint.hpp
   peft/config.hpp
   peft/error.hpp
+  peft/load_options.hpp
+  peft/pickled.hpp
   peft/safetensors.hpp
 )
 set(LORA_DETAIL_HEADERS

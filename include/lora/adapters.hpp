@@ -4,6 +4,7 @@
 #include <lora/config.hpp>
 #include <lora/detail/select.hpp>
 #include <lora/merge.hpp>
+#include <lora/peft/load_options.hpp>
 #include <lora/report.hpp>
 
 #include <algorithm>
@@ -47,9 +48,14 @@ struct AdapterPlan {
 
 namespace detail {
 
+/// A regular expression that matches `text` and nothing else.
+inline std::string escaped(const std::string& text) {
+  return std::regex_replace(text, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+}
+
 /// Writes down the rank and alpha of one layer, where they differ from those of the others.
 inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options) {
-  const auto pattern = std::regex_replace(layer, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+  const auto pattern = escaped(layer);
   auto ranks = config.rank_pattern();
   auto alphas = config.alpha_pattern();  // of which the first that matches counts
   if (options.rank() != config.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
@@ -106,6 +112,9 @@ class Adapters {
     configs_.insert(name, std::move(plan.config));
     full_.insert(name, std::move(plan.full));
   }
+
+  /// Adds the adapter in a PEFT directory, as `load_adapter` does. Defined in lora/peft/checkpoint.hpp.
+  LoadReport load(const std::string& name, const std::filesystem::path& directory, const LoadOptions& options = {});
 
   /// Takes over the adapters that layers of this library (LoRALinear, ...) have of their own, as one adapter "default".
   /// What requires gradients stays as it is. Throws when the model has no such layers, or of different methods.
@@ -311,6 +320,7 @@ class Adapters {
   /// Writes the only adapter, or the named one, as a PEFT directory. Defined in lora/peft/checkpoint.hpp.
   void save(const std::filesystem::path& directory) const;
   void save(const std::filesystem::path& directory, const std::string& adapter) const;
+  void save_all(const std::filesystem::path& directory) const;
 
  private:
   struct Frozen {
