@@ -1,6 +1,6 @@
-"""Modules exported from Python with torch.jit.script and torch.jit.trace, adapted here, beside the same modules in Python
-whose weights are W + s B A: outputs and gradients, with and without gradient, in training and evaluation mode, merged,
-saved and loaded again here and there.
+"""Modules exported from Python with torch.jit.script and torch.jit.trace and adapted by the library, beside the same
+modules in Python whose weights are W + s B A: outputs and gradients, with and without gradient, in training and
+evaluation mode, merged, saved, and loaded again by both.
 
 usage: torchscript_live.py ADAPT_SCRIPT_PROGRAM
 """
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 TOLERANCE = 1e-9  # relative, in float64
+LOOSE_TOLERANCE = 2e-2  # for what is computed in bfloat16
 SCALING = 3 / 2  # alpha / rank
 
 
@@ -139,6 +140,19 @@ class Control(nn.Module):
         return x + torch.jit.wait(later)
 
 
+class Autocast(nn.Module):
+    """Switches autocast on by itself, so that TorchScript casts its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 6).float(), nn.Linear(6, 3).float()
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.fc2(self.fc1(x.float()).tanh())
+        return y.float()
+
+
 def product(weight, a, b):
     return SCALING * torch.matmul(b, a).reshape(weight.shape)
 
@@ -195,7 +209,7 @@ def recurrent(**matrices):
     return parameters(*(f"{layer}.{name}" for layer, names in matrices.items() for name in names.split()))
 
 
-LSTM = " ".join(f"weight_{kind}_l{layer}{way}" for layer in (0, 1) for way in ("", "_reverse") for kind in ("ih", "hh", "hr"))
+LSTM = " ".join(f"weight_{kind}_l{layer}{way}" for kind in ("ih", "hh", "hr") for layer in "01" for way in ("", "_reverse"))
 
 # name: (module, inputs, target_modules, target_parameters, what is adapted: the parameter and how its update looks)
 CASES = {
@@ -206,8 +220,8 @@ CASES = {
     "tied head": (Tied, lambda: [numbers()], ["head"], [], layers("head")),
     "tied parameter": (Tied, lambda: [numbers()], [], ["tokens.weight"], parameters("tokens.weight")),
     "bag": (Bags, lambda: [numbers()], ["bag", "pair"], [], layers("bag", of=table) | layers("pair")),
-    "attention": (lambda: Attention(batch_first=True), lambda: [random(2, 5, 4), random(2, 3, 4), causal(5)], ["attn"], [],
-                  attention("attn")),
+    "attention": (lambda: Attention(batch_first=True), lambda: [random(2, 5, 4), random(2, 3, 4), causal(5)],
+                  ["attn"], [], attention("attn")),
     "attention, sequence first": (Attention, lambda: [random(5, 2, 4), random(3, 2, 4), causal(5)], ["attn"], [],
                                   attention("attn")),
     "cross attention": (lambda: Attention(cross=True, batch_first=True),
@@ -227,7 +241,8 @@ CASES = {
     "nested encoder": (lambda: Encoder(2, nested=True), lambda: [random(2, 5, 4), padding()],
                        ["self_attn", "linear1", "linear2"], [],
                        encoder("encoder.layers.0.") | encoder("encoder.layers.1.")),
-    "decoder layer": (Decoder, lambda: [random(5, 2, 4), random(3, 2, 4)], ["self_attn", "multihead_attn", "linear2"], [],
+    "decoder layer": (Decoder, lambda: [random(5, 2, 4), random(3, 2, 4)],
+                      ["self_attn", "multihead_attn", "linear2"], [],
                       attention("layer.self_attn") | attention("layer.multihead_attn") | layers("layer.linear2")),
     "recurrent": (Recurrent, lambda: [random(5, 2, 4)], ["lstm", "gru", "rnn"], [],
                   recurrent(lstm=LSTM, gru="weight_ih_l0 weight_hh_l0", rnn="weight_ih_l0 weight_hh_l0")),
@@ -235,8 +250,12 @@ CASES = {
                         recurrent(lstm="weight_ih weight_hh", gru="weight_ih weight_hh", rnn="weight_ih weight_hh")),
     "parameters": (Functions, lambda: [random(5, 4)], [], ["matrix", "experts"], parameters("matrix", "experts")),
     "parameters of known layers": (Mlp, lambda: [random(2, 3, 4)], [], ["fc2.weight"], parameters("fc2.weight")),
+    "autocast": (Autocast, lambda: [random(2, 3, 4)], ["fc1", "fc2"], [], layers("fc1", "fc2")),
     "control flow": (Control, lambda: [random(3, 4)], ["step", "other"], [], layers("step", "other")),
 }
+
+
+ONLY_SCRIPTED = ("autocast", "control flow")
 
 
 def exports(module, inputs, name):
@@ -245,7 +264,7 @@ def exports(module, inputs, name):
         mode = "train" if training else "eval"
         module.train(training)
         yield "script", mode, torch.jit.script(module)
-        if name == "control flow":
+        if name in ONLY_SCRIPTED:
             continue
         yield "trace", mode, torch.jit.trace(module, inputs, check_trace=False)
         if not training:
@@ -281,21 +300,23 @@ def expected(case, module, inputs, adapted, results):
 
 
 def deviation(ours, theirs):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (ours.shape, theirs.shape, ours.dtype)
-    difference = (ours - theirs).abs().max().item() / (1e-3 + theirs.abs().max().item())
-    return difference if torch.isfinite(ours).all() else float("inf")
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype or not torch.isfinite(ours).all():
+        return float("inf")
+    return (ours - theirs).abs().max().item() / (1e-3 + theirs.abs().max().item())
 
 
 def check(case, folder):
     """The largest deviation of anything, by what deviates."""
     results = torch.load(f"{folder}/{case['id']}.results", weights_only=False)
     module, inputs, adapted = case["module"].train(case["mode"] == "train"), case["inputs"], case["adapted"]
-    names = {name[: -len(".lora_A")] for name in results if name.endswith(".lora_A") and not name.startswith("gradient ")}
-    assert names == set(adapted), (sorted(names), sorted(adapted))
+    names = {name.removesuffix(".lora_A") for name in results if name.endswith(".lora_A") and "gradient " not in name}
+    if names != set(adapted):
+        return {f"{sorted(names)} are adapted": float("inf")}
     with torch.no_grad():
         found = {"base": deviation(results["base"], module(*inputs))}
     output, gradients = expected(case, module, inputs, adapted, results)
-    assert deviation(results["base"], output) > 1e-2, "the adapters change nothing"
+    if deviation(results["base"], output) < 5e-2:
+        return {"the adapters change too little": float("inf")}
     found["adapted without gradient"] = deviation(results["adapted without gradient"], output)
     if "gradients" not in case["refusals"]:
         found["adapted"] = deviation(results["adapted"], output)
@@ -309,43 +330,46 @@ def check(case, folder):
     return found
 
 
+def export_all(folder):
+    """Writes every exported module with its input; returns what the program and `check` have to know of it."""
+    cases = []
+    for name, (make, inputs, modules, parameters, adapted) in CASES.items():
+        module, values = make(), inputs()
+        for way, mode, exported in exports(module, tuple(values), name):
+            case = {"id": len(cases), "name": f"{name}, {way}, {mode}", "mode": mode, "target_modules": modules,
+                    "target_parameters": parameters, "refusals": refusals(name, way, mode)}
+            exported.save(f"{folder}/{case['id']}.pt")
+            torch.save({str(i): value for i, value in enumerate(values)}, f"{folder}/{case['id']}.inputs")
+            cases.append(case | {"module": module, "inputs": values, "adapted": adapted})
+    with open(f"{folder}/cases.json", "w") as file:
+        kept = ("id", "name", "mode", "target_modules", "target_parameters", "refusals")
+        json.dump([{key: case[key] for key in kept} for case in cases], file)
+    return cases
+
+
 def main():
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    cases = []
+    failures, largest = 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for name, (make, inputs, modules, parameters, adapted) in CASES.items():
-            module, values = make(), inputs()
-            for way, mode, exported in exports(module, tuple(values), name):
-                number = len(cases)
-                exported.save(f"{folder}/{number}.pt")
-                torch.save({str(i): value for i, value in enumerate(values)}, f"{folder}/{number}.inputs")
-                cases.append({"id": number, "name": f"{name}, {way}, {mode}", "mode": mode, "target_modules": modules,
-                              "target_parameters": parameters, "refusals": refusals(name, way, mode), "module": module, "inputs": values, "adapted": adapted})
-        with open(f"{folder}/cases.json", "w") as file:
-            kept = ("id", "name", "mode", "target_modules", "target_parameters", "refusals")
-            json.dump([{key: case[key] for key in kept} for case in cases], file)
+        cases = export_all(folder)
         program = subprocess.run([sys.argv[1], folder], capture_output=True, text=True)
         lines = dict(line.split(" ", 1) for line in program.stdout.splitlines())
-        failures, largest = 0, 0.0
         for case in cases:
             said = lines.get(str(case["id"]), "no answer")
-            found = {"error": float("inf")}
-            if said == "done":
-                try:
-                    found = check(case, folder)
-                except AssertionError as error:
-                    said = f"assertion: {error}"
+            found = check(case, folder) if said == "done" else {said: float("inf")}
             worst = max(found, key=found.get)
-            largest = max(largest, found[worst])
-            if found[worst] > TOLERANCE:
+            is_double = next(case["module"].parameters()).dtype == torch.float64
+            if is_double:
+                largest = max(largest, found[worst])
+            if found[worst] > (TOLERANCE if is_double else LOOSE_TOLERANCE):
                 failures += 1
-                print(f"FAILED {case['name']}: {worst} deviates by {found[worst]:.1e} ({said})")
+                print(f"FAILED {case['name']}: {worst}: {found[worst]:.1e}")
             else:
                 print(f"{case['name']}: {found[worst]:.1e}")
     print(program.stderr, end="", file=sys.stderr)
-    print(f"{len(cases)} exported modules, {failures} wrong; the largest deviation is {largest:.1e}")
+    print(f"{len(cases)} exported modules, {failures} wrong; the largest deviation in float64 is {largest:.1e}")
     sys.exit(failures > 0 or program.returncode != 0)
 
 
