@@ -68,19 +68,22 @@ class Attention(nn.Module):
 
     def forward(self, x, other, mask):
         if self.cross:
-            return self.attn(x, other, other)[0]
-        return self.attn(x, x, x, attn_mask=mask)[0]
+            y, weights = self.attn(x, other, other)
+        else:
+            y, weights = self.attn(x, x, x, attn_mask=mask)
+        return y * (1 + weights.square().mean()) if weights is not None else y
 
 
 class Encoder(nn.Module):
-    def __init__(self, layers, nested=False, **options):
+    def __init__(self, layers, nested=False, causal=False, **options):
         super().__init__()
+        self.register_buffer("mask", torch.ones(5, 5).triu(1).bool() if causal else None)
         options = {"dim_feedforward": 6, "dropout": 0.0, "batch_first": True} | options
         layer = nn.TransformerEncoderLayer(4, 2, **options)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=nested) if layers > 1 else layer
 
     def forward(self, x, padding):
-        y = self.encoder(x, src_key_padding_mask=padding)
+        y = self.encoder(x, self.mask, padding)
         return y * padding.logical_not().unsqueeze(-1)
 
 
@@ -209,7 +212,7 @@ def recurrent(**matrices):
     return parameters(*(f"{layer}.{name}" for layer, names in matrices.items() for name in names.split()))
 
 
-LSTM = " ".join(f"weight_{kind}_l{layer}{way}" for kind in ("ih", "hh", "hr") for layer in "01" for way in ("", "_reverse"))
+LSTM = " ".join(f"weight_{part}_l{layer}" for part in ("ih", "hh", "hr") for layer in "0 0_reverse 1 1_reverse".split())
 
 # name: (module, inputs, target_modules, target_parameters, what is adapted: the parameter and how its update looks)
 CASES = {
@@ -231,7 +234,7 @@ CASES = {
                                 attention("attn", packed=False)),
     "encoder layer": (lambda: Encoder(1), lambda: [random(2, 5, 4), padding()], ["self_attn", "linear1", "linear2"], [],
                       encoder("encoder.")),
-    "encoder layer, norm first": (lambda: Encoder(1, norm_first=True, activation="gelu"),
+    "encoder layer, norm first": (lambda: Encoder(1, causal=True, norm_first=True, activation="gelu"),
                                   lambda: [random(2, 5, 4), padding()], ["self_attn", "linear1", "linear2"], [],
                                   encoder("encoder.")),
     "encoder, only linear1": (lambda: Encoder(2), lambda: [random(2, 5, 4), padding()], ["linear1"], [],
