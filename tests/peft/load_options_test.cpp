@@ -151,7 +151,6 @@ TEST_CASE("Several adapters lie in one directory as PEFT lays them out") {
   CHECK(loaded.names() == adapters.names());
   for (const auto& item : adapters.named_parameters())
     CHECK(torch::equal(loaded.named_parameters()[item.key()], item.value()));
-  CHECK_THROWS_WITH(lora::load_adapters(*model, folder / "french" / ".."), !contains("holds no"));
   std::ofstream(folder / "poet/adapter_config.json") << "{";
   auto untouched = std::make_shared<NamedImpl>("layers", "q_proj");
   CHECK_THROWS_WITH(lora::load_adapters(*untouched, folder.path()), contains("poet"));
