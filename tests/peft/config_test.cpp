@@ -162,6 +162,13 @@ TEST_CASE("a configuration survives the file", "[peft_config]") {
   CHECK(round_trip(LoRAConfig(2).target_modules(lora::all_linear)).target_modules().is_all_linear());
 }
 
+TEST_CASE("no target module is written as an empty list, since PEFT chooses some itself for null", "[peft_config]") {
+  testing::TemporaryFolder folder;
+  write_adapter_config(folder / "c", LoRAConfig(3).target_parameters({"experts.up"}));
+  CHECK_THAT(read_text(folder / "c"), testing::contains("\"target_modules\": [],"));
+  CHECK(read_adapter_config(folder / "c").target_modules().empty());
+}
+
 TEST_CASE("read_adapter_config takes PEFT's defaults and all its spellings", "[peft_config]") {
   ConfigFile file;
   const auto config = file.read(R"({"peft_type": "LORA", "target_modules": "All-Linear"})");

@@ -112,6 +112,8 @@ class PeftTensorReader {
       for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
     }
     for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
+    for (const auto& layer : plan.layers) match_base(layer.target);
+    drop_copies(plan);
     for (const auto& [key, tensor] : content_) report_.unexpected.push_back(quoted(key, tensor.sizes()));
     if (options_.strict()) refuse();
     if (!report_.missing.empty()) plan.initialize();
@@ -144,12 +146,37 @@ class PeftTensorReader {
     const auto& source = found->second;
     if (source.sizes() != stored_sizes) {
       report_.misshapen.push_back(quoted(key, source.sizes()) + ", not " + c10::str(stored_sizes));
-    } else if (target.is_floating_point() && !source.is_floating_point()) {
+    } else if (target.requires_grad() && !source.is_floating_point()) {  // a buffer may count in any type
       report_.misshapen.push_back(quoted(key, source.sizes()) + " of type " + c10::str(source.scalar_type()));
     } else {
       copies_.emplace_back(&target, from_file ? from_file(source) : source);
     }
     content_.erase(found);
+  }
+
+  /// PEFT writes the frozen tables of adapted embeddings along, in case the vocabulary grew.
+  void match_base(const Target& target) {
+    const auto found = content_.find(target.file_name + ".base_layer.weight");
+    if (found == content_.end()) return;
+    const auto& theirs = found->second;
+    const auto own = target.site->pristine(*target.slot).to(theirs.device());
+    const bool is_same = theirs.sizes() == own.sizes() &&
+                         (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
+    if (!is_same)
+      report_.unexpected.push_back(quoted(found->first, theirs.sizes()) +
+                                   " (a frozen weight, and not the model's own)");
+    content_.erase(found);
+  }
+
+  /// With "bias": "all" PEFT writes the biases inside of modules_to_save two times more, under names of its wrapper.
+  void drop_copies(const AdapterPlan& plan) {
+    for (const auto& full : plan.full) {
+      const auto& name = full.file_name;
+      for (auto dot = name.find('.'); dot != std::string::npos; dot = name.find('.', dot + 1)) {
+        for (const auto* wrapper : {".original_module", ".modules_to_save"})
+          content_.erase(name.substr(0, dot) + wrapper + name.substr(dot));
+      }
+    }
   }
 
   void copy(at::Tensor& target, const at::Tensor& source) const {
@@ -200,7 +227,8 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
     const auto& options = target.site->at(adapter).options();
     const auto parts = static_cast<double>(target.site->view().shape().batch.front());
     const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(parts) : parts);
-    note_options(config, target.name, LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha));
+    const auto stacked = LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha);
+    note_options(config, target.name, stacked, options);
   }
   const bool by_blocks = !config.layers_to_transform().empty();
   const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
