@@ -45,12 +45,15 @@ set(LORA_DETAIL_HEADERS
   detail/atomic_file.hpp
   detail/attention_mask.hpp
   detail/descriptor.hpp
+  detail/fused_attention.hpp
   detail/interception.hpp
   detail/json.hpp
   detail/mapped_file.hpp
   detail/peft_fields.hpp
+  detail/plain_execution.hpp
   detail/safetensors_header.hpp
   detail/scopes.hpp
+  detail/script_module.hpp
   detail/select.hpp
   detail/stacked.hpp
   detail/text.hpp

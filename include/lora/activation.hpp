@@ -25,7 +25,10 @@ class LayerHandler final : public WeightHandler {
   const at::Tensor& weight() const { return weight_; }
 
   bool accepts(Use use) const override { return overlap(target().use, use); }
-  bool adds_to_products() const override { return target().site->view().shape().batch.empty(); }
+  bool adds_to(Use use) const override {
+    const auto& shape = target().site->view().shape();
+    return shape.batch.empty() && shape.is_lookup == (use == Use::kLookup);
+  }
   void count_use() override { layer_->uses.fetch_add(1, std::memory_order_relaxed); }
 
   at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Multiply multiply) override {

@@ -345,6 +345,7 @@ class Adapters {
   }
 
   void freeze() {
+    if (!while_adapted_) while_adapted_ = model_->while_adapted();
     if (frozen_.empty()) remember_parameters();
     for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(false);
   }
@@ -352,6 +353,7 @@ class Adapters {
   void thaw() {
     for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(parameter.requires_grad);
     frozen_.clear();
+    while_adapted_.reset();
   }
 
   /// Lets go of everything but the adapters that layers have of their own.
@@ -390,6 +392,7 @@ class Adapters {
 
   void check_finite(const std::string& adapter) const {
     for (const auto& full : full_[adapter]) {
+      full.place.slot->check_replaceable(full.place.name);
       TORCH_CHECK(!full.value.is_floating_point() || at::isfinite(full.value).all().item<bool>(),
                   "lora::merge: ", full.place.name, ": what was trained in its place is not finite (NaN or infinity); ",
                   "nothing was merged");
@@ -482,6 +485,7 @@ class Adapters {
   std::vector<std::shared_ptr<AdaptedLayer>> layers_;
   torch::OrderedDict<std::string, LoRAConfig> configs_{"Adapter"};
   std::vector<Frozen> frozen_;
+  std::shared_ptr<const void> while_adapted_;
   torch::OrderedDict<std::string, std::vector<FullTensor>> full_{"Adapter"};
   std::vector<std::pair<std::shared_ptr<detail::WeightSlot>, detail::WeightSlot::Handles>> replaced_;  // while merged
   std::string own_;     // name of the adapter that is the layers' own, empty when there is none

@@ -51,6 +51,8 @@ class Model {
   virtual bool is_gone() const = 0;
   /// Whether TorchScript runs it, whose optimizer has to be kept from replacing autograd.
   virtual bool is_script() const { return false; }
+  /// What is to live as long as the model has adapters, if anything is.
+  virtual std::shared_ptr<const void> while_adapted() const { return nullptr; }
 };
 
 /// A model of torch::nn modules.
