@@ -15,6 +15,8 @@
 namespace {
 
 using at::IntArrayRef;
+using at::Scalar;
+using at::ScalarType;
 using at::Tensor;
 using std::optional;
 
@@ -75,13 +77,13 @@ Tensor moved(const Tensor& tensor, c10::Device device) { return tensor.defined()
 
 // Operators on the memory itself: to make, to copy and to view tensors.
 
-Tensor empty(IntArrayRef sizes, optional<at::ScalarType> type, optional<at::Layout>, optional<at::Device>,
-             optional<bool>, optional<at::MemoryFormat> format) {
+Tensor empty(IntArrayRef sizes, optional<ScalarType> type, optional<at::Layout>, optional<at::Device>, optional<bool>,
+             optional<at::MemoryFormat> format) {
   const c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
   return at::detail::empty_generic(sizes, &memory, keys, c10::dtype_or_default(type), format);
 }
 
-Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, optional<at::ScalarType> type, optional<at::Layout>,
+Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, optional<ScalarType> type, optional<at::Layout>,
                      optional<at::Device>, optional<bool>) {
   const c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
   return at::detail::empty_strided_generic(sizes, strides, &memory, keys, c10::dtype_or_default(type));
@@ -101,7 +103,7 @@ Tensor& set_to_nothing(Tensor& tensor) {
   return at::native::set_(tensor, c10::Storage(c10::Storage::use_byte_size_t(), 0, &memory, true));
 }
 
-at::Scalar item(const Tensor& tensor) { return at::_local_scalar_dense(seen_by_cpu(tensor)); }
+Scalar item(const Tensor& tensor) { return at::_local_scalar_dense(seen_by_cpu(tensor)); }
 
 bool may_replace_each_other(const Tensor&, const Tensor&) { return true; }
 
