@@ -5,14 +5,21 @@ set(LORA_PUBLIC_HEADERS
   attach.hpp
   config.hpp
   lora.hpp
+  matrix_view.hpp
   merge.hpp
+  model.hpp
   options.hpp
   report.hpp
   site.hpp
+  torchscript.hpp
   version.hpp
   layers/all.hpp
   layers/attention.hpp
+  layers/convolution.hpp
+  layers/embedding.hpp
   layers/linear.hpp
+  layers/parameter.hpp
+  layers/recurrent.hpp
   layers/target.hpp
   method/all.hpp
   method/dora.hpp
@@ -31,10 +38,13 @@ set(LORA_DETAIL_HEADERS
   detail/json.hpp
   detail/mapped_file.hpp
   detail/peft_fields.hpp
-  detail/registry.hpp
   detail/safetensors_header.hpp
+  detail/scopes.hpp
   detail/select.hpp
   detail/text.hpp
+  detail/usage.hpp
+  detail/weight_slot.hpp
+  detail/weight_table.hpp
 )
 
 # A header in the folder that is not in the lists would be missing from the installed package, so that is an error.

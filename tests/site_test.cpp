@@ -8,8 +8,8 @@
 namespace {
 
 std::shared_ptr<lora::AnyMethod> low_rank(const torch::Tensor& a, const torch::Tensor& b, double alpha) {
-  auto method = std::make_shared<lora::MethodOf<lora::LowRank>>(lora::LoRAOptions(a.size(0)).alpha(alpha), b.size(0),
-                                                                a.size(1), testing::device());
+  auto method = std::make_shared<lora::MethodOf<lora::LowRank>>(
+      lora::LoRAOptions(a.size(0)).alpha(alpha), lora::MatrixShape{{}, b.size(0), a.size(1)}, testing::device());
   method->value.lora_A.detach().copy_(a);
   method->value.lora_B.detach().copy_(b);
   return method;
@@ -18,7 +18,7 @@ std::shared_ptr<lora::AnyMethod> low_rank(const torch::Tensor& a, const torch::T
 }  // namespace
 
 TEST_CASE("The updates of a site's adapters add up, and those that are not on it change nothing") {
-  lora::Site site(2, 2);
+  lora::Site site(lora::MatrixView::plain({2, 2}));
   site.add("a", low_rank(torch::tensor({{1.0, 0.0}}), torch::tensor({{1.0}, {0.0}}), 2));   // x0 * 2 to y0
   site.add("b", low_rank(torch::tensor({{0.0, 1.0}}), torch::tensor({{0.0}, {10.0}}), 3));  // x1 * 30 to y1
   auto x = torch::tensor({1.0F, 2.0F}, testing::device()).expand({3, 1, 2});
@@ -33,20 +33,11 @@ TEST_CASE("The updates of a site's adapters add up, and those that are not on it
   CHECK(torch::equal(output, torch::tensor({first, second}, testing::device()).expand_as(y)));
 }
 
-TEST_CASE("A block of rows of the weight gets the rows of the update") {
-  lora::Site site(3, 1);
-  site.add("a", low_rank(torch::tensor({{1.0}}), torch::tensor({{1.0}, {2.0}, {4.0}}), 2));
-  const auto device = testing::device();
-  auto y = site.forward_rows({torch::ones({2, 1}, device), torch::zeros({2, 2}, device), {}, {}, false},
-                             torch::zeros({3, 1}, device), 1, 2, {"a"});
-  CHECK(testing::distance(y, torch::tensor({{4.0F, 8.0F}, {4.0F, 8.0F}})) == 0);
-}
-
 TEST_CASE("Merging swaps the tensor in the layer and in its registry, and brings back the very same one") {
   torch::nn::Linear layer(torch::nn::LinearOptions(2, 2).bias(false));
   layer->to(testing::device());
-  lora::detail::WeightSlot slot(*layer, layer->weight, "weight");
-  lora::Site site(2, 2);
+  lora::detail::MemberSlot slot(*layer, layer->weight, "weight");
+  lora::Site site(lora::MatrixView::plain({2, 2}));
   site.add("a", low_rank(torch::tensor({{1.0, 0.0}}), torch::tensor({{1.0}, {0.0}}), 2));
   auto pristine = layer->weight;
   auto merged = site.merged_weight(slot.read(), {"a"}, "here");

@@ -1,70 +1,154 @@
 #pragma once
 
-#include <lora/detail/interception.hpp>
-#include <lora/layers/target.hpp>
+#include <ATen/ThreadLocalState.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 
-#include <algorithm>
-#include <atomic>
+#include <lora/detail/interception.hpp>
+#include <lora/detail/usage.hpp>
+
+#include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace lora {
+namespace detail {
 
-/// One layer of a model together with the count of forward passes that used its adapters.
-struct AdaptedLayer {
-  explicit AdaptedLayer(Target target) : target(std::move(target)) {}
+/// Applies the adapters of a scope to the uses of one layer's weight.
+class LayerHandler final : public WeightHandler {
+ public:
+  LayerHandler(std::shared_ptr<AdaptedLayer> layer, std::vector<std::string> adapters)
+      : layer_(std::move(layer)), adapters_(std::move(adapters)) {}
 
-  Target target;
-  std::atomic<int64_t> uses{0};
+  AdaptedLayer& layer() const { return *layer_; }
+
+  bool accepts(Use use) const override { return (static_cast<int>(target().use) & static_cast<int>(use)) != 0; }
+  void count_use() override { layer_->uses.fetch_add(1, std::memory_order_relaxed); }
+
+  at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Multiply multiply) override {
+    count_use();
+    const auto matrix = target().site->view().matrix(target().slot->read());
+    return target().site->forward({x, y, matrix, bias, target().is_training(), std::move(multiply)}, adapters_);
+  }
+
+  at::Tensor delta(bool drop_features) override {
+    return target().site->delta(target().slot->read(), adapters_, drop_features && target().is_training());
+  }
+
+  double dropout() const override { return target().is_training() ? target().site->dropout(adapters_) : 0; }
+
+ private:
+  const Target& target() const { return layer_->target; }
+
+  std::shared_ptr<AdaptedLayer> layer_;
+  std::vector<std::string> adapters_;
 };
+
+/// The scope of one `Adapters::activate`.
+class AdapterScope final : public Scope {
+ public:
+  AdapterScope(std::shared_ptr<Usage> usage, const std::vector<std::shared_ptr<AdaptedLayer>>& layers,
+               const std::vector<std::string>& adapters)
+      : usage_(std::move(usage)) {
+    for (const auto& layer : layers) {
+      const auto on_it = [&](const std::string& name) { return layer->target.site->contains(name); };
+      if (std::none_of(adapters.begin(), adapters.end(), on_it)) continue;
+      handlers_.push_back(std::make_unique<LayerHandler>(layer, adapters));
+      weights_.add(layer->target.slot->read(), *handlers_.back());
+    }
+  }
+
+  const void* owner() const override { return usage_.get(); }
+  const WeightTable& weights() const override { return weights_; }
+  bool observes() const override { return usage_->is_watching(); }
+
+  void run(const c10::OperatorHandle& op, torch::jit::Stack& stack, const std::function<void()>& run) override {
+    const auto used = used_by(op, stack);
+    usage_->watch(op, used, run);
+    if (!used.empty() && unreached().empty()) usage_->stop_watching();
+  }
+
+  /// Names of the scope's layers that no pass has used so far.
+  std::vector<std::string> unreached() const {
+    std::vector<std::string> names;
+    for (const auto& handler : handlers_) {
+      if (handler->layer().uses == 0) names.push_back(handler->layer().target.name);
+    }
+    return names;
+  }
+
+  Usage& usage() const { return *usage_; }
+
+ private:
+  /// The layers whose weights are among the operands.
+  std::vector<AdaptedLayer*> used_by(const c10::OperatorHandle& op, torch::jit::Stack& stack) const {
+    std::vector<AdaptedLayer*> used;
+    for_each_operand(op, stack, [&](const at::Tensor& operand) {
+      weights_.for_each_in_storage_of(operand, [&](const WeightTable::Entry& entry) {
+        if (part_of(entry.weight, operand)) used.push_back(&static_cast<LayerHandler*>(entry.handler)->layer());
+      });
+      return operand;
+    });
+    return used;
+  }
+
+  std::shared_ptr<Usage> usage_;
+  std::vector<std::unique_ptr<LayerHandler>> handlers_;
+  WeightTable weights_;
+};
+
+}  // namespace detail
 
 /// While it lives, forward passes on this thread use the adapters it names; leaving it restores the thread exactly.
 /// Made by `Adapters::activate`. Scopes nest: of several scopes of the same adapters the innermost decides, those of
-/// different `Adapters` add up. Weights are looked up when the scope opens.
+/// different `Adapters` add up. Weights are looked up when the scope opens. Autograd's threads, at::launch and what
+/// `carry` wraps have the scopes of the thread they were started from; other threads run the base model.
+///
+/// Leaving a scope when some of its layers were never used by a forward pass warns, once for each `Adapters`.
 class [[nodiscard]] Activation {
  public:
-  Activation(const void* owner, const std::vector<std::shared_ptr<AdaptedLayer>>& layers,
-             std::vector<std::string> adapters)
-      : adapters_(std::move(adapters)), table_(build(layers)), interception_(owner, table_) {}
-
- private:
-  /// Applies the scope's adapters to the products with one layer's weight.
-  class Handler final : public detail::ProductHandler {
-   public:
-    Handler(std::shared_ptr<AdaptedLayer> layer, const std::vector<std::string>& adapters)
-        : layer_(std::move(layer)), adapters_(adapters) {}
-
-    at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, detail::Rows rows) override {
-      const auto& target = layer_->target;
-      layer_->uses.fetch_add(1, std::memory_order_relaxed);
-      const auto& weight = target.slot.read();
-      FrozenProduct product{x, y, weight, bias, target.module->is_training()};
-      if (rows.count == weight.size(0)) return target.site->forward(product, adapters_);
-      return target.site->forward_rows(product, weight, rows.first, rows.count, adapters_);
-    }
-
-   private:
-    std::shared_ptr<AdaptedLayer> layer_;
-    const std::vector<std::string>& adapters_;
-  };
-
-  detail::WeightTable build(const std::vector<std::shared_ptr<AdaptedLayer>>& layers) {
-    detail::WeightTable table;
-    for (const auto& layer : layers) {
-      const auto& site = *layer->target.site;
-      if (std::none_of(adapters_.begin(), adapters_.end(), [&](auto& name) { return site.contains(name); })) continue;
-      handlers_.push_back(std::make_unique<Handler>(layer, adapters_));
-      table.add(layer->target.slot.read(), *handlers_.back());
-    }
-    return table;
+  Activation(std::shared_ptr<detail::AdapterScope> scope, bool is_script)
+      : scope_(std::move(scope)), guard_(registered(scope_)) {
+    if (is_script) unoptimized_.emplace(false);
   }
 
-  std::vector<std::string> adapters_;
-  std::vector<std::unique_ptr<Handler>> handlers_;
-  detail::WeightTable table_;
-  detail::Interception interception_;
+  ~Activation() {
+    if (std::uncaught_exceptions() == exceptions_) scope_->usage().warn(scope_->unreached());
+  }
+
+  Activation(const Activation&) = delete;
+  Activation& operator=(const Activation&) = delete;
+
+ private:
+  static std::shared_ptr<detail::AdapterScope> registered(std::shared_ptr<detail::AdapterScope> scope) {
+    detail::register_kernels();
+    return scope;
+  }
+
+  std::shared_ptr<detail::AdapterScope> scope_;
+  detail::ScopeGuard guard_;
+  // TorchScript's optimizer would replace autograd by derivatives of its own, which know nothing of the adapters.
+  std::optional<torch::jit::GraphOptimizerEnabledGuard> unoptimized_;
+  int exceptions_ = std::uncaught_exceptions();
 };
+
+/// Wraps a function so that it runs with the scopes of this thread, and with its gradient and autocast modes, wherever
+/// it is called:
+///
+///   auto active = adapters.activate();
+///   pool.run(lora::carry([&] { model->forward(x); }));
+///
+/// The scopes stay in effect for it also when they were left here meanwhile.
+template <class Function>
+auto carry(Function function) {
+  return [state = at::ThreadLocalState(), optimize = torch::jit::getGraphExecutorOptimize(),
+          function = std::move(function)](auto&&... arguments) {
+    at::ThreadLocalStateGuard scopes(state);
+    torch::jit::GraphOptimizerEnabledGuard optimizer(optimize);
+    return function(std::forward<decltype(arguments)>(arguments)...);
+  };
+}
 
 }  // namespace lora

@@ -29,7 +29,10 @@ struct AdapterPlan {
   /// Gives every tensor its first values.
   void initialize() {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    for (auto& layer : layers) layer.method->initialize(layer.target.site->pristine(layer.target.slot));
+    for (auto& layer : layers) {
+      const auto& site = *layer.target.site;
+      layer.method->initialize(site.view().matrix(site.pristine(*layer.target.slot)));
+    }
   }
 };
 
@@ -48,9 +51,8 @@ struct AdapterPlan {
 /// nothing is changed when one is thrown.
 class Adapters {
  public:
-  explicit Adapters(torch::nn::Module& model) : model_(&model), alive_(model.weak_from_this()) {
-    held_ = alive_.lock() != nullptr;
-  }
+  explicit Adapters(torch::nn::Module& model) : Adapters(std::make_shared<ModuleModel>(model)) {}
+  explicit Adapters(std::shared_ptr<const Model> model) : model_(std::move(model)) {}
   Adapters(Adapters&&) = default;
   Adapters& operator=(Adapters&&) = default;
 
@@ -75,17 +77,16 @@ class Adapters {
 
   /// What `add` would add: the layers that `config` selects, with tensors that have no values yet.
   AdapterPlan plan(const LoRAConfig& config) const {
-    TORCH_CHECK(!held_ || !alive_.expired(), "lora::Adapters: the model was destroyed before its adapters");
+    TORCH_CHECK(!model_->is_gone(), "lora::Adapters: the model was destroyed before its adapters");
     AdapterPlan plan{config, {}};
     for (auto& selected : detail::Selection(*model_, config).run()) {
       for (const auto& layer : layers_) {  // whose site knows what is merged
         if (layer->target.name == selected.target.name) selected.target = layer->target;
       }
-      const auto& weight = selected.target.slot.read();
+      const auto weight = selected.target.slot->read();
       const auto options = weight.options().dtype(adapter_dtype(weight.scalar_type())).requires_grad(false);
-      const auto& site = *selected.target.site;
-      plan.layers.push_back(
-          {selected.target, config.method().make(selected.options, site.out_features(), site.in_features(), options)});
+      const auto& shape = selected.target.site->view().shape();
+      plan.layers.push_back({selected.target, config.method().make(selected.options, shape, options)});
     }
     return plan;
   }
@@ -138,10 +139,11 @@ class Adapters {
     return method(adapter, layer).scaling();
   }
 
-  /// The update W' - W (out, in) of one layer, in the type of the adapter.
+  /// The update W' - W of one layer, shaped like its weight, in the type of the adapter.
   at::Tensor delta(const std::string& adapter, const std::string& layer) const {
     const auto& target = find(layer).target;
-    return method(adapter, layer).delta(target.site->pristine(target.slot));
+    const auto& view = target.site->view();
+    return view.weight(method(adapter, layer).delta(view.matrix(target.site->pristine(*target.slot))));
   }
 
   /// Forward passes on this thread use the adapter until the returned scope ends. Without a name: the only adapter. One
@@ -151,7 +153,8 @@ class Adapters {
     TORCH_CHECK(!is_merged() || merged_ == adapter, "lora::activate: \"", merged_,
                 "\" is merged, and the two would add up; unmerge it first");
     check_devices(known(adapter));
-    return Activation(identity_.get(), layers_of(known(adapter)), {adapter});
+    const std::vector<std::string> names{adapter};
+    return Activation(std::make_shared<detail::AdapterScope>(usage_, layers_of(adapter), names), model_->is_script());
   }
 
   /// Folds the adapter into the weights: W' = W + update, in float and rounded once. All layers or, when an update is
@@ -184,7 +187,7 @@ class Adapters {
     if (!is_merged()) detail::check_mergeable(targets, {adapter});
     thaw();  // first, since merged tensors take over whether the weights they replace are trainable
     if (is_merged()) {
-      for (const auto& target : targets) target.site->keep_merged();
+      for (const auto& target : targets) target.site->keep_merged(*target.slot);
     } else {
       detail::merge_for_good(targets, {adapter});
     }
@@ -206,6 +209,21 @@ class Adapters {
     }
     std::sort(names.begin(), names.end());
     return names;
+  }
+
+  /// Runs `pass`, a function that computes with the model, and tells every use of every adapted weight in it: which
+  /// operator, how often, and whether it computed with the adapter. A use that did not is one to know of.
+  template <class Pass>
+  std::vector<WeightUse> diagnose(const Pass& pass) const {
+    usage_->start_recording();
+    try {
+      auto active = activate();
+      pass();
+    } catch (...) {
+      usage_->stop_recording();
+      throw;
+    }
+    return usage_->stop_recording();
   }
 
   /// Which layers are adapted with which rank and scaling, and how many parameters are trained.
@@ -234,11 +252,9 @@ class Adapters {
 
   void freeze() {
     if (!frozen_.empty()) return;
-    std::set<const c10::TensorImpl*> seen;
-    for (auto& parameter : model_->parameters()) {
-      if (!seen.insert(parameter.unsafeGetTensorImpl()).second) continue;
-      frozen_.push_back({parameter, parameter.requires_grad()});
-      parameter.requires_grad_(false);
+    for (const auto& parameter : model_->parameters()) {
+      frozen_.push_back({parameter.tensor, parameter.tensor.requires_grad()});
+      parameter.tensor.requires_grad_(false);
     }
   }
 
@@ -305,7 +321,7 @@ class Adapters {
   /// An adapter is made where its weight is; a model that is moved later leaves it behind.
   void check_devices(const std::string& adapter) const {
     for (const auto& layer : layers_of(adapter)) {
-      const auto device = layer->target.slot.read().device();
+      const auto device = layer->target.slot->read().device();
       for (const auto& item : layer->target.site->at(adapter).tensors()) {
         TORCH_CHECK(item.tensor->device() == device,
                     "lora::Adapters: the model was moved after it was adapted: ", layer->target.name, " is on ", device,
@@ -318,17 +334,15 @@ class Adapters {
   static Report::Layer row(const AdaptedLayer& layer, AnyMethod& method) {
     int64_t parameters = 0;
     for (const auto& item : method.tensors()) parameters += item.tensor->numel();
-    const auto& site = *layer.target.site;
-    return {layer.target.name,   layer.target.kind,  std::string(method.info().name),
-            site.out_features(), site.in_features(), method.options().rank(),
-            method.scaling(),    parameters};
+    const auto& target = layer.target;
+    const auto sizes = target.slot->read().sizes().vec();
+    return {
+        target.name, target.kind,   std::string(method.info().name), sizes, method.options().rank(), method.scaling(),
+        parameters,  target.tied_to};
   }
 
-  torch::nn::Module* model_;
-  std::weak_ptr<torch::nn::Module> alive_;  // empty for a model that no shared_ptr holds
-  bool held_ = false;
-  std::shared_ptr<char> identity_ =
-      std::make_shared<char>();  // tells these adapters' scopes from others', also after a move
+  std::shared_ptr<const Model> model_;
+  std::shared_ptr<detail::Usage> usage_ = std::make_shared<detail::Usage>();  // also tells these scopes from others'
   std::vector<std::shared_ptr<AdaptedLayer>> layers_;
   torch::OrderedDict<std::string, LoRAConfig> configs_{"Adapter"};
   std::vector<Frozen> frozen_;

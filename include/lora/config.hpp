@@ -59,10 +59,13 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   template <class T>
   using Patterns = std::vector<std::pair<std::string, T>>;
 
-  /// The modules to adapt. Required.
+  /// The modules to adapt. Required unless there are `target_parameters`.
   LORA_ARG(ModuleSelector, target_modules);
   /// Modules that are left out although `target_modules` selects them. Default: none.
   LORA_ARG(ModuleSelector, exclude_modules);
+  /// Parameters to adapt whatever they are used for, by the rule for lists of names: matrices (out, in), or experts
+  /// (E, out, in), which have an adapter each. For modules that are not of a kind the library knows. Default: none.
+  LORA_ARG(std::vector<std::string>, target_parameters);
   /// The blocks to adapt, by the first number in a module's name; for targets given as a list. Default: all.
   LORA_ARG(std::vector<int64_t>, layers_to_transform);
   /// Names of the lists whose numbers `layers_to_transform` means, e.g. {"layers"}. Default: any list.

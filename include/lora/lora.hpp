@@ -6,8 +6,10 @@
 #include <lora/adapters.hpp>
 #include <lora/attach.hpp>
 #include <lora/config.hpp>
+#include <lora/matrix_view.hpp>
 #include <lora/merge.hpp>
 #include <lora/method/all.hpp>
+#include <lora/model.hpp>
 #include <lora/modules/linear.hpp>
 #include <lora/options.hpp>
 #include <lora/peft/checkpoint.hpp>
@@ -15,4 +17,5 @@
 #include <lora/peft/safetensors.hpp>
 #include <lora/report.hpp>
 #include <lora/site.hpp>
+#include <lora/torchscript.hpp>
 #include <lora/version.hpp>

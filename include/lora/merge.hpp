@@ -14,29 +14,29 @@ namespace detail {
 inline void merge(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
   std::vector<at::Tensor> merged;
   for (const auto& target : targets)
-    merged.push_back(target.site->merged_weight(target.slot.read(), adapters, target.name));
-  for (size_t i = 0; i < targets.size(); ++i) targets[i].site->merge(targets[i].slot, std::move(merged[i]), adapters);
+    merged.push_back(target.site->merged_weight(target.slot->read(), adapters, target.name));
+  for (size_t i = 0; i < targets.size(); ++i) targets[i].site->merge(*targets[i].slot, std::move(merged[i]), adapters);
 }
 
 /// Puts the weights of every target back as they were, or, when one was replaced by someone else, none.
 inline void unmerge(const std::vector<Target>& targets) {
   for (const auto& target : targets) {
-    TORCH_CHECK(target.site->can_unmerge(target.slot), "lora::unmerge: the weight of ", target.name,
+    TORCH_CHECK(target.site->can_unmerge(*target.slot), "lora::unmerge: the weight of ", target.name,
                 " was replaced after it was merged; undo that first (other adapters merged later are unmerged first)");
   }
-  for (const auto& target : targets) target.site->unmerge(target.slot);
+  for (const auto& target : targets) target.site->unmerge(*target.slot);
 }
 
 /// Throws when an update is not finite; changes nothing.
 inline void check_mergeable(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
-  for (const auto& target : targets) target.site->merged_weight(target.slot.read(), adapters, target.name);
+  for (const auto& target : targets) target.site->merged_weight(target.slot->read(), adapters, target.name);
 }
 
 /// Merges for good, one layer at a time, so that no second copy of all weights is held.
 inline void merge_for_good(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
   for (const auto& target : targets) {
-    target.site->merge(target.slot, target.site->merged_weight(target.slot.read(), adapters, target.name), adapters);
-    target.site->keep_merged();
+    target.site->merge(*target.slot, target.site->merged_weight(target.slot->read(), adapters, target.name), adapters);
+    target.site->keep_merged(*target.slot);
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -14,9 +15,11 @@ namespace lora {
 struct Report {
   struct Layer {
     std::string name, kind, method;
-    int64_t out_features, in_features, rank;
+    std::vector<int64_t> weight;  ///< sizes
+    int64_t rank;
     double scaling;
     int64_t parameters;
+    std::vector<std::string> tied_to;  ///< layers with the same weight that are not adapted with it
   };
 
   std::vector<Layer> layers;
@@ -49,8 +52,13 @@ inline std::ostream& operator<<(std::ostream& stream, const Report& report) {
                         "method", "rank", "scaling", "parameters");
   for (const auto& layer : report.layers) {
     stream << fmt::format("{:<{}}  {:<18}  {:>13}  {:<8}  {:>4}  {:>7.4g}  {:>10}\n", layer.name, width, layer.kind,
-                          fmt::format("{} x {}", layer.out_features, layer.in_features), layer.method, layer.rank,
-                          layer.scaling, layer.parameters);
+                          fmt::format("{}", fmt::join(layer.weight, " x ")), layer.method, layer.rank, layer.scaling,
+                          layer.parameters);
+  }
+  for (const auto& layer : report.layers) {
+    if (layer.tied_to.empty()) continue;
+    stream << fmt::format("{} shares its weight with {}, whose own use of it stays as it is\n", layer.name,
+                          fmt::join(layer.tied_to, ", "));
   }
   return stream << fmt::format("{} of {} parameters are trainable ({:.4f} %); the frozen ones take {}",
                                report.trainable, report.base + report.trainable, 100 * report.share(),

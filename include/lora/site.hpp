@@ -2,13 +2,14 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/dropout.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/linear.h>
+#include <ATen/ops/ones.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/api/include/torch/ordered_dict.h>
 
-#include <lora/detail/registry.hpp>
-#include <lora/method/method.hpp>
+#include <lora/detail/weight_slot.hpp>
+#include <lora/matrix_view.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -18,17 +19,17 @@
 
 namespace lora {
 
-/// One adaptable weight W (out, in): the named adapters on it, and the only implementation of merging.
+/// One adaptable weight W: the named adapters on it, and the only implementation of merging.
 ///
 /// A site does not know where its weight lives; whoever owns it (a module, or an attached model) passes the slot.
 /// Merging computes W' = W + sum of the updates in float (double for double weights), rounds once to the type of W, and
 /// puts W' in place of W, which is kept as it is: unmerging brings back the very same tensor.
 class Site {
  public:
-  Site(int64_t out_features, int64_t in_features) : out_features_(out_features), in_features_(in_features) {}
+  explicit Site(MatrixView view) : view_(std::move(view)) {}
 
-  int64_t out_features() const { return out_features_; }
-  int64_t in_features() const { return in_features_; }
+  /// How the weight is seen as a matrix.
+  const MatrixView& view() const { return view_; }
 
   void add(const std::string& adapter, std::shared_ptr<AnyMethod> method) {
     methods_.insert(adapter, std::move(method));
@@ -50,16 +51,30 @@ class Site {
     return output;
   }
 
-  /// The same for a product with the rows [first, first + count) of W only: y + x delta^T.
-  at::Tensor forward_rows(const FrozenProduct& product, const at::Tensor& weight, int64_t first, int64_t count,
-                          const std::vector<std::string>& adapters) const {
-    auto output = product.output;
+  /// W' - W in the layout of the weight and the type of the adapters, for operators that take a weight whole; undefined
+  /// when none of `adapters` acts. With `dropout`, whole input features are dropped, each with the adapter's
+  /// probability: A diag(mask / (1 - p)) in place of A.
+  at::Tensor delta(const at::Tensor& weight, const std::vector<std::string>& adapters, bool dropout) const {
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    at::Tensor sum;
     for (const auto& adapter : adapters) {
       if (!acts(adapter)) continue;
-      auto rows = at(adapter).delta(weight).narrow(0, first, count);  // (count, in)
-      output = output + at::linear(product.input.to(rows.scalar_type()), rows).to(output.scalar_type());
+      auto delta = at(adapter).delta(view_.matrix(weight));
+      const auto probability = at(adapter).options().dropout();
+      if (dropout && probability > 0 && !view_.shape().is_lookup)
+        delta = delta * at::dropout(at::ones({view_.shape().in}, delta.options()), probability, /*train=*/true);
+      sum = sum.defined() ? sum + delta : delta;
     }
-    return output;
+    return sum.defined() ? view_.weight(sum) : sum;
+  }
+
+  /// The largest probability of dropout among `adapters`, 0 when none acts.
+  double dropout(const std::vector<std::string>& adapters) const {
+    double largest = 0;
+    for (const auto& adapter : adapters) {
+      if (acts(adapter)) largest = std::max(largest, at(adapter).options().dropout());
+    }
+    return view_.shape().is_lookup ? 0 : largest;
   }
 
   /// W' for `adapters`, not put in place. Throws, naming `layer`, when an update or W' is not finite.
@@ -70,9 +85,9 @@ class Site {
     auto sum = weight.to(adapter_dtype(weight.scalar_type()));
     for (const auto& adapter : adapters) {
       if (!contains(adapter)) continue;
-      auto delta = at(adapter).delta(weight);
+      auto delta = at(adapter).delta(view_.matrix(weight));
       check_finite(delta, layer, "the update of adapter \"" + adapter + "\" is not finite (NaN or infinity)");
-      sum = sum + delta;
+      sum = sum + view_.weight(delta);
     }
     auto merged = sum.to(weight.scalar_type());
     check_finite(merged, layer, "the merged weight does not fit into its type, or the weight itself is not finite");
@@ -89,11 +104,11 @@ class Site {
   }
 
   /// Whether the slot still holds what `merge` put there.
-  bool can_unmerge(const detail::WeightSlot& slot) const { return slot.read().is_same(merged_->weight); }
+  bool can_unmerge(const detail::WeightSlot& slot) const { return slot.holds(merged_->weight); }
 
   /// Puts the kept weight back. When the module was moved to another device or type meanwhile, the weight follows.
   void unmerge(const detail::WeightSlot& slot) {
-    const auto options = merged_->weight.options();
+    const auto options = slot.read().options();
     for (auto* handle : {&merged_->pristine.member, &merged_->pristine.registered}) {
       if (handle->device() != options.device() || handle->dtype() != options.dtype()) {
         handle->set_data(handle->detach().to(options.requires_grad(false)));
@@ -104,8 +119,8 @@ class Site {
   }
 
   /// Forgets the kept weight, but for its requires_grad: what is merged stays for good.
-  void keep_merged() {
-    merged_->weight.requires_grad_(merged_->pristine.member.requires_grad());
+  void keep_merged(const detail::WeightSlot& slot) {
+    slot.keep(merged_->pristine);
     merged_.reset();
   }
 
@@ -137,7 +152,7 @@ class Site {
     TORCH_CHECK(at::isfinite(tensor).all().item<bool>(), "lora::merge: ", layer, ": ", what, "; nothing was merged");
   }
 
-  int64_t out_features_, in_features_;
+  MatrixView view_;
   torch::OrderedDict<std::string, std::shared_ptr<AnyMethod>> methods_;
   std::optional<Merged> merged_;
 };

@@ -14,7 +14,7 @@ struct Fixture {
     const auto type = testing::on_device(torch::kDouble);
     weight = torch::randn({out, in}, type);
     bias = torch::randn({out}, type);
-    method.allocate(out, in, type);
+    method.allocate({{}, out, in}, type);
     method.initialize(weight);
     method.lora_B.normal_();
     method.lora_magnitude_vector.uniform_(0.5, 2);
@@ -38,7 +38,7 @@ struct Fixture {
 
 TEST_CASE("DoRA gives each output its magnitude, by hand") {
   DoRA method(LoRAOptions(1).alpha(2));
-  method.allocate(1, 2, testing::device());
+  method.allocate({{}, 1, 2}, testing::device());
   auto weight = torch::tensor({{1.0F, 0.0F}}).to(testing::device());
   method.initialize(weight);
   CHECK(method.lora_magnitude_vector.item<double>() == 1);
@@ -52,7 +52,7 @@ TEST_CASE("DoRA starts as the frozen layer") {
   torch::manual_seed(0);
   DoRA method(LoRAOptions(2).alpha(6));
   auto weight = torch::randn({4, 5}, testing::device());
-  method.allocate(4, 5, testing::device());
+  method.allocate({{}, 4, 5}, testing::device());
   method.initialize(weight);
   CHECK(testing::distance(method.lora_magnitude_vector, weight.norm(2, 1)) < 1e-6);
   CHECK(testing::distance(method.delta(weight), torch::zeros({4, 5})) < 1e-6);

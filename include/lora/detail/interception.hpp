@@ -1,130 +1,252 @@
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/embedding_bag.h>
+#include <ATen/ops/embedding_renorm.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <iterator>
+#include <lora/detail/weight_table.hpp>
+
 #include <optional>
-#include <unordered_map>
+#include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
-// How the stock layers of an unchanged model are adapted: while a table of weights is active on a thread, a dispatch
-// key that lies above autograd and autocast sends the products of that thread here first. Every other operator falls
-// through the key at no cost.
+// How the stock layers of an unchanged model are adapted: while a scope is active on a thread, a dispatch key that lies
+// above autograd and autocast sends the operators that take weights here first. Every other operator falls through the
+// key at no cost. An operator whose operand is an adapted weight is computed in one of two ways: a product with the
+// whole weight gets the update of the method added; any other operator receives W' in place of W, or the same part of
+// W'.
 
 namespace lora::detail {
 
-/// A key that no backend uses; any other build of LibTorch code that claims it can be avoided with this macro.
-#ifndef LORA_DISPATCH_KEY
-#define LORA_DISPATCH_KEY TESTING_ONLY_GenericMode
-#endif
-inline constexpr auto kInterceptionKey = c10::DispatchKey::LORA_DISPATCH_KEY;
-
-/// The rows [first, first + count) of a weight, as a product uses them.
-struct Rows {
-  int64_t first, count;
+/// Hides the key while an operator that was seen here runs.
+struct BelowInterception {
+  c10::impl::ExcludeDispatchKeyGuard below{kInterceptionKey};
 };
 
-/// What happens to a product with an adapted weight.
-class ProductHandler {
- public:
-  virtual ~ProductHandler() = default;
-  /// Given y = x W[rows]^T + bias (bias may be undefined), returns the adapted output.
-  virtual at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Rows rows) = 0;
-};
-
-/// The weights of one scope, found by the memory they lie in.
-class WeightTable {
- public:
-  void add(const at::Tensor& weight, ProductHandler& handler) {
-    entries_[key(weight)].push_back({weight, weight.storage(), &handler});
+/// The operand with the updates of its matches added, or, with `drop`, of those whose dropout is not applied apart.
+inline at::Tensor substituted(const at::Tensor& operand, const Matches& matches, bool skip_dropping,
+                              bool drop_features) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  at::Tensor sum;
+  for (const auto& match : matches) {
+    if (skip_dropping && match.handler->dropout() > 0) continue;
+    match.handler->count_use();
+    auto delta = match.handler->delta(drop_features);
+    if (!delta.defined()) continue;
+    delta = same_part(delta, match.weight, operand);
+    sum = sum.defined() ? sum + delta : delta;
   }
-
-  struct Match {
-    ProductHandler* handler;
-    Rows rows;
-  };
-
-  /// The handler of the weight of which the matrix with this shape is a block of whole rows.
-  std::optional<Match> find(const at::Tensor& operand, int64_t rows, int64_t columns, int64_t row_stride,
-                            int64_t column_stride) const {
-    const auto found = entries_.find(key(operand));
-    if (found == entries_.end()) return std::nullopt;
-    for (const auto& [weight, storage, handler] : found->second) {
-      if (!weight.is_alias_of(operand)) continue;  // moved elsewhere since the scope opened
-      if (weight.size(1) != columns || weight.stride(0) != row_stride || weight.stride(1) != column_stride) continue;
-      const auto offset = operand.storage_offset() - weight.storage_offset();
-      if (offset < 0 || offset % row_stride != 0 || offset / row_stride + rows > weight.size(0)) continue;
-      return Match{handler, {offset / row_stride, rows}};
-    }
-    return std::nullopt;
-  }
-
- private:
-  struct Entry {
-    at::Tensor weight;
-    c10::Storage storage;  // kept alive, so that no other tensor gets its address while the table lives
-    ProductHandler* handler;
-  };
-
-  static const void* key(const at::Tensor& tensor) {
-    return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-  }
-
-  std::unordered_map<const void*, std::vector<Entry>> entries_;
-};
-
-/// One active scope of a thread. `owner` tells whose adapters they are: of several scopes of one owner the innermost
-/// decides, those of different owners add up.
-struct ActiveTable {
-  const void* owner;
-  const WeightTable* table;
-};
-
-__attribute__((visibility("default"))) inline std::vector<ActiveTable>& active_tables() {
-  thread_local std::vector<ActiveTable> tables;
-  return tables;
+  return sum.defined() ? (operand.to(sum.scalar_type()) + sum).to(operand.scalar_type()) : operand;
 }
 
-/// Passes y through every active table that knows the matrix W (rows, columns) inside `operand`.
-inline at::Tensor adapt_product(const at::Tensor& operand, bool transposed, const at::Tensor& x, at::Tensor y,
-                                const at::Tensor& bias) {
-  if (operand.dim() != 2 || !operand.has_storage()) return y;
-  const int rows = transposed ? 1 : 0, columns = 1 - rows;
-  const auto& tables = active_tables();
-  for (auto active = tables.begin(); active != tables.end(); ++active) {
-    const auto same_owner = [&](const ActiveTable& inner) { return inner.owner == active->owner; };
-    if (std::any_of(std::next(active), tables.end(), same_owner)) continue;  // the innermost scope of an owner decides
-    auto match = active->table->find(operand, operand.size(rows), operand.size(columns), operand.stride(rows),
-                                     operand.stride(columns));
-    if (match) y = match->handler->adapt(x, y, bias, match->rows);
+/// An operator y = op(x, W, b) that is linear in x and in W. `run(x, operand, bias)` computes it; `whole` is how the
+/// operand of a plain product lies in the weight.
+template <class Run>
+at::Tensor adapt_multiplication(const at::Tensor& operand, std::optional<Part> whole, const at::Tensor& x,
+                                const at::Tensor& bias, bool in_backward_too, const Run& run) {
+  const auto matches = find_matches(operand, Use::kProduct, in_backward_too);
+  if (matches.empty()) return run(x, operand, bias);
+  if (whole && matches.all(*whole)) {
+    auto y = run(x, operand, bias);
+    for (const auto& match : matches) y = match.handler->adapt(x, y, bias, {});
+    return y;
+  }
+  auto y = run(x, substituted(operand, matches, /*skip_dropping=*/true, /*drop_features=*/false), bias);
+  for (const auto& match : matches) {
+    if (match.handler->dropout() == 0) continue;
+    match.handler->count_use();
+    auto delta = same_part(match.handler->delta(/*drop_features=*/false), match.weight, operand).to(y.scalar_type());
+    y = y + run(at::dropout(x, match.handler->dropout(), /*train=*/true), delta, at::Tensor());
   }
   return y;
 }
 
+/// An operand of a product that may be a weight although it stands on the left.
+inline at::Tensor left_operand(const at::Tensor& x, bool in_backward_too) {
+  const auto matches = find_matches(x, Use::kProduct, in_backward_too);
+  return matches.empty() ? x : substituted(x, matches, /*skip_dropping=*/false, /*drop_features=*/true);
+}
+
 inline at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  c10::impl::ExcludeDispatchKeyGuard below(kInterceptionKey);
-  auto y = at::linear(x, weight, bias);
-  return adapt_product(weight, /*transposed=*/false, x, std::move(y), bias.value_or(at::Tensor()));
+  BelowInterception guard;
+  return adapt_multiplication(weight, Part::kWhole, x, bias.value_or(at::Tensor()), true,
+                              [](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) {
+                                return at::linear(x, w, b.defined() ? std::optional<at::Tensor>(b) : std::nullopt);
+                              });
 }
 
 inline at::Tensor addmm_kernel(const at::Tensor& bias, const at::Tensor& x, const at::Tensor& matrix,
                                const at::Scalar& beta, const at::Scalar& alpha) {
-  c10::impl::ExcludeDispatchKeyGuard below(kInterceptionKey);
-  auto y = at::addmm(bias, x, matrix, beta, alpha);
-  if (!beta.equal(1) || !alpha.equal(1)) return y;
-  return adapt_product(matrix, /*transposed=*/true, x, std::move(y), bias);
+  BelowInterception guard;
+  const bool is_plain = beta.equal(1) && alpha.equal(1);
+  return adapt_multiplication(matrix, is_plain ? std::optional(Part::kTransposed) : std::nullopt, left_operand(x, true),
+                              bias, true, [&](const at::Tensor& x, const at::Tensor& m, const at::Tensor& b) {
+                                return b.defined() ? at::addmm(b, x, m, beta, alpha) : at::mm(x, m).mul(alpha);
+                              });
 }
 
 inline at::Tensor matmul_kernel(const at::Tensor& x, const at::Tensor& matrix) {
-  c10::impl::ExcludeDispatchKeyGuard below(kInterceptionKey);
-  auto y = at::matmul(x, matrix);
-  return adapt_product(matrix, /*transposed=*/true, x, std::move(y), {});
+  BelowInterception guard;
+  return adapt_multiplication(
+      matrix, Part::kTransposed, left_operand(x, true), {}, true,
+      [](const at::Tensor& x, const at::Tensor& m, const at::Tensor& /*bias*/) { return at::matmul(x, m); });
+}
+
+/// Autograd's own backward multiplies with weights by at::mm, so only those of forward passes are adapted.
+inline at::Tensor mm_kernel(const at::Tensor& x, const at::Tensor& matrix) {
+  BelowInterception guard;
+  return adapt_multiplication(
+      matrix, Part::kTransposed, left_operand(x, false), {}, false,
+      [](const at::Tensor& x, const at::Tensor& m, const at::Tensor& /*bias*/) { return at::mm(x, m); });
+}
+
+inline at::Tensor convolution_kernel(const at::Tensor& x, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                                     at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                     at::IntArrayRef output_padding, int64_t groups) {
+  BelowInterception guard;
+  return adapt_multiplication(weight, std::nullopt, x, bias.value_or(at::Tensor()), true,
+                              [&](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) {
+                                return at::convolution(x, w, b.defined() ? std::optional<at::Tensor>(b) : std::nullopt,
+                                                       stride, padding, dilation, transposed, output_padding, groups);
+                              });
+}
+
+/// The limit on the norm of its entries that the next lookup in an adapted table has to keep. A frozen table is not
+/// changed, as a stock embedding with max_norm would do; what is looked up in W' is limited instead.
+struct NormLimit {
+  double max_norm, norm_type;
+
+  /// Rows of `entries` (..., width), none longer than the limit; the factor is a constant for the gradient.
+  at::Tensor apply(const at::Tensor& entries) const {
+    const auto norm = at::linalg_vector_norm(entries.detach(), norm_type, {-1}, /*keepdim=*/true);
+    return entries * (max_norm / (norm + 1e-7)).clamp_max(1);
+  }
+
+  static std::optional<NormLimit>& pending() {
+    thread_local std::optional<NormLimit> limit;
+    return limit;
+  }
+};
+
+inline at::Tensor& embedding_renorm_kernel(at::Tensor& table, const at::Tensor& indices, double max_norm,
+                                           double norm_type) {
+  BelowInterception guard;
+  if (find_matches(table, Use::kLookup, true).empty())
+    return at::embedding_renorm_(table, indices, max_norm, norm_type);
+  NormLimit::pending() = NormLimit{max_norm, norm_type};
+  return table;
+}
+
+inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& indices, int64_t padding_idx,
+                                   bool scale_grad_by_freq, bool sparse) {
+  BelowInterception guard;
+  const auto matches = find_matches(table, Use::kLookup, true);
+  if (matches.empty()) return at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
+  const auto limit = std::exchange(NormLimit::pending(), std::nullopt);
+  const auto lookup = [&](const at::Tensor& x, const at::Tensor& matrix) {
+    return at::embedding(matrix.t(), x, padding_idx, scale_grad_by_freq, /*sparse=*/false);
+  };
+  at::Tensor entries;
+  if (matches.all(Part::kWhole)) {
+    entries = at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
+    for (const auto& match : matches) entries = match.handler->adapt(indices, entries, {}, lookup);
+  } else {
+    entries = lookup(indices, substituted(table, matches, false, true).t());
+  }
+  return limit ? limit->apply(entries) : entries;
+}
+
+using BagOutput = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor& indices, const at::Tensor& offsets,
+                                      bool scale_grad_by_freq, int64_t mode, bool sparse,
+                                      const std::optional<at::Tensor>& per_sample_weights, bool include_last_offset,
+                                      std::optional<int64_t> padding_idx) {
+  BelowInterception guard;
+  const auto bag = [&](const at::Tensor& entries, bool sparse) {
+    auto weights = per_sample_weights;
+    if (weights) weights = weights->to(entries.scalar_type());
+    return at::embedding_bag(entries, indices, offsets, scale_grad_by_freq, mode, sparse, weights, include_last_offset,
+                             padding_idx);
+  };
+  const auto matches = find_matches(table, Use::kLookup, true);
+  if (matches.empty()) return bag(table, sparse);
+  const auto limit = std::exchange(NormLimit::pending(), std::nullopt);
+  constexpr int64_t kMax = 2;
+  if (limit || mode == kMax || !matches.all(Part::kWhole)) {  // not linear in the entries
+    auto entries = substituted(table, matches, false, true);
+    return bag(limit ? limit->apply(entries) : entries, false);
+  }
+  auto output = bag(table, sparse);
+  for (const auto& match : matches) {
+    std::get<0>(output) = match.handler->adapt(indices, std::get<0>(output), {}, [&](auto&, const at::Tensor& matrix) {
+      return std::get<0>(bag(matrix.t().contiguous(), false));
+    });
+  }
+  return output;
+}
+
+inline BagOutput old_embedding_bag_kernel(const at::Tensor& table, const at::Tensor& indices, const at::Tensor& offsets,
+                                          bool scale_grad_by_freq, int64_t mode, bool sparse,
+                                          const std::optional<at::Tensor>& per_sample_weights,
+                                          bool include_last_offset) {
+  return embedding_bag_kernel(table, indices, offsets, scale_grad_by_freq, mode, sparse, per_sample_weights,
+                              include_last_offset, std::nullopt);
+}
+
+/// Any other operator: puts W' in the place of every operand that is an adapted weight.
+template <bool in_backward_too>
+void substituting_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  BelowInterception guard;
+  const auto substitute = [](const at::Tensor& operand) {
+    const auto matches = find_matches(operand, Use::kProduct, in_backward_too);
+    return matches.empty() ? operand : substituted(operand, matches, false, /*drop_features=*/true);
+  };
+  for_each_operand(op, *stack, substitute);
+  op.callBoxed(stack);
+}
+
+/// Operators that take weights in other ways than the kernels above.
+inline constexpr const char* kWholeWeightOperators[] = {"bilinear",
+                                                        "conv_tbc",
+                                                        "lstm.input",
+                                                        "lstm.data",
+                                                        "gru.input",
+                                                        "gru.data",
+                                                        "rnn_tanh.input",
+                                                        "rnn_tanh.data",
+                                                        "rnn_relu.input",
+                                                        "rnn_relu.data",
+                                                        "lstm_cell",
+                                                        "gru_cell",
+                                                        "rnn_tanh_cell",
+                                                        "rnn_relu_cell",
+                                                        "_native_multi_head_attention",
+                                                        "_transformer_encoder_layer_fwd"};
+/// Those that autograd's backward uses too.
+inline constexpr const char* kProductOperators[] = {"bmm", "baddbmm", "addbmm", "mv", "addmv", "_grouped_mm"};
+
+template <bool in_backward_too, size_t count>
+void register_substitution(torch::Library& library, const char* const (&names)[count]) {
+  for (const char* name : names) {
+    const std::string text(name), base = text.substr(0, text.find('.'));
+    const auto overload = base.size() < text.size() ? text.substr(base.size() + 1) : "";
+    if (!c10::Dispatcher::singleton().findSchema({"aten::" + base, overload})) continue;  // another LibTorch
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&substituting_kernel<in_backward_too>>());
+  }
 }
 
 /// Registers the kernels once in the process. Only one fallback may be registered for a key, so it is done when the
@@ -135,39 +257,24 @@ __attribute__((visibility("default"))) inline void register_kernels() {
     std::vector<torch::Library> made;
     made.emplace_back(torch::Library::IMPL, "_", kInterceptionKey, __FILE__, __LINE__);
     made.back().fallback(torch::CppFunction::makeFallthrough());
+    made.emplace_back(torch::Library::IMPL, "_", kObservingKey, __FILE__, __LINE__);
+    made.back().fallback(torch::CppFunction::makeFromBoxedFunction<&observing_kernel>());
     made.emplace_back(torch::Library::IMPL, "aten", kInterceptionKey, __FILE__, __LINE__);
-    made.back().impl("linear", &linear_kernel);
-    made.back().impl("addmm", &addmm_kernel);
-    made.back().impl("matmul", &matmul_kernel);
+    auto& aten = made.back();
+    aten.impl("linear", &linear_kernel);
+    aten.impl("addmm", &addmm_kernel);
+    aten.impl("matmul", &matmul_kernel);
+    aten.impl("mm", &mm_kernel);
+    aten.impl("convolution", &convolution_kernel);
+    aten.impl("embedding", &embedding_kernel);
+    aten.impl("embedding_renorm_", &embedding_renorm_kernel);
+    aten.impl("embedding_bag", &old_embedding_bag_kernel);
+    aten.impl("embedding_bag.padding_idx", &embedding_bag_kernel);
+    register_substitution<true>(aten, kWholeWeightOperators);
+    register_substitution<false>(aten, kProductOperators);
     return made;
   }();
   (void)libraries;
 }
-
-/// Makes a table active on this thread while it lives, and leaves the thread as it found it. Scopes end on the thread
-/// they began on, in reverse order.
-class Interception {
- public:
-  Interception(const void* owner, const WeightTable& table) : include_(registered_key()), table_(&table) {
-    active_tables().push_back({owner, &table});
-  }
-  ~Interception() {
-    auto& tables = active_tables();
-    const auto is_own = [&](const ActiveTable& active) { return active.table == table_; };
-    const auto own = std::find_if(tables.rbegin(), tables.rend(), is_own);
-    if (own != tables.rend()) tables.erase(std::next(own).base());
-  }
-  Interception(const Interception&) = delete;
-  Interception& operator=(const Interception&) = delete;
-
- private:
-  static c10::DispatchKey registered_key() {
-    register_kernels();
-    return kInterceptionKey;
-  }
-
-  c10::impl::IncludeDispatchKeyGuard include_;
-  const WeightTable* table_;
-};
 
 }  // namespace lora::detail

@@ -2,7 +2,7 @@
 
 #include <lora/config.hpp>
 #include <lora/detail/text.hpp>
-#include <lora/layers/all.hpp>
+#include <lora/model.hpp>
 
 #include <optional>
 #include <set>
@@ -11,21 +11,6 @@
 // nothing.
 
 namespace lora::detail {
-
-struct NamedModule {
-  std::string name;
-  std::shared_ptr<torch::nn::Module> module;
-};
-
-/// Every module below `model`, each once, under its first name.
-inline std::vector<NamedModule> modules_of(const torch::nn::Module& model) {
-  std::vector<NamedModule> modules;
-  std::set<const torch::nn::Module*> seen;
-  for (const auto& item : model.named_modules("", /*include_self=*/false)) {
-    if (seen.insert(item.value().get()).second) modules.push_back({item.key(), item.value()});
-  }
-  return modules;
-}
 
 /// The regular expressions of rank_pattern or alpha_pattern.
 template <class T>
@@ -57,21 +42,19 @@ class Selection {
     LoRAOptions options;
   };
 
-  Selection(const torch::nn::Module& model, const LoRAConfig& config) : config_(config), modules_(modules_of(model)) {
-    for (const auto& item : modules_) {
-      for (auto& target : adaptable_weights(item.name, item.module)) {
-        adaptable_.push_back(target.name);
-        all_.push_back(std::move(target));
-      }
+  Selection(const Model& model, const LoRAConfig& config) : model_(model), config_(config), parts_(model.parts()) {
+    for (const auto& part : parts_) {
+      for (const auto& target : part.targets) adaptable_.push_back(target.name);
     }
   }
 
   std::vector<Layer> run() {
     config_.validate("lora::LoRAConfig");
     check_request();
-    for (const auto& item : modules_) {
-      if (is_target(item) && !is_excluded(item.name)) take(item);
+    for (const auto& part : parts_) {
+      if (is_target(part) && !is_excluded(part.name)) take(part);
     }
+    take_parameters();
     check_entries();
     check_shared_weights();
     return with_options();
@@ -79,7 +62,7 @@ class Selection {
 
  private:
   void check_request() const {
-    TORCH_CHECK_VALUE(!config_.target_modules().empty(),
+    TORCH_CHECK_VALUE(!config_.target_modules().empty() || !config_.target_parameters().empty(),
                       "lora::attach: target_modules is empty; name the modules to adapt, ",
                       "or pass lora::all_linear. Here are ", list(adaptable_));
     const bool by_list = config_.target_modules().names() != nullptr;
@@ -89,9 +72,9 @@ class Selection {
                       "lora::attach: layers_pattern needs layers_to_transform");
   }
 
-  bool is_target(const NamedModule& item) {
+  bool is_target(const ModelPart& item) {
     const auto& targets = config_.target_modules();
-    if (targets.is_all_linear()) return item.module->as<torch::nn::LinearImpl>() != nullptr;
+    if (targets.is_all_linear()) return item.is_linear;
     if (const auto* regex = targets.pattern()) return std::regex_match(item.name, target_regex(regex->pattern));
     bool exact = false, found = false;
     for (const auto& entry : *targets.names()) {
@@ -142,14 +125,33 @@ class Selection {
     return found;
   }
 
-  void take(const NamedModule& item) {
-    auto found = adaptable_weights(item.name, item.module);
-    TORCH_CHECK(!found.empty(), "lora::attach: \"", item.name, "\" is a ", item.module->name(),
+  void take(const ModelPart& part) {
+    TORCH_CHECK(!part.targets.empty(), "lora::attach: \"", part.name, "\" is a ", part.type,
                 ", which has no weight that can be adapted; name layers inside it instead. Here are ",
                 list(adaptable_));
-    for (auto& target : found) {
-      const bool excluded = target.name != item.name && is_excluded(target.name);  // one that comes with its parent
-      if (!excluded && taken_.insert(target.name).second) targets_.push_back(std::move(target));
+    for (const auto& target : part.targets) {
+      const bool excluded = target.name != part.name && is_excluded(target.name);  // one that comes with its parent
+      if (!excluded && taken_.insert(target.name).second) targets_.push_back(target);
+    }
+  }
+
+  /// The parameters that `target_parameters` names, with the rule for lists of modules.
+  void take_parameters() {
+    const auto& entries = config_.target_parameters();
+    if (entries.empty()) return;
+    std::set<std::string> matched;
+    std::vector<std::string> names;
+    for (const auto& parameter : model_.parameters()) {
+      names.push_back(parameter.name);
+      bool found = false;
+      for (const auto& entry : entries) {
+        if (is_or_ends_with(parameter.name, entry)) found = matched.insert(entry).second || true;
+      }
+      if (found) targets_.push_back(model_.parameter_target(parameter.name));
+    }
+    for (const auto& entry : entries) {
+      TORCH_CHECK(matched.count(entry) > 0, "lora::attach: no parameter matches \"", entry, "\" of target_parameters;",
+                  did_you_mean(entry, with_last_parts(names)), " Parameters here: ", list(names));
     }
   }
 
@@ -194,18 +196,37 @@ class Selection {
            list(adaptable_);
   }
 
-  /// Products are known by the memory of their weight, so those of two layers with one weight cannot be told apart.
-  void check_shared_weights() const {
-    for (const auto& target : targets_) {
-      for (const auto& other : all_) {
-        const auto &mine = target.slot.read(), &theirs = other.slot.read();
-        const bool shared = other.name != target.name && mine.is_alias_of(theirs) && mine.stride(0) != 0 &&
-                            mine.storage_offset() == theirs.storage_offset();
-        TORCH_CHECK(!shared, "lora::attach: \"", target.name, "\" and \"", other.name,
-                    "\" share one weight, so products of one cannot be told from those of the other; ",
-                    "give one of them a copy of it first");
+  /// Uses of a weight are known by its memory, so those of two layers with one weight can be told apart only where one
+  /// multiplies with it and the other looks entries up.
+  void check_shared_weights() {
+    for (auto& target : targets_) {
+      for (const auto& part : parts_) {
+        for (const auto& other : part.targets) check_shared_weight(target, other);
       }
     }
+    for (size_t i = 0; i < targets_.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) {
+        TORCH_CHECK(
+            !targets_[i].slot->read().is_same(targets_[j].slot->read()) || !share_uses(targets_[i], targets_[j]),
+            "lora::attach: \"", targets_[j].name, "\" and \"", targets_[i].name,
+            "\" are the same weight; adapt one of them");
+      }
+    }
+  }
+
+  static bool share_uses(const Target& a, const Target& b) {
+    return (static_cast<int>(a.use) & static_cast<int>(b.use)) != 0;
+  }
+
+  static void check_shared_weight(Target& target, const Target& other) {
+    const auto mine = target.slot->read(), theirs = other.slot->read();
+    const bool shared = other.name != target.name && mine.defined() && mine.is_alias_of(theirs) &&
+                        mine.stride(0) != 0 && mine.storage_offset() == theirs.storage_offset();
+    if (!shared || target.use == Use::kAny) return;
+    TORCH_CHECK(!share_uses(target, other), "lora::attach: \"", target.name, "\" and \"", other.name,
+                "\" share one weight, so products of one cannot be told from those of the other; ",
+                "give one of them a copy of it first");
+    target.tied_to.push_back(other.name);
   }
 
   static std::vector<std::string> names_of(const std::vector<Target>& targets) {
@@ -224,11 +245,19 @@ class Selection {
       options.rank(pattern_value(config_.rank_pattern(), rank_expressions, target.name, config_.rank(), ranks));
       options.alpha(pattern_value(config_.alpha_pattern(), alpha_expressions, target.name, config_.alpha(), alphas));
       options.validate("lora::LoRAConfig");
+      check_rank(target, options.rank());
       layers.push_back({target, options});
     }
     check_patterns(config_.rank_pattern(), ranks, "rank_pattern");
     check_patterns(config_.alpha_pattern(), alphas, "alpha_pattern");
     return layers;
+  }
+
+  static void check_rank(const Target& target, int64_t rank) {
+    const auto shares = target.site->view().shape().rank_shares;
+    TORCH_CHECK_VALUE(rank % shares == 0, "lora::attach: \"", target.name, "\" is a ", target.kind, " of ", shares,
+                      " groups, among which the rank is divided; so it has to be a multiple of that, but is ", rank,
+                      "; rank_pattern gives a layer a rank of its own");
   }
 
   template <class T>
@@ -256,10 +285,11 @@ class Selection {
 
   static constexpr const char* kTargetModules = "target_modules";
 
+  const Model& model_;
   LoRAConfig config_;
-  std::vector<NamedModule> modules_;
-  std::vector<std::string> adaptable_;  // names of all_
-  std::vector<Target> all_, targets_;
+  std::vector<ModelPart> parts_;
+  std::vector<std::string> adaptable_;  // names of what `parts_` have to adapt
+  std::vector<Target> targets_;
   std::set<std::string> taken_, matched_targets_, matched_excludes_;
   std::set<int64_t> present_layers_;
   std::optional<std::regex> target_regex_;

@@ -6,17 +6,28 @@
 
 namespace lora::layers {
 
-/// The packed query/key/value projection (3 E, E) and the output projection (E, E) of a torch::nn::MultiheadAttention
-/// of width E whose keys and values have that width too. As in PEFT the two are adapted together, and the files name
-/// the second one "<name>.base_layer.out_proj".
+/// The projections of a torch::nn::MultiheadAttention of width E: the packed one of query, key and value (3 E, E), or
+/// those of keys and values that have a width of their own, and the output projection (E, E). As in PEFT they are
+/// adapted together, and the files name the last one "<name>.base_layer.out_proj".
 inline std::vector<Target> find_attention(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
   auto* layer = module->as<torch::nn::MultiheadAttentionImpl>();
-  if (layer == nullptr || !layer->in_proj_weight.defined()) return {};
-  auto site = std::make_shared<Site>(layer->in_proj_weight.size(0), layer->in_proj_weight.size(1));
-  detail::WeightSlot slot(*layer, layer->in_proj_weight, "in_proj_weight");
-  Target in_proj{name, name, "MultiheadAttention", module, slot, std::move(site)};
-  return {std::move(in_proj),
-          linear_target(name + ".out_proj", name + ".base_layer.out_proj", layer->out_proj.ptr(), *layer->out_proj)};
+  if (layer == nullptr) return {};
+  const auto target = [&](const std::string& suffix, at::Tensor& weight, const char* parameter) {
+    return member_target(name + suffix, "MultiheadAttention", module, weight, parameter,
+                         MatrixView::plain(weight.sizes()));
+  };
+  std::vector<Target> targets;
+  if (layer->in_proj_weight.defined()) {
+    targets.push_back(target("", layer->in_proj_weight, "in_proj_weight"));
+  } else {
+    targets.push_back(target(".q_proj_weight", layer->q_proj_weight, "q_proj_weight"));
+    targets.push_back(target(".k_proj_weight", layer->k_proj_weight, "k_proj_weight"));
+    targets.push_back(target(".v_proj_weight", layer->v_proj_weight, "v_proj_weight"));
+  }
+  auto out_proj = find_linear(name + ".out_proj", layer->out_proj.ptr()).front();
+  out_proj.file_name = name + ".base_layer.out_proj";
+  targets.push_back(std::move(out_proj));
+  return targets;
 }
 
 }  // namespace lora::layers

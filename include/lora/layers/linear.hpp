@@ -8,19 +8,19 @@
 
 namespace lora::layers {
 
-/// A linear layer, whoever calls it: y = x W^T + b, W (out_features, in_features).
-inline Target linear_target(std::string name, std::string file_name, const std::shared_ptr<torch::nn::Module>& module,
-                            torch::nn::LinearImpl& layer) {
-  auto site = std::make_shared<Site>(layer.weight.size(0), layer.weight.size(1));
-  detail::WeightSlot slot(layer, layer.weight, "weight");
-  return {std::move(name), std::move(file_name), "Linear", module, slot, std::move(site)};
-}
-
-/// The weight of a torch::nn::Linear.
+/// The weight of a torch::nn::Linear, whoever calls it: y = x W^T + b, W (out_features, in_features).
 inline std::vector<Target> find_linear(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
   auto* layer = module->as<torch::nn::LinearImpl>();
   if (layer == nullptr) return {};
-  return {linear_target(name, name, module, *layer)};
+  return {member_target(name, "Linear", module, layer->weight, "weight", MatrixView::plain(layer->weight.sizes()))};
+}
+
+/// The weight of a torch::nn::Bilinear: y_k = x1^T W_k x2 + b_k, W (out, in1, in2), adapted as a matrix (out, in1 *
+/// in2).
+inline std::vector<Target> find_bilinear(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
+  auto* layer = module->as<torch::nn::BilinearImpl>();
+  if (layer == nullptr) return {};
+  return {member_target(name, "Bilinear", module, layer->weight, "weight", MatrixView::rows(layer->weight.sizes()))};
 }
 
 }  // namespace lora::layers

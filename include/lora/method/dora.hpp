@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/norm.h>
 
 #include <lora/method/low_rank.hpp>
@@ -28,9 +29,11 @@ struct DoRA : LowRank {
 
   using LowRank::LowRank;
 
-  void allocate(int64_t out, int64_t in, const at::TensorOptions& tensor_options) {
-    LowRank::allocate(out, in, tensor_options);
-    lora_magnitude_vector = at::empty({out}, tensor_options);
+  void allocate(const MatrixShape& shape, const at::TensorOptions& tensor_options) {
+    LowRank::allocate(shape, tensor_options);
+    auto rows = shape.batch;
+    rows.push_back(shape.out);
+    lora_magnitude_vector = at::empty(rows, tensor_options);
   }
 
   void initialize(const at::Tensor& weight) {
@@ -41,17 +44,17 @@ struct DoRA : LowRank {
 
   at::Tensor delta(const at::Tensor& weight) const {
     auto direction = moved(weight);  // (out, in)
-    return gain(direction).unsqueeze(1) * direction - weight.to(direction.scalar_type());
+    return gain(direction).unsqueeze(-1) * direction - weight.to(direction.scalar_type());
   }
 
   at::Tensor forward(const FrozenProduct& product) const {
-    const bool dropping = product.training && options.dropout() > 0;
+    const bool dropping = product.training && options.dropout() > 0 && !is_lookup;
     auto x = dropped(product);  // (..., in)
     auto g = gain(moved(product.weight));
-    auto frozen = dropping                 ? at::linear(x, product.weight.to(x.scalar_type()))
+    auto frozen = dropping                 ? product.times(x, product.weight.to(x.scalar_type()))
                   : product.bias.defined() ? product.output - product.bias
-                                           : product.output;  // x W^T (..., out)
-    auto moved_product = add_update(frozen, x);               // x (W + s B A)^T (..., out)
+                                           : product.output;            // x W^T (..., out)
+    auto moved_product = add_update(frozen, product.times(x, lora_A));  // x (W + s B A)^T (..., out)
     return (product.output + (g * moved_product - frozen)).to(product.output.scalar_type());
   }
 
@@ -61,10 +64,11 @@ struct DoRA : LowRank {
   /// W + s B A, in float at least.
   at::Tensor moved(const at::Tensor& weight) const {
     const auto type = adapter_dtype(lora_A.scalar_type());
-    return at::addmm(weight.to(type), lora_B.to(type), lora_A.to(type), /*beta=*/1, scaling);
+    const auto w = weight.to(type), a = lora_A.to(type), b = lora_B.to(type);
+    return w.dim() == 2 ? at::addmm(w, b, a, /*beta=*/1, scaling) : at::baddbmm(w, b, a, /*beta=*/1, scaling);
   }
 
-  static at::Tensor row_norms(const at::Tensor& direction) { return at::norm(direction, 2, {1}); }
+  static at::Tensor row_norms(const at::Tensor& direction) { return at::norm(direction, 2, {-1}); }
 
   /// m / ||W + s B A||, the norm a constant for the gradient. (out)
   /// A row of zeros, whose m starts at zero, has the gain 0 and not 0 / 0.

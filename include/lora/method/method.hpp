@@ -1,14 +1,16 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <c10/core/TensorOptions.h>
 
 #include <lora/options.hpp>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 // A method is the mathematics of one update, and nothing else: it knows no module, no file and no model. It is a plain
@@ -17,22 +19,45 @@
 //   static constexpr MethodInfo info;                 what it is called, here and in PEFT's configuration
 //   static std::vector<MethodField<M>> fields();      its trainable tensors, each with its name
 //   LoRAOptions options;  double scaling;             both set before any of the following is called
-//   void allocate(int64_t out, int64_t in, at::TensorOptions);   gives the tensors their shapes, without values
+//   void allocate(const MatrixShape&, at::TensorOptions);   gives the tensors their shapes, without values
 //   void initialize(const at::Tensor& weight);        gives them their first values; the layer starts as the frozen one
-//   at::Tensor delta(const at::Tensor& weight) const; W' - W, (out, in), differentiable, in float at least
+//   at::Tensor delta(const at::Tensor& weight) const; W' - W, shaped like W, differentiable, in float at least
 //   at::Tensor forward(const FrozenProduct&) const;   x W'^T + b from the product that the frozen layer computed
 //
-// and everything else (modules, attaching, merging, files, reports) works with it through `AnyMethod`.
+// where W is a matrix (out, in), or a batch of them for which `forward` is never asked. Whatever a layer's weight looks
+// like in memory, here it is a matrix; and everything else (modules, attaching, merging, files, reports) works with the
+// method through `AnyMethod`.
 
 namespace lora {
 
-/// What a frozen linear layer computed, as a method sees it.
+/// The shape in which a method sees a weight: a matrix whose rows are outputs, or a batch of such matrices.
+struct MatrixShape {
+  std::vector<int64_t> batch;  ///< empty for one matrix; else how many, e.g. the groups of a convolution
+  int64_t out = 0, in = 0;
+  int64_t rank_shares = 1;  ///< among how many matrices a rank is divided; 1: each has the whole rank
+  bool is_lookup = false;   ///< whether inputs are numbers of columns (an embedding) and not vectors
+
+  /// The sizes of a tensor that has a matrix (rows, columns) for each matrix of the weight.
+  std::vector<int64_t> with(int64_t rows, int64_t columns) const {
+    auto sizes = batch;
+    sizes.insert(sizes.end(), {rows, columns});
+    return sizes;
+  }
+};
+
+/// What a frozen layer computed that multiplies its input with its weight, as a method sees it.
 struct FrozenProduct {
-  at::Tensor input;       ///< x (..., in)
+  at::Tensor input;       ///< x (..., in), or the numbers of the columns that are looked up
   at::Tensor output;      ///< x W^T + b (..., out)
   at::Tensor weight;      ///< W (out, in)
   at::Tensor bias;        ///< b (out), undefined when `output` carries none
   bool training = false;  ///< whether dropout acts
+  /// How the layer computes x M^T (..., n) for a matrix M (n, in); empty for at::linear.
+  std::function<at::Tensor(const at::Tensor& x, const at::Tensor& matrix)> multiply = {};
+
+  at::Tensor times(const at::Tensor& x, const at::Tensor& matrix) const {
+    return multiply ? multiply(x, matrix) : at::linear(x, matrix);
+  }
 };
 
 /// How a method is named.
@@ -74,10 +99,10 @@ class AnyMethod {
 template <class M>
 class MethodOf final : public AnyMethod {
  public:
-  /// Allocates the tensors for a weight of shape (out, in); they require gradients and have no values yet.
-  MethodOf(const LoRAOptions& options, int64_t out, int64_t in, const at::TensorOptions& tensor_options)
+  /// Allocates the tensors for a weight of that shape; they require gradients and have no values yet.
+  MethodOf(const LoRAOptions& options, const MatrixShape& shape, const at::TensorOptions& tensor_options)
       : value(options) {
-    value.allocate(out, in, tensor_options);
+    value.allocate(shape, tensor_options);
     for (auto& field : M::fields()) (value.*field.tensor).requires_grad_(true);
   }
 
@@ -114,9 +139,9 @@ class MethodKind {
 
   const MethodInfo& info() const { return *info_; }
 
-  std::shared_ptr<AnyMethod> make(const LoRAOptions& options, int64_t out, int64_t in,
+  std::shared_ptr<AnyMethod> make(const LoRAOptions& options, const MatrixShape& shape,
                                   const at::TensorOptions& tensor_options) const {
-    return make_(options, out, in, tensor_options);
+    return make_(options, shape, tensor_options);
   }
 
  private:
@@ -126,13 +151,13 @@ class MethodKind {
   template <class M>
   explicit MethodKind(Type<M>)
       : info_(&M::info),
-        make_([](const LoRAOptions& options, int64_t out, int64_t in,
+        make_([](const LoRAOptions& options, const MatrixShape& shape,
                  const at::TensorOptions& tensor_options) -> std::shared_ptr<AnyMethod> {
-          return std::make_shared<MethodOf<M>>(options, out, in, tensor_options);
+          return std::make_shared<MethodOf<M>>(options, shape, tensor_options);
         }) {}
 
   const MethodInfo* info_;
-  std::shared_ptr<AnyMethod> (*make_)(const LoRAOptions&, int64_t, int64_t, const at::TensorOptions&);
+  std::shared_ptr<AnyMethod> (*make_)(const LoRAOptions&, const MatrixShape&, const at::TensorOptions&);
 };
 
 /// The type in which an adapter of a `base` weight is kept: float for half precision and below, else the weight's own.

@@ -82,7 +82,7 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
                 "lora::LoRALinear: the last dimension of the input has to be ", options.in_features(),
                 ", but the input has shape ", input.sizes());
     auto output = torch::nn::functional::linear(input, weight, bias);
-    return site_->forward({input, output, weight, bias, this->is_training()}, {kAdapter});
+    return site_->forward({input, output, weight, bias, this->is_training(), {}}, {kAdapter});
   }
 
   /// Folds the update into `weight`; the weight as it was is kept. Throws, with nothing changed, when it is not finite.
@@ -104,7 +104,7 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
     auto copy = torch::nn::Cloneable<LoRALinearImpl>::clone(device);
     auto& layer = *copy->template as<LoRALinearImpl>();
     layer.method().scaling = method().scaling;
-    layer.site_->copy_merged(*site_, layer.slot());
+    layer.site_->copy_merged(*site_, *layer.target().slot);
     return copy;
   }
 
@@ -138,15 +138,18 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
     if (frozen_bias.defined()) frozen_bias.requires_grad_(false);
     weight = this->register_parameter("weight", frozen_weight, /*requires_grad=*/false);
     bias = this->register_parameter("bias", frozen_bias, /*requires_grad=*/false);
-    method_ = std::make_shared<MethodOf<Method>>(options.adapter(), weight.size(0), weight.size(1),
+    const auto view = MatrixView::plain(weight.sizes());
+    method_ = std::make_shared<MethodOf<Method>>(options.adapter(), view.shape(),
                                                  weight.options().dtype(adapter_dtype(weight.scalar_type())));
     for (const auto& item : method_->tensors()) *item.tensor = this->register_parameter(item.name, *item.tensor);
-    site_ = std::make_shared<Site>(weight.size(0), weight.size(1));
+    site_ = std::make_shared<Site>(view);
     site_->add(kAdapter, method_);
   }
 
-  detail::WeightSlot slot() { return detail::WeightSlot(*this, weight, "weight"); }
-  Target target() { return {"LoRALinear", "", "Linear", nullptr, slot(), site_}; }
+  Target target() {
+    auto slot = std::make_shared<detail::MemberSlot>(*this, weight, "weight");
+    return {"LoRALinear", "", "Linear", {}, std::move(slot), site_};
+  }
 
   std::shared_ptr<MethodOf<Method>> method_;
   std::shared_ptr<Site> site_;

@@ -1,0 +1,101 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <lora/method/method.hpp>
+
+#include <numeric>
+#include <utility>
+#include <vector>
+
+namespace lora {
+
+/// How the weight of a kind of layer is seen as a matrix (out, in), or as a batch of them, and back. Both ways are
+/// differentiable. One formula serves all: split dimensions, permute them, join them.
+class MatrixView {
+ public:
+  /// (out, in) or (batch, out, in), as a linear layer keeps it.
+  static MatrixView plain(at::IntArrayRef sizes) { return MatrixView(sizes, sizes, identity(sizes.size()), 0); }
+
+  /// (in, out) or (batch, in, out).
+  static MatrixView transposed(at::IntArrayRef sizes) {
+    auto order = identity(sizes.size());
+    std::swap(order[sizes.size() - 1], order[sizes.size() - 2]);
+    return MatrixView(sizes, sizes, order, 0);
+  }
+
+  /// The table (entries, width) of an embedding: W = table^T, and an input x is the number of a column.
+  static MatrixView lookup(at::IntArrayRef sizes) {
+    auto view = transposed(sizes);
+    view.shape_.is_lookup = true;
+    return view;
+  }
+
+  /// (out, ...): one row for each output, everything else joined.
+  static MatrixView rows(at::IntArrayRef sizes) { return MatrixView(sizes, sizes, identity(sizes.size()), 1); }
+
+  /// The kernel (out, in / groups, ...) of a convolution, or (in, out / groups, ...) of a transposed one. Each group is
+  /// a matrix of its own, and the rank is divided among them.
+  static MatrixView kernel(at::IntArrayRef sizes, int64_t groups, bool is_transposed) {
+    auto split = sizes.vec();
+    split[0] /= groups;
+    split.insert(split.begin(), groups);
+    auto order = identity(split.size());
+    if (is_transposed) std::swap(order[1], order[2]);
+    MatrixView view(sizes, split, order, 2);
+    view.shape_.rank_shares = groups;
+    if (groups == 1) view.drop_batch();
+    return view;
+  }
+
+  /// What a method sees.
+  const MatrixShape& shape() const { return shape_; }
+
+  /// The weight as a matrix.
+  at::Tensor matrix(const at::Tensor& weight) const {
+    return is_plain_ ? weight : weight.reshape(split_).permute(order_).reshape(joined_);
+  }
+
+  /// A matrix in the layout of the weight.
+  at::Tensor weight(const at::Tensor& matrix) const {
+    return is_plain_ ? matrix : matrix.reshape(permuted_).permute(inverse_).reshape(sizes_);
+  }
+
+ private:
+  /// Splits `sizes` into `split`, permutes by `order`, and joins what follows the first `leading` dimensions; 0 joins
+  /// nothing.
+  MatrixView(at::IntArrayRef sizes, at::IntArrayRef split, std::vector<int64_t> order, size_t leading)
+      : sizes_(sizes.vec()), split_(split.vec()), order_(std::move(order)), inverse_(order_.size()) {
+    for (size_t i = 0; i < order_.size(); ++i) {
+      inverse_[static_cast<size_t>(order_[i])] = static_cast<int64_t>(i);
+      permuted_.push_back(split_[static_cast<size_t>(order_[i])]);
+    }
+    joined_ = permuted_;
+    if (leading > 0) {
+      joined_.resize(leading);
+      joined_.push_back(1);
+      for (size_t i = leading; i < permuted_.size(); ++i) joined_.back() *= permuted_[i];
+    }
+    is_plain_ = joined_ == sizes_ && order_ == identity(order_.size());
+    shape_.out = joined_[joined_.size() - 2];
+    shape_.in = joined_.back();
+    shape_.batch.assign(joined_.begin(), joined_.end() - 2);
+  }
+
+  void drop_batch() {
+    joined_.erase(joined_.begin());
+    shape_.batch.clear();
+  }
+
+  static std::vector<int64_t> identity(size_t dimensions) {
+    std::vector<int64_t> order(dimensions);
+    std::iota(order.begin(), order.end(), 0);
+    return order;
+  }
+
+  std::vector<int64_t> sizes_, split_, order_, inverse_, permuted_, joined_;
+  bool is_plain_ = false;
+  MatrixShape shape_;
+};
+
+}  // namespace lora

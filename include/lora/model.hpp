@@ -1,0 +1,108 @@
+#pragma once
+
+#include <torch/nn/module.h>
+
+#include <lora/layers/all.hpp>
+#include <lora/layers/parameter.hpp>
+
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lora {
+
+/// One module of a model, as the rules of selection see it.
+struct ModelPart {
+  std::string name;
+  std::string type;             ///< for errors: "torch::nn::LinearImpl"
+  bool is_linear = false;       ///< whether `all_linear` means it
+  std::vector<Target> targets;  ///< its weights that can be adapted
+};
+
+struct NamedParameter {
+  std::string name;
+  at::Tensor tensor;
+};
+
+/// What `Adapters` have to know of a model, whatever it is written with.
+class Model {
+ public:
+  virtual ~Model() = default;
+  /// Every module below the model itself, each once, under its first name.
+  virtual std::vector<ModelPart> parts() const = 0;
+  /// Every parameter, each once, under its first name.
+  virtual std::vector<NamedParameter> parameters() const = 0;
+  /// The parameter of that name as something that can be adapted whatever it is used for.
+  virtual Target parameter_target(const std::string& name) const = 0;
+  /// Whether the model was destroyed, as far as that can be known.
+  virtual bool is_gone() const = 0;
+  /// Whether TorchScript runs it, whose optimizer has to be kept from replacing autograd.
+  virtual bool is_script() const { return false; }
+};
+
+/// A model of torch::nn modules.
+class ModuleModel final : public Model {
+ public:
+  explicit ModuleModel(torch::nn::Module& model) : model_(&model), alive_(model.weak_from_this()) {
+    is_held_ = alive_.lock() != nullptr;
+  }
+
+  std::vector<ModelPart> parts() const override {
+    std::vector<ModelPart> parts;
+    std::set<const torch::nn::Module*> seen;
+    for (const auto& item : model_->named_modules("", /*include_self=*/false)) {
+      const auto& module = item.value();
+      if (!seen.insert(module.get()).second) continue;
+      const bool is_linear = module->as<torch::nn::LinearImpl>() != nullptr;
+      parts.push_back({item.key(), module->name(), is_linear, adaptable_weights(item.key(), module)});
+    }
+    return parts;
+  }
+
+  std::vector<NamedParameter> parameters() const override {
+    std::vector<NamedParameter> parameters;
+    std::set<const c10::TensorImpl*> seen;
+    for (const auto& item : model_->named_parameters()) {
+      if (seen.insert(item.value().unsafeGetTensorImpl()).second) parameters.push_back({item.key(), item.value()});
+    }
+    return parameters;
+  }
+
+  Target parameter_target(const std::string& name) const override {
+    const auto dot = name.rfind('.');
+    const auto owner = dot == std::string::npos ? std::string() : name.substr(0, dot);
+    for (const auto& item : model_->named_modules("", /*include_self=*/true)) {
+      if (item.key() == owner) return parameter_of(*item.value(), name, name.substr(dot + 1));
+    }
+    TORCH_CHECK(false, "lora::attach: no module has the parameter \"", name, "\"");
+  }
+
+  bool is_gone() const override { return is_held_ && alive_.expired(); }
+
+ private:
+  /// Through the slot of the layer the parameter belongs to, where the library knows that layer.
+  Target parameter_of(torch::nn::Module& module, const std::string& name, const std::string& parameter) const {
+    const auto tensor = detail::Registry::parameters(module)[parameter];
+    std::shared_ptr<detail::WeightSlot> slot = std::make_shared<detail::ParameterSlot>(module, parameter);
+    for (const auto& part : parts()) {
+      for (const auto& target : part.targets) {
+        if (target.slot->read().is_same(tensor)) slot = target.slot;
+      }
+    }
+    return {name,
+            name,
+            "Parameter",
+            [module = &module] { return module->is_training(); },
+            std::move(slot),
+            std::make_shared<Site>(layers::parameter_view(name, tensor)),
+            detail::Use::kAny};
+  }
+
+  torch::nn::Module* model_;
+  std::weak_ptr<torch::nn::Module> alive_;  // empty for a model that no shared_ptr holds
+  bool is_held_ = false;
+};
+
+}  // namespace lora
