@@ -75,6 +75,13 @@ Tensor seen_by_cpu(const Tensor& tensor) {
 
 Tensor moved(const Tensor& tensor, c10::Device device) { return tensor.defined() ? tensor.to(device) : tensor; }
 
+/// Refuses what was made in the wrong place; the numbers of expressions such as `2 * x` are on the CPU everywhere.
+void check_device(const std::string& op, const Tensor& tensor) {
+  if (!tensor.defined() || tensor.device() == kDevice || tensor.unsafeGetTensorImpl()->is_wrapped_number()) return;
+  TORCH_CHECK(false, "the second device: ", op, " got a tensor ", tensor.sizes(), " on ", tensor.device(),
+              ", but all have to be on ", kDevice);
+}
+
 // Operators on the memory itself: to make, to copy and to view tensors.
 
 Tensor empty(IntArrayRef sizes, optional<ScalarType> type, optional<at::Layout>, optional<at::Device>, optional<bool>,
@@ -109,10 +116,15 @@ bool may_replace_each_other(const Tensor&, const Tensor&) { return true; }
 
 // Operators for which LibTorch asks a backend of this kind for kernels that the CPU does not have.
 
+Tensor fetched(const Tensor& operand) {
+  check_device("aten::convolution", operand);
+  return moved(operand, at::kCPU);
+}
+
 Tensor convolution(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                    int64_t groups) {
-  auto y = at::convolution(x.cpu(), weight.cpu(), moved(bias.value_or(Tensor()), at::kCPU), stride, padding, dilation,
+  auto y = at::convolution(fetched(x), fetched(weight), fetched(bias.value_or(Tensor())), stride, padding, dilation,
                            transposed, output_padding, groups);
   return y.to(kDevice);
 }
@@ -121,8 +133,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& gradient, 
                                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                         bool transposed, IntArrayRef output_padding, int64_t groups,
                                                         std::array<bool, 3> needed) {
-  auto [dx, dw, db] = at::convolution_backward(gradient.cpu(), x.cpu(), weight.cpu(), IntArrayRef{gradient.size(1)},
-                                               stride, padding, dilation, transposed, output_padding, groups, needed);
+  auto [dx, dw, db] =
+      at::convolution_backward(fetched(gradient), fetched(x), fetched(weight), IntArrayRef{gradient.size(1)}, stride,
+                               padding, dilation, transposed, output_padding, groups, needed);
   return {moved(dx, kDevice), moved(dw, kDevice), moved(db, kDevice)};
 }
 
@@ -167,13 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tenso
 
 // Every other operator.
 
-void check_device(const c10::OperatorHandle& op, const Tensor& tensor) {
-  if (!tensor.defined() || tensor.device() == kDevice || tensor.unsafeGetTensorImpl()->is_wrapped_number()) return;
-  TORCH_CHECK(false, "the second device: ", op.operator_name(), " got a tensor ", tensor.sizes(), " on ",
-              tensor.device(), ", but all have to be on ", kDevice);
-}
-
-void check_devices(const c10::OperatorHandle& op, const c10::IValue& argument) {
+void check_devices(const std::string& op, const c10::IValue& argument) {
   if (argument.isTensor()) check_device(op, argument.toTensor());
   if (argument.isTensorList()) {
     for (const Tensor& tensor : argument.toTensorList()) check_device(op, tensor);
@@ -184,7 +191,8 @@ void check_devices(const c10::OperatorHandle& op, const c10::IValue& argument) {
 }
 
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  for (const auto& argument : torch::jit::last(stack, op.schema().arguments().size())) check_devices(op, argument);
+  const auto name = c10::toString(op.operator_name());
+  for (const auto& argument : torch::jit::last(stack, op.schema().arguments().size())) check_devices(name, argument);
   at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
   // The results are where the first operand is; for 1 / x that is the number 1, on the CPU.
   const auto returns = op.schema().returns().size();

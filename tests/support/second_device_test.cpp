@@ -55,7 +55,7 @@ Tensors train_mlp(torch::Device device) {
 
 }  // namespace
 
-TEST_CASE("Tensors of the second device copy to the CPU and back, and keep views and files apart from it", "[.fake]") {
+TEST_CASE("Tensors of the second device go to the CPU, to files and back, and views share their memory", "[.fake]") {
   const auto device = testing::device();
   REQUIRE(device.type() == torch::kPrivateUse1);  // LORA_TEST_DEVICE=fake
   torch::manual_seed(0);
@@ -84,6 +84,8 @@ TEST_CASE("A tensor of the CPU among the operands of the second device is refuse
       {[=] { x.mm(here); }, "aten::mm.out got a tensor [2, 2] on cpu, but all have to be on fake:0"},
       {[=] { here.mm(x); }, "aten::mm.out"},
       {[=] { torch::linear(x, x, here[0]); }, "aten::addmm.out"},
+      {[=] { torch::conv1d(x, here.unsqueeze(2)); }, "aten::convolution got a tensor [2, 2, 1"},
+      {[=] { torch::conv1d(x, x.unsqueeze(2), here[0]); }, "aten::convolution got a tensor [2] on cpu"},
       {[=] { torch::embedding(x, ids); }, "aten::index_select"},
       {[=] {
          torch::cat({x, here});
