@@ -13,6 +13,7 @@ set(LORA_PUBLIC_HEADERS
   site.hpp
   torchscript.hpp
   version.hpp
+  layers/adaptable.hpp
   layers/all.hpp
   layers/attention.hpp
   layers/convolution.hpp
@@ -25,6 +26,11 @@ set(LORA_PUBLIC_HEADERS
   method/dora.hpp
   method/low_rank.hpp
   method/method.hpp
+  modules/adapted.hpp
+  modules/attention.hpp
+  modules/attention_options.hpp
+  modules/conv.hpp
+  modules/embedding.hpp
   modules/linear.hpp
   peft/checkpoint.hpp
   peft/config.hpp
@@ -33,6 +39,7 @@ set(LORA_PUBLIC_HEADERS
 )
 set(LORA_DETAIL_HEADERS
   detail/atomic_file.hpp
+  detail/attention_mask.hpp
   detail/descriptor.hpp
   detail/interception.hpp
   detail/json.hpp
@@ -41,6 +48,7 @@ set(LORA_DETAIL_HEADERS
   detail/safetensors_header.hpp
   detail/scopes.hpp
   detail/select.hpp
+  detail/stacked.hpp
   detail/text.hpp
   detail/usage.hpp
   detail/weight_slot.hpp

@@ -10,6 +10,9 @@
 #include <lora/merge.hpp>
 #include <lora/method/all.hpp>
 #include <lora/model.hpp>
+#include <lora/modules/attention.hpp>
+#include <lora/modules/conv.hpp>
+#include <lora/modules/embedding.hpp>
 #include <lora/modules/linear.hpp>
 #include <lora/options.hpp>
 #include <lora/peft/checkpoint.hpp>

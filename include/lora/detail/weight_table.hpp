@@ -209,6 +209,9 @@ inline Matches find_matches(const at::Tensor& operand, Use use, bool in_backward
   return matches;
 }
 
+/// Whether an active scope of this thread adapts the weight.
+inline bool is_in_scope(const at::Tensor& weight) { return !find_matches(weight, Use::kAny, true).empty(); }
+
 /// Calls `visit(tensor) -> tensor` for every tensor among the operands of an operator, alone, optional or in a list,
 /// and puts what it returns in its place.
 template <class Visit>

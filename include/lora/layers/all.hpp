@@ -1,5 +1,6 @@
 #pragma once
 
+#include <lora/layers/adaptable.hpp>
 #include <lora/layers/attention.hpp>
 #include <lora/layers/convolution.hpp>
 #include <lora/layers/embedding.hpp>
@@ -12,8 +13,9 @@ namespace lora {
 /// module. A new kind of layer is added here and nowhere else.
 inline std::vector<Target> adaptable_weights(const std::string& name,
                                              const std::shared_ptr<torch::nn::Module>& module) {
-  for (auto* find : {&layers::find_linear, &layers::find_bilinear, &layers::find_embedding, &layers::find_embedding_bag,
-                     &layers::find_convolution, &layers::find_attention, &layers::find_recurrent}) {
+  for (auto* find :
+       {&layers::find_adaptable, &layers::find_linear, &layers::find_bilinear, &layers::find_embedding,
+        &layers::find_embedding_bag, &layers::find_convolution, &layers::find_attention, &layers::find_recurrent}) {
     auto targets = (*find)(name, module);
     if (!targets.empty()) return targets;
   }

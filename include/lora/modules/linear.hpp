@@ -1,13 +1,11 @@
 #pragma once
 
-#include <torch/nn/cloneable.h>
 #include <torch/nn/functional/linear.h>
 #include <torch/nn/init.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 
-#include <lora/merge.hpp>
-#include <lora/method/all.hpp>
+#include <lora/modules/adapted.hpp>
 
 namespace lora {
 
@@ -36,8 +34,11 @@ struct LoRALinearOptions {
 /// of range; c10::Error when merged twice or when an update is not finite. Reference: Hu et al. 2021, "LoRA: Low-Rank
 /// Adaptation of Large Language Models", eq. 3.
 template <class Method = LowRank>
-class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
+class LoRALinearImpl : public AdaptedModule<LoRALinearImpl<Method>, Method> {
  public:
+  static constexpr const char *kName = "LoRALinear", *kKind = "Linear";
+  static constexpr auto kUse = detail::Use::kProduct;
+
   /// A new layer, initialized as torch::nn::Linear is.
   explicit LoRALinearImpl(LoRALinearOptions options_) : options(std::move(options_)) {
     reset();
@@ -49,8 +50,8 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
       : options(LoRALinearOptions(base->options.in_features(), base->options.out_features(), std::move(adapter))
                     .bias(base->bias.defined())) {
     options.adapter().validate("lora::LoRALinear");  // before anything of `base` is frozen
-    build(base->weight, base->bias);
-    method().initialize(weight);
+    this->build(base->weight, base->bias);
+    this->initialize_adapter();
   }
 
   void reset() override {
@@ -60,7 +61,7 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
                       "lora::LoRALinear: in_features and out_features have to be at least 1, but got ", in, " and ",
                       out);
     const auto like = weight.defined() ? weight.options().requires_grad(false) : at::TensorOptions();
-    build(torch::empty({out, in}, like), options.bias() ? torch::empty({out}, like) : at::Tensor());
+    this->build(torch::empty({out, in}, like), options.bias() ? torch::empty({out}, like) : at::Tensor());
   }
 
   /// Fills weight and bias as torch::nn::Linear does, and starts the adapter anew.
@@ -68,7 +69,7 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
     torch::nn::init::kaiming_uniform_(weight, std::sqrt(5));
     const auto bound = 1 / std::sqrt(static_cast<double>(options.in_features()));
     if (bias.defined()) torch::nn::init::uniform_(bias, -bound, bound);
-    method().initialize(weight);
+    this->initialize_adapter();
   }
 
   void pretty_print(std::ostream& stream) const override {
@@ -81,78 +82,22 @@ class LoRALinearImpl : public torch::nn::Cloneable<LoRALinearImpl<Method>> {
     TORCH_CHECK(input.dim() > 0 && input.size(-1) == options.in_features(),
                 "lora::LoRALinear: the last dimension of the input has to be ", options.in_features(),
                 ", but the input has shape ", input.sizes());
-    auto output = torch::nn::functional::linear(input, weight, bias);
-    return site_->forward({input, output, weight, bias, this->is_training(), {}}, {kAdapter});
+    return adapt(input, torch::nn::functional::linear(input, weight, bias));
   }
 
-  /// Folds the update into `weight`; the weight as it was is kept. Throws, with nothing changed, when it is not finite.
-  void merge() {
-    TORCH_CHECK(!is_merged(), "lora::merge: this LoRALinear is merged already");
-    detail::merge({target()}, {kAdapter});
+  /// What `forward` makes of the frozen x W^T + b (..., out_features), which someone else computed, e.g. as a part of a
+  /// larger product.
+  at::Tensor adapt(const at::Tensor& input, const at::Tensor& frozen_output) const {
+    return this->add_own(input, frozen_output);
   }
 
-  /// Brings back the weight from before `merge`, bit by bit.
-  void unmerge() {
-    TORCH_CHECK(is_merged(), "lora::unmerge: this LoRALinear is not merged");
-    detail::unmerge({target()});
-  }
+  MatrixView view() const { return MatrixView::plain(weight.sizes()); }
+  FileLayout files() const { return {}; }
 
-  bool is_merged() const { return site_->is_merged(); }
-
-  /// Copies the layer; the copy is frozen and merged where this one is.
-  std::shared_ptr<torch::nn::Module> clone(const std::optional<torch::Device>& device = std::nullopt) const override {
-    auto copy = torch::nn::Cloneable<LoRALinearImpl>::clone(device);
-    auto& layer = *copy->template as<LoRALinearImpl>();
-    layer.method().scaling = method().scaling;
-    layer.site_->copy_merged(*site_, *layer.target().slot);
-    return copy;
-  }
-
-  /// Writes the layer as any module is written. Throws when it is merged: the file would hold the merged weight and the
-  /// adapter too, and whoever loads it would add the update a second time.
-  void save(torch::serialize::OutputArchive& archive) const override {
-    TORCH_CHECK(!is_merged(), "lora::LoRALinear: a merged layer cannot be saved; unmerge it first");
-    torch::nn::Module::save(archive);
-  }
-  void load(torch::serialize::InputArchive& archive) override {
-    TORCH_CHECK(!is_merged(), "lora::LoRALinear: nothing can be loaded into a merged layer; unmerge it first");
-    torch::nn::Module::load(archive);
-  }
-
-  /// The method with its tensors.
-  Method& method() const { return method_->value; }
-  /// s: alpha / rank.
-  double scaling() const { return method().scaling; }
-  at::Tensor& lora_A() const { return method().lora_A; }
-  at::Tensor& lora_B() const { return method().lora_B; }
+  using AdaptedModule<LoRALinearImpl, Method>::weight;
+  using AdaptedModule<LoRALinearImpl, Method>::bias;
 
   LoRALinearOptions options;
-  at::Tensor weight, bias;
-
- private:
-  static constexpr const char* kAdapter = "default";
-
-  /// Registers the frozen tensors and a new, uninitialized adapter for them.
-  void build(const at::Tensor& frozen_weight, const at::Tensor& frozen_bias) {
-    frozen_weight.requires_grad_(false);
-    if (frozen_bias.defined()) frozen_bias.requires_grad_(false);
-    weight = this->register_parameter("weight", frozen_weight, /*requires_grad=*/false);
-    bias = this->register_parameter("bias", frozen_bias, /*requires_grad=*/false);
-    const auto view = MatrixView::plain(weight.sizes());
-    method_ = std::make_shared<MethodOf<Method>>(options.adapter(), view.shape(),
-                                                 weight.options().dtype(adapter_dtype(weight.scalar_type())));
-    for (const auto& item : method_->tensors()) *item.tensor = this->register_parameter(item.name, *item.tensor);
-    site_ = std::make_shared<Site>(view);
-    site_->add(kAdapter, method_);
-  }
-
-  Target target() {
-    auto slot = std::make_shared<detail::MemberSlot>(*this, weight, "weight");
-    return {"LoRALinear", "", "Linear", {}, std::move(slot), site_};
-  }
-
-  std::shared_ptr<MethodOf<Method>> method_;
-  std::shared_ptr<Site> site_;
 };
 
 /// Holder of `LoRALinearImpl`, like those of LibTorch: `LoRALinear<>` as a member, `LoRALinear layer(base, options)`.
