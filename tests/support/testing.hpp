@@ -46,9 +46,13 @@ inline std::string error_of(const std::function<void()>& call) {
 
 /// The device the suite runs on: LORA_TEST_DEVICE ("cuda", or "fake" for that of second_device.cpp), else the CPU.
 inline torch::Device device() {
-  const char* name = std::getenv("LORA_TEST_DEVICE");
-  const torch::Device named(name == nullptr ? "cpu" : name);
-  return named.is_cpu() || named.has_index() ? named : torch::Device(named.type(), 0);  // as tensors report it
+  static const auto device = [] {
+    const char* name = std::getenv("LORA_TEST_DEVICE");
+    const torch::Device named(name == nullptr ? "cpu" : name);
+    if (named.is_cuda()) at::globalContext().setAllowTF32CuDNN(false);  // convolutions with all digits of a float
+    return named.is_cpu() || named.has_index() ? named : torch::Device(named.type(), 0);  // as tensors report it
+  }();
+  return device;
 }
 
 /// Numbers of a type on that device.
