@@ -9,6 +9,7 @@ set(LORA_PUBLIC_HEADERS
   merge.hpp
   model.hpp
   options.hpp
+  replace.hpp
   report.hpp
   site.hpp
   torchscript.hpp
@@ -20,6 +21,7 @@ set(LORA_PUBLIC_HEADERS
   layers/embedding.hpp
   layers/linear.hpp
   layers/parameter.hpp
+  layers/parts.hpp
   layers/recurrent.hpp
   layers/target.hpp
   method/all.hpp
@@ -35,6 +37,8 @@ set(LORA_PUBLIC_HEADERS
   peft/checkpoint.hpp
   peft/config.hpp
   peft/error.hpp
+  peft/load_options.hpp
+  peft/pickled.hpp
   peft/safetensors.hpp
 )
 set(LORA_DETAIL_HEADERS

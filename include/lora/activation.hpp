@@ -8,7 +8,6 @@
 
 #include <exception>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,21 +19,23 @@ namespace detail {
 class LayerHandler final : public WeightHandler {
  public:
   LayerHandler(std::shared_ptr<AdaptedLayer> layer, std::vector<std::string> adapters)
-      : layer_(std::move(layer)), adapters_(std::move(adapters)) {}
+      : layer_(std::move(layer)), adapters_(std::move(adapters)), weight_(layer_->target.slot->read()) {}
 
   AdaptedLayer& layer() const { return *layer_; }
+  const at::Tensor& weight() const { return weight_; }
 
-  bool accepts(Use use) const override { return (static_cast<int>(target().use) & static_cast<int>(use)) != 0; }
+  bool accepts(Use use) const override { return overlap(target().use, use); }
+  bool adds_to_products() const override { return target().site->view().shape().batch.empty(); }
   void count_use() override { layer_->uses.fetch_add(1, std::memory_order_relaxed); }
 
   at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Multiply multiply) override {
     count_use();
-    const auto matrix = target().site->view().matrix(target().slot->read());
+    const auto matrix = target().site->view().matrix(weight_);
     return target().site->forward({x, y, matrix, bias, target().is_training(), std::move(multiply)}, adapters_);
   }
 
   at::Tensor delta(bool drop_features) override {
-    return target().site->delta(target().slot->read(), adapters_, drop_features && target().is_training());
+    return target().site->delta(weight_, adapters_, drop_features && target().is_training());
   }
 
   double dropout() const override { return target().is_training() ? target().site->dropout(adapters_) : 0; }
@@ -44,27 +45,36 @@ class LayerHandler final : public WeightHandler {
 
   std::shared_ptr<AdaptedLayer> layer_;
   std::vector<std::string> adapters_;
+  at::Tensor weight_;  // as it was when the scope opened
+};
+
+/// A tensor of the model and what stands in for it in a scope: the copy of it that an adapter trains.
+struct Replacement {
+  at::Tensor original, trained;
+  Use use;
 };
 
 /// The scope of one `Adapters::activate`.
 class AdapterScope final : public Scope {
  public:
   AdapterScope(std::shared_ptr<Usage> usage, const std::vector<std::shared_ptr<AdaptedLayer>>& layers,
-               const std::vector<std::string>& adapters)
-      : usage_(std::move(usage)) {
+               const std::vector<std::string>& adapters, std::vector<Replacement> replacements)
+      : usage_(std::move(usage)), replacements_(std::move(replacements)) {
     for (const auto& layer : layers) {
       const auto on_it = [&](const std::string& name) { return layer->target.site->contains(name); };
       if (std::none_of(adapters.begin(), adapters.end(), on_it)) continue;
       handlers_.push_back(std::make_unique<LayerHandler>(layer, adapters));
-      weights_.add(layer->target.slot->read(), *handlers_.back());
+      weights_.add(handlers_.back()->weight(), *handlers_.back());
     }
   }
 
   const void* owner() const override { return usage_.get(); }
   const WeightTable& weights() const override { return weights_; }
-  bool observes() const override { return usage_->is_watching(); }
+  bool observes() const override { return usage_->is_watching() || !replacements_.empty(); }
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack, const std::function<void()>& run) override {
+    if (!replacements_.empty()) replace(op, stack);
+    if (!usage_->is_watching()) return run();
     const auto used = used_by(op, stack);
     usage_->watch(op, used, run);
     if (!used.empty() && unreached().empty()) usage_->stop_watching();
@@ -82,6 +92,19 @@ class AdapterScope final : public Scope {
   Usage& usage() const { return *usage_; }
 
  private:
+  /// Puts the trained copies in the places of the tensors they are copies of.
+  void replace(const c10::OperatorHandle& op, torch::jit::Stack& stack) const {
+    const bool is_lookup = op.operator_name().name.rfind("aten::embedding", 0) == 0;
+    for_each_operand(op, stack, [&](const at::Tensor& operand) {
+      if (!operand.defined() || !operand.has_storage()) return operand;
+      for (const auto& [original, trained, use] : replacements_) {
+        if (!operand.is_alias_of(original) || !part_of(original, operand)) continue;
+        if (overlap(use, is_lookup ? Use::kLookup : Use::kProduct)) return same_part(trained, original, operand);
+      }
+      return operand;
+    });
+  }
+
   /// The layers whose weights are among the operands.
   std::vector<AdaptedLayer*> used_by(const c10::OperatorHandle& op, torch::jit::Stack& stack) const {
     std::vector<AdaptedLayer*> used;
@@ -95,6 +118,7 @@ class AdapterScope final : public Scope {
   }
 
   std::shared_ptr<Usage> usage_;
+  std::vector<Replacement> replacements_;
   std::vector<std::unique_ptr<LayerHandler>> handlers_;
   WeightTable weights_;
 };
@@ -110,16 +134,18 @@ class AdapterScope final : public Scope {
 class [[nodiscard]] Activation {
  public:
   Activation(std::shared_ptr<detail::AdapterScope> scope, bool is_script)
-      : scope_(std::move(scope)), guard_(registered(scope_)) {
-    if (is_script) unoptimized_.emplace(false);
+      : scope_(std::move(scope)), guard_(std::make_unique<detail::ScopeGuard>(registered(scope_))) {
+    if (is_script) unoptimized_ = std::make_unique<torch::jit::GraphOptimizerEnabledGuard>(false);
   }
 
   ~Activation() {
-    if (std::uncaught_exceptions() == exceptions_) scope_->usage().warn(scope_->unreached());
+    const bool is_moved_from = scope_ == nullptr;
+    if (!is_moved_from && std::uncaught_exceptions() == exceptions_) scope_->usage().warn(scope_->unreached());
   }
 
-  Activation(const Activation&) = delete;
-  Activation& operator=(const Activation&) = delete;
+  /// Moved to another variable of the same thread, e.g. into a std::optional.
+  Activation(Activation&&) = default;
+  Activation& operator=(Activation&&) = delete;
 
  private:
   static std::shared_ptr<detail::AdapterScope> registered(std::shared_ptr<detail::AdapterScope> scope) {
@@ -128,9 +154,9 @@ class [[nodiscard]] Activation {
   }
 
   std::shared_ptr<detail::AdapterScope> scope_;
-  detail::ScopeGuard guard_;
+  std::unique_ptr<detail::ScopeGuard> guard_;
   // TorchScript's optimizer would replace autograd by derivatives of its own, which know nothing of the adapters.
-  std::optional<torch::jit::GraphOptimizerEnabledGuard> unoptimized_;
+  std::unique_ptr<torch::jit::GraphOptimizerEnabledGuard> unoptimized_;
   int exceptions_ = std::uncaught_exceptions();
 };
 

@@ -4,6 +4,7 @@
 #include <lora/config.hpp>
 #include <lora/detail/select.hpp>
 #include <lora/merge.hpp>
+#include <lora/peft/load_options.hpp>
 #include <lora/report.hpp>
 
 #include <algorithm>
@@ -16,6 +17,14 @@
 
 namespace lora {
 
+/// A parameter of the model that an adapter trains in full, or a buffer that goes with one. The model keeps its own;
+/// in a scope, and when merged, the adapter's stands in for it.
+struct FullTensor {
+  ModelTensor place;      ///< in the model
+  std::string file_name;  ///< in PEFT's files
+  at::Tensor value;       ///< the adapter's own
+};
+
 /// An adapter that is worked out for a model but not part of it yet: its layers and its tensors, without values.
 struct AdapterPlan {
   struct Layer {
@@ -25,6 +34,7 @@ struct AdapterPlan {
 
   LoRAConfig config;
   std::vector<Layer> layers;
+  std::vector<FullTensor> full;  ///< for modules_to_save and biases; with the values of the model
 
   /// Gives every tensor its first values.
   void initialize() {
@@ -35,6 +45,32 @@ struct AdapterPlan {
     }
   }
 };
+
+namespace detail {
+
+/// A regular expression that matches `text` and nothing else.
+inline std::string escaped(const std::string& text) {
+  return std::regex_replace(text, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+}
+
+/// Writes down the rank and alpha of one layer, where they differ from those of the others.
+inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options) {
+  const auto pattern = escaped(layer);
+  auto ranks = config.rank_pattern();
+  auto alphas = config.alpha_pattern();  // of which the first that matches counts
+  if (options.rank() != config.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
+  if (options.alpha() != config.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
+  config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
+}
+
+inline MethodKind kind_named(std::string_view name) {
+  for (const auto& kind : all_methods()) {
+    if (kind.info().name == name) return kind;
+  }
+  TORCH_CHECK(false, "lora::adapters_of: ", name, " is not one of lora::all_methods()");
+}
+
+}  // namespace detail
 
 /// The adapters of one model under their names. The model is not changed: its layers stay stock torch::nn layers, its
 /// parameters are frozen while there is an adapter, and outside a scope of `activate` it is the base model, bit by bit,
@@ -70,23 +106,38 @@ class Adapters {
                 "lora::Adapters: the name of an adapter has to be non-empty and without a \".\", but got \"", name,
                 "\"");
     TORCH_CHECK(!configs_.contains(name), "lora::Adapters: there is an adapter \"", name, "\" already");
+    check_addable(name, plan);
     freeze();
     for (auto& layer : plan.layers) layer_for(layer.target).target.site->add(name, std::move(layer.method));
     configs_.insert(name, std::move(plan.config));
+    full_.insert(name, std::move(plan.full));
   }
+
+  /// Adds the adapter in a PEFT directory, as `load_adapter` does. Defined in lora/peft/checkpoint.hpp.
+  LoadReport load(const std::string& name, const std::filesystem::path& directory, const LoadOptions& options = {});
+
+  /// Takes over the adapters that layers of this library (LoRALinear, ...) have of their own, as one adapter "default".
+  /// What requires gradients stays as it is. Throws when the model has no such layers, or of different methods.
+  void adopt();
 
   /// What `add` would add: the layers that `config` selects, with tensors that have no values yet.
   AdapterPlan plan(const LoRAConfig& config) const {
     TORCH_CHECK(!model_->is_gone(), "lora::Adapters: the model was destroyed before its adapters");
-    AdapterPlan plan{config, {}};
-    for (auto& selected : detail::Selection(*model_, config).run()) {
+    AdapterPlan plan{config, {}, {}};
+    detail::Selection selection(*model_, config);
+    for (auto& selected : selection.run()) {
       for (const auto& layer : layers_) {  // whose site knows what is merged
-        if (layer->target.name == selected.target.name) selected.target = layer->target;
+        if (layer->target.name == selected.target.name) take_known(selected.target, layer->target);
       }
       const auto weight = selected.target.slot->read();
       const auto options = weight.options().dtype(adapter_dtype(weight.scalar_type())).requires_grad(false);
       const auto& shape = selected.target.site->view().shape();
       plan.layers.push_back({selected.target, config.method().make(selected.options, shape, options)});
+    }
+    for (auto& full : selection.full()) {
+      const auto original = full.tensor.slot->read();
+      const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();
+      plan.full.push_back({full.tensor, full.file_name, original.detach().clone().requires_grad_(is_trained)});
     }
     return plan;
   }
@@ -126,8 +177,14 @@ class Adapters {
         all.insert(layer->target.name + "." + item.name, *item.tensor);
       }
     }
+    for (const auto& full : full_[adapter]) {
+      if (!full.place.is_buffer) all.insert(full.place.name, full.value);
+    }
     return all;
   }
+
+  /// What an adapter trains in full.
+  const std::vector<FullTensor>& full_tensors(const std::string& adapter) const { return full_[known(adapter)]; }
 
   /// The same tensors without their names, for an optimizer.
   std::vector<at::Tensor> parameters() const { return named_parameters().values(); }
@@ -154,7 +211,14 @@ class Adapters {
                 "\" is merged, and the two would add up; unmerge it first");
     check_devices(known(adapter));
     const std::vector<std::string> names{adapter};
-    return Activation(std::make_shared<detail::AdapterScope>(usage_, layers_of(adapter), names), model_->is_script());
+    std::vector<detail::Replacement> replacements;
+    if (!is_merged()) {
+      for (const auto& full : full_[adapter])
+        replacements.push_back({full.place.slot->read(), full.value, full.place.use});
+    }
+    return Activation(
+        std::make_shared<detail::AdapterScope>(usage_, layers_of(adapter), names, std::move(replacements)),
+        model_->is_script());
   }
 
   /// Folds the adapter into the weights: W' = W + update, in float and rounded once. All layers or, when an update is
@@ -163,7 +227,9 @@ class Adapters {
   void merge(const std::string& adapter) {
     TORCH_CHECK(!is_merged(), "lora::merge: the adapter \"", merged_, "\" is merged already; unmerge it first");
     check_devices(known(adapter));
+    check_finite(adapter);
     detail::merge(targets_of(adapter), {adapter});
+    put_full(adapter);
     merged_ = adapter;
   }
 
@@ -171,6 +237,8 @@ class Adapters {
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: nothing is merged");
     detail::unmerge(targets_of(merged_));
+    for (const auto& [slot, handles] : replaced_) slot->set(handles);
+    replaced_.clear();
     merged_.clear();
   }
 
@@ -184,13 +252,19 @@ class Adapters {
                 "\" is merged already; unmerge it first");
     check_devices(known(adapter));
     const auto targets = targets_of(adapter);
-    if (!is_merged()) detail::check_mergeable(targets, {adapter});
+    if (!is_merged()) {
+      check_finite(adapter);
+      detail::check_mergeable(targets, {adapter});
+    }
     thaw();  // first, since merged tensors take over whether the weights they replace are trainable
     if (is_merged()) {
       for (const auto& target : targets) target.site->keep_merged(*target.slot);
     } else {
       detail::merge_for_good(targets, {adapter});
+      put_full(adapter);
     }
+    for (const auto& [slot, handles] : replaced_) slot->keep(handles);
+    own_.clear();  // the layers' own adapters are in their weights now
     clear();
   }
 
@@ -233,6 +307,9 @@ class Adapters {
       for (const auto& layer : layers_of(name)) report.layers.push_back(row(*layer, layer->target.site->at(name)));
     }
     for (const auto& row : report.layers) report.trainable += row.parameters;
+    for (const auto& name : names()) {
+      for (const auto& full : full_[name]) report.trainable += full.place.is_buffer ? 0 : full.value.numel();
+    }
     for (const auto& parameter : frozen_) {
       report.base += parameter.tensor.numel();
       report.base_bytes += static_cast<int64_t>(parameter.tensor.nbytes());
@@ -243,6 +320,7 @@ class Adapters {
   /// Writes the only adapter, or the named one, as a PEFT directory. Defined in lora/peft/checkpoint.hpp.
   void save(const std::filesystem::path& directory) const;
   void save(const std::filesystem::path& directory, const std::string& adapter) const;
+  void save_all(const std::filesystem::path& directory) const;
 
  private:
   struct Frozen {
@@ -250,12 +328,24 @@ class Adapters {
     bool requires_grad;
   };
 
-  void freeze() {
-    if (!frozen_.empty()) return;
-    for (const auto& parameter : model_->parameters()) {
-      frozen_.push_back({parameter.tensor, parameter.tensor.requires_grad()});
-      parameter.tensor.requires_grad_(false);
+  /// Remembers which of the model's parameters were trainable; adapters' tensors, which layers of this library register
+  /// too, are none of them.
+  void remember_parameters() {
+    std::set<const c10::TensorImpl*> adapters;
+    for (const auto& part : model_->parts()) {
+      for (const auto& target : part.targets) {
+        for (const auto& tensor : target.site->tensors()) adapters.insert(tensor.unsafeGetTensorImpl());
+      }
     }
+    for (const auto& parameter : model_->parameters()) {
+      if (adapters.count(parameter.tensor.unsafeGetTensorImpl()) == 0)
+        frozen_.push_back({parameter.tensor, parameter.tensor.requires_grad()});
+    }
+  }
+
+  void freeze() {
+    if (frozen_.empty()) remember_parameters();
+    for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(false);
   }
 
   void thaw() {
@@ -263,10 +353,55 @@ class Adapters {
     frozen_.clear();
   }
 
+  /// Lets go of everything but the adapters that layers have of their own.
   void clear() {
+    for (const auto& layer : layers_) {
+      for (const auto& name : names()) {
+        if (name != own_ && layer->target.site->contains(name)) layer->target.site->remove(name);
+      }
+    }
     layers_.clear();
     configs_.clear();
+    full_.clear();
+    replaced_.clear();
     merged_.clear();
+    own_.clear();
+  }
+
+  /// The target as it is known from an earlier adapter.
+  static void take_known(Target& selected, const Target& known) {
+    const auto &wanted = selected.site->view(), &view = known.site->view();
+    TORCH_CHECK(wanted.part_rows() == view.part_rows() && wanted.chosen_parts() == view.chosen_parts(),
+                "lora::Adapters: \"", known.name,
+                "\" is adapted already, with other parts (`fused`) than are asked for; "
+                "all adapters of one layer have the same");
+    selected = known;
+  }
+
+  void check_addable(const std::string& name, const AdapterPlan& plan) const {
+    for (const auto& layer : plan.layers) {
+      TORCH_CHECK(!layer.target.site->contains(name), "lora::Adapters: the layer \"", layer.target.name,
+                  "\" has an adapter \"", name,
+                  "\" of its own; add this one under another name, or take over those of ",
+                  "the layers with lora::adapters_of");
+    }
+  }
+
+  void check_finite(const std::string& adapter) const {
+    for (const auto& full : full_[adapter]) {
+      TORCH_CHECK(!full.value.is_floating_point() || at::isfinite(full.value).all().item<bool>(),
+                  "lora::merge: ", full.place.name, ": what was trained in its place is not finite (NaN or infinity); ",
+                  "nothing was merged");
+    }
+  }
+
+  /// Puts what an adapter trained in full into the model.
+  void put_full(const std::string& adapter) {
+    for (const auto& full : full_[adapter]) {
+      replaced_.emplace_back(full.place.slot, full.place.slot->handles());
+      const auto value = full.value.detach().clone();
+      full.place.slot->set({value, value});
+    }
   }
 
   /// The layer of an earlier adapter with that weight, or a new one.
@@ -346,7 +481,52 @@ class Adapters {
   std::vector<std::shared_ptr<AdaptedLayer>> layers_;
   torch::OrderedDict<std::string, LoRAConfig> configs_{"Adapter"};
   std::vector<Frozen> frozen_;
+  torch::OrderedDict<std::string, std::vector<FullTensor>> full_{"Adapter"};
+  std::vector<std::pair<std::shared_ptr<detail::WeightSlot>, detail::WeightSlot::Handles>> replaced_;  // while merged
+  std::string own_;     // name of the adapter that is the layers' own, empty when there is none
   std::string merged_;  // name of the merged adapter, empty when there is none
 };
+
+inline void Adapters::adopt() {
+  std::vector<Target> found;
+  for (const auto& part : model_->parts()) {
+    for (const auto& target : part.targets) {
+      if (target.site->contains("default")) found.push_back(target);
+    }
+  }
+  TORCH_CHECK(!found.empty(),
+              "lora::adapters_of: no layer of the model has an adapter of its own; for stock layers "
+              "there is lora::attach");
+  const auto& first = found.front().site->at("default");
+  LoRAConfig config(first.options().rank());
+  config.alpha(first.options().alpha()).dropout(first.options().dropout());
+  config.rank_stabilized(first.options().rank_stabilized()).method(detail::kind_named(first.info().name));
+  std::vector<std::string> names;
+  for (const auto& target : found) {
+    const auto& method = target.site->at("default");
+    TORCH_CHECK(method.info().name == first.info().name, "lora::adapters_of: ", found.front().name, " has a ",
+                first.info().name, ", ", target.name, " a ", method.info().name, "; one adapter is of one method");
+    names.push_back(target.name);
+    detail::note_options(config, target.name, method.options());
+  }
+  config.target_modules(names);
+  remember_parameters();
+  for (auto& target : found) layer_for(target);
+  configs_.insert("default", std::move(config));
+  full_.insert("default", {});
+  own_ = "default";
+}
+
+/// The adapters of a model that is written with layers of this library: their own ones are the adapter "default", and
+/// everything that can be done with an attached model can be done with this one: further adapters, scopes, merging,
+/// files, reports. A layer's own adapter acts outside of scopes; inside of one the scope decides.
+///
+///   auto adapters = lora::adapters_of(*model);
+///   adapters.save("adapter");
+inline Adapters adapters_of(torch::nn::Module& model) {
+  Adapters adapters(model);
+  adapters.adopt();
+  return adapters;
+}
 
 }  // namespace lora

@@ -49,6 +49,23 @@ class ModuleSelector {
   std::variant<Names, Regex, AllLinear> value_;
 };
 
+/// Which biases are trained along with an adapter, each adapter having copies of its own.
+enum class Bias {
+  kNone,         ///< none
+  kAll,          ///< every parameter named "bias"
+  kAdaptedOnly,  ///< those of the adapted layers; PEFT's "lora_only"
+};
+
+/// The parts of a fused projection that are adapted: the weight of `module` is that of several projections, one below
+/// the other, and each part that is adapted has an A and a B of its own.
+///
+///   FusedProjection{"c_attn", {768, 768, 768}, {true, false, true}}   // query and value of GPT-2
+struct FusedProjection {
+  std::string module;          ///< by the rule for lists of names
+  std::vector<int64_t> sizes;  ///< rows of each part, all together those of the weight
+  std::vector<bool> adapted;   ///< which parts; at least one
+};
+
 /// An adapter for a whole model: what is adapted, and how. The rules of the selection are those of PEFT's LoraConfig,
 /// except that an entry which matches nothing is an error.
 ///
@@ -66,6 +83,14 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   /// Parameters to adapt whatever they are used for, by the rule for lists of names: matrices (out, in), or experts
   /// (E, out, in), which have an adapter each. For modules that are not of a kind the library knows. Default: none.
   LORA_ARG(std::vector<std::string>, target_parameters);
+  /// Layers among the targets of which only parts are adapted. In files their ranks are stacked, as PEFT would train
+  /// them with B zero elsewhere. Default: none.
+  LORA_ARG(std::vector<FusedProjection>, fused);
+  /// Modules that are trained in full, by the rule for lists of names, e.g. a new head: each adapter has a copy of all
+  /// their parameters and buffers. They are not targets then. Default: none.
+  LORA_ARG(std::vector<std::string>, modules_to_save);
+  /// Biases that are trained in full. Default: none.
+  LORA_ARG(Bias, bias) = Bias::kNone;
   /// The blocks to adapt, by the first number in a module's name; for targets given as a list. Default: all.
   LORA_ARG(std::vector<int64_t>, layers_to_transform);
   /// Names of the lists whose numbers `layers_to_transform` means, e.g. {"layers"}. Default: any list.

@@ -18,6 +18,7 @@
 #include <lora/peft/checkpoint.hpp>
 #include <lora/peft/config.hpp>
 #include <lora/peft/safetensors.hpp>
+#include <lora/replace.hpp>
 #include <lora/report.hpp>
 #include <lora/site.hpp>
 #include <lora/torchscript.hpp>

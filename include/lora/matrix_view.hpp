@@ -1,9 +1,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 
 #include <lora/method/method.hpp>
 
+#include <algorithm>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -48,16 +53,34 @@ class MatrixView {
     return view;
   }
 
+  /// Some of the projections that a weight (out, in) is made of, one below the other: a batch of as many matrices, each
+  /// as large as the largest part of the weight, the smaller ones filled up with zeros.
+  static MatrixView parts(at::IntArrayRef sizes, const std::vector<int64_t>& rows, const std::vector<bool>& chosen) {
+    auto view = plain(sizes);
+    view.is_plain_ = false;
+    view.rows_ = rows;
+    view.chosen_ = chosen;
+    view.shape_.out = *std::max_element(rows.begin(), rows.end());
+    view.shape_.batch = {std::count(chosen.begin(), chosen.end(), true)};
+    return view;
+  }
+
+  /// The rows of each projection, and which of them are chosen; empty unless made by `parts`.
+  const std::vector<int64_t>& part_rows() const { return rows_; }
+  const std::vector<bool>& chosen_parts() const { return chosen_; }
+
   /// What a method sees.
   const MatrixShape& shape() const { return shape_; }
 
   /// The weight as a matrix.
   at::Tensor matrix(const at::Tensor& weight) const {
+    if (!rows_.empty()) return stacked_parts(weight);
     return is_plain_ ? weight : weight.reshape(split_).permute(order_).reshape(joined_);
   }
 
   /// A matrix in the layout of the weight.
   at::Tensor weight(const at::Tensor& matrix) const {
+    if (!rows_.empty()) return joined_parts(matrix);
     return is_plain_ ? matrix : matrix.reshape(permuted_).permute(inverse_).reshape(sizes_);
   }
 
@@ -82,6 +105,26 @@ class MatrixView {
     shape_.batch.assign(joined_.begin(), joined_.end() - 2);
   }
 
+  at::Tensor stacked_parts(const at::Tensor& weight) const {
+    std::vector<at::Tensor> parts;
+    int64_t first = 0;
+    for (size_t i = 0; i < rows_.size(); first += rows_[i++]) {
+      if (!chosen_[i]) continue;
+      parts.push_back(at::constant_pad_nd(weight.narrow(0, first, rows_[i]), {0, 0, 0, shape_.out - rows_[i]}));
+    }
+    return at::stack(parts);
+  }
+
+  at::Tensor joined_parts(const at::Tensor& matrices) const {
+    std::vector<at::Tensor> parts;
+    int64_t next = 0;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      parts.push_back(chosen_[i] ? matrices.select(0, next++).narrow(0, 0, rows_[i])
+                                 : at::zeros({rows_[i], shape_.in}, matrices.options().requires_grad(false)));
+    }
+    return at::cat(parts);
+  }
+
   void drop_batch() {
     joined_.erase(joined_.begin());
     shape_.batch.clear();
@@ -94,6 +137,8 @@ class MatrixView {
   }
 
   std::vector<int64_t> sizes_, split_, order_, inverse_, permuted_, joined_;
+  std::vector<int64_t> rows_;  // of the parts, where there are some
+  std::vector<bool> chosen_;
   bool is_plain_ = false;
   MatrixShape shape_;
 };

@@ -21,9 +21,18 @@ struct ModelPart {
   std::vector<Target> targets;  ///< its weights that can be adapted
 };
 
+/// A parameter as `named_parameters` has it.
 struct NamedParameter {
   std::string name;
   at::Tensor tensor;
+};
+
+/// A parameter or buffer of a model together with the place where forward passes find it.
+struct ModelTensor {
+  std::string name;
+  std::shared_ptr<detail::WeightSlot> slot;
+  detail::Use use = detail::Use::kAny;  ///< which uses of it are those of its module
+  bool is_buffer = false;
 };
 
 /// What `Adapters` have to know of a model, whatever it is written with.
@@ -34,6 +43,8 @@ class Model {
   virtual std::vector<ModelPart> parts() const = 0;
   /// Every parameter, each once, under its first name.
   virtual std::vector<NamedParameter> parameters() const = 0;
+  /// Every parameter and buffer of every module.
+  virtual std::vector<ModelTensor> tensors() const = 0;
   /// The parameter of that name as something that can be adapted whatever it is used for.
   virtual Target parameter_target(const std::string& name) const = 0;
   /// Whether the model was destroyed, as far as that can be known.
@@ -55,8 +66,9 @@ class ModuleModel final : public Model {
     for (const auto& item : model_->named_modules("", /*include_self=*/false)) {
       const auto& module = item.value();
       if (!seen.insert(module.get()).second) continue;
-      const bool is_linear = module->as<torch::nn::LinearImpl>() != nullptr;
-      parts.push_back({item.key(), module->name(), is_linear, adaptable_weights(item.key(), module)});
+      auto targets = adaptable_weights(item.key(), module);
+      const bool is_linear = targets.size() == 1 && targets.front().kind == "Linear";
+      parts.push_back({item.key(), module->name(), is_linear, std::move(targets)});
     }
     return parts;
   }
@@ -68,6 +80,29 @@ class ModuleModel final : public Model {
       if (seen.insert(item.value().unsafeGetTensorImpl()).second) parameters.push_back({item.key(), item.value()});
     }
     return parameters;
+  }
+
+  std::vector<ModelTensor> tensors() const override {
+    std::vector<ModelTensor> tensors;
+    for (const auto& item : model_->named_modules("", /*include_self=*/true)) {
+      auto& module = *item.value();
+      const auto prefix = item.key().empty() ? "" : item.key() + ".";
+      const auto known = item.key().empty() ? std::vector<Target>() : adaptable_weights(item.key(), item.value());
+      for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
+        ModelTensor tensor{prefix + parameter.key(), std::make_shared<detail::ParameterSlot>(module, parameter.key())};
+        for (const auto& target : known) {
+          if (!target.slot->handles().registered.is_same(parameter.value())) continue;
+          tensor.slot = target.slot;
+          tensor.use = target.use;
+        }
+        tensors.push_back(std::move(tensor));
+      }
+      for (const auto& buffer : module.named_buffers(/*recurse=*/false)) {
+        auto slot = std::make_shared<detail::TensorSlot>(buffer.value());
+        tensors.push_back({prefix + buffer.key(), std::move(slot), detail::Use::kAny, /*is_buffer=*/true});
+      }
+    }
+    return tensors;
   }
 
   Target parameter_target(const std::string& name) const override {

@@ -38,6 +38,15 @@ class Site {
   bool contains(const std::string& adapter) const { return methods_.contains(adapter); }
   AnyMethod& at(const std::string& adapter) const { return *methods_[adapter]; }
 
+  /// The tensors of all adapters.
+  std::vector<at::Tensor> tensors() const {
+    std::vector<at::Tensor> all;
+    for (const auto& method : methods_) {
+      for (const auto& item : method.value()->tensors()) all.push_back(*item.tensor);
+    }
+    return all;
+  }
+
   /// The output of the frozen layer with the updates of `adapters` added; those that are merged, or that are not on
   /// this weight, change nothing.
   at::Tensor forward(const FrozenProduct& product, const std::vector<std::string>& adapters) const {

@@ -40,6 +40,12 @@ class ScriptModule {
   const std::string& type() const { return type_; }
   bool is_linear() const { return type_ == "Linear" || type_ == "NonDynamicallyQuantizableLinear"; }
 
+  /// What the module does with its weight.
+  Use use() const {
+    if (is_linear()) return Use::kProduct;
+    return type_ == "Embedding" || type_ == "EmbeddingBag" ? Use::kLookup : Use::kAny;
+  }
+
   std::vector<Target> targets() const {
     if (is_linear()) return weight(MatrixView::plain);
     if (type_ == "Bilinear") return weight(MatrixView::rows);
@@ -136,6 +142,19 @@ class ScriptModel final : public Model {
       if (seen.insert(item.value.unsafeGetTensorImpl()).second) parameters.push_back({item.name, item.value});
     }
     return parameters;
+  }
+
+  std::vector<ModelTensor> tensors() const override {
+    std::vector<ModelTensor> tensors;
+    for (const auto& item : model_.named_modules()) {
+      const auto prefix = item.name.empty() ? "" : item.name + ".";
+      const auto use = ScriptModule(item.name, item.value).use();
+      for (const auto& parameter : item.value.named_parameters(/*recurse=*/false))
+        tensors.push_back({prefix + parameter.name, std::make_shared<ScriptSlot>(item.value, parameter.name), use});
+      for (const auto& buffer : item.value.named_buffers(/*recurse=*/false))
+        tensors.push_back({prefix + buffer.name, std::make_shared<ScriptSlot>(item.value, buffer.name), use, true});
+    }
+    return tensors;
   }
 
   Target parameter_target(const std::string& name) const override {

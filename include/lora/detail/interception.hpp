@@ -58,7 +58,7 @@ at::Tensor adapt_multiplication(const at::Tensor& operand, std::optional<Part> w
                                 const at::Tensor& bias, bool in_backward_too, const Run& run) {
   const auto matches = find_matches(operand, Use::kProduct, in_backward_too);
   if (matches.empty()) return run(x, operand, bias);
-  if (whole && matches.all(*whole)) {
+  if (whole && matches.are_products(*whole)) {
     auto y = run(x, operand, bias);
     for (const auto& match : matches) y = match.handler->adapt(x, y, bias, {});
     return y;
@@ -160,7 +160,7 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
     return at::embedding(matrix.t(), x, padding_idx, scale_grad_by_freq, /*sparse=*/false);
   };
   at::Tensor entries;
-  if (matches.all(Part::kWhole)) {
+  if (matches.are_products(Part::kWhole)) {
     entries = at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
     for (const auto& match : matches) entries = match.handler->adapt(indices, entries, {}, lookup);
   } else {
@@ -186,7 +186,7 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   if (matches.empty()) return bag(table, sparse);
   const auto limit = std::exchange(NormLimit::pending(), std::nullopt);
   constexpr int64_t kMax = 2;
-  if (limit || mode == kMax || !matches.all(Part::kWhole)) {  // not linear in the entries
+  if (limit || mode == kMax || !matches.are_products(Part::kWhole)) {  // not linear in the entries
     auto entries = substituted(table, matches, false, true);
     return bag(limit ? limit->apply(entries) : entries, false);
   }

@@ -2,8 +2,12 @@
 
 #include <lora/config.hpp>
 #include <lora/detail/text.hpp>
+#include <lora/layers/parameter.hpp>
+#include <lora/layers/parts.hpp>
 #include <lora/model.hpp>
 
+#include <map>
+#include <numeric>
 #include <optional>
 #include <set>
 
@@ -48,19 +52,113 @@ class Selection {
     }
   }
 
+  /// A parameter or buffer that is trained in full.
+  struct Full {
+    ModelTensor tensor;
+    std::string file_name;
+  };
+
   std::vector<Layer> run() {
     config_.validate("lora::LoRAConfig");
     check_request();
     for (const auto& part : parts_) {
-      if (is_target(part) && !is_excluded(part.name)) take(part);
+      if (is_target(part) && !is_excluded(part.name) && !is_saved(part.name)) take(part);
     }
     take_parameters();
     check_entries();
+    take_parts();
     check_shared_weights();
     return with_options();
   }
 
+  /// What is trained in full; for after `run`.
+  std::vector<Full> full() const {
+    std::vector<Full> found;
+    std::set<std::string> saved;
+    for (auto& tensor : model_.tensors()) {
+      const auto dot = tensor.name.rfind('.');
+      const auto owner = dot == std::string::npos ? std::string() : tensor.name.substr(0, dot);
+      const auto entry = saving_entry(owner);
+      if (!entry.empty()) {
+        saved.insert(entry);
+        found.push_back({tensor, tensor.name});
+      } else if (!tensor.is_buffer && is_trained_bias(tensor.name, owner)) {
+        found.push_back({tensor, file_name_of_bias(tensor.name, owner)});
+      }
+    }
+    for (const auto& entry : config_.modules_to_save()) {
+      TORCH_CHECK(saved.count(entry) > 0, "lora::attach: no module with parameters matches \"", entry,
+                  "\" of modules_to_save;", did_you_mean(entry, with_last_parts(part_names())),
+                  " Modules here: ", list(part_names()));
+    }
+    return found;
+  }
+
  private:
+  /// The entry of modules_to_save that means the module, or one it is inside of; empty when none does.
+  std::string saving_entry(std::string name) const {
+    for (;; name = name.substr(0, name.rfind('.'))) {
+      for (const auto& entry : config_.modules_to_save()) {
+        if (is_or_ends_with(name, entry)) return entry;
+      }
+      if (name.rfind('.') == std::string::npos) return "";
+    }
+  }
+  bool is_saved(const std::string& name) const { return !saving_entry(name).empty(); }
+
+  const Target* target_named(const std::string& name) const {
+    const auto has_name = [&](const Target& target) { return target.name == name; };
+    const auto found = std::find_if(targets_.begin(), targets_.end(), has_name);
+    return found == targets_.end() ? nullptr : &*found;
+  }
+
+  bool is_trained_bias(const std::string& name, const std::string& owner) const {
+    if (config_.bias() == Bias::kNone || !is_or_ends_with(name, "bias")) return false;
+    return config_.bias() == Bias::kAll || target_named(owner) != nullptr;
+  }
+
+  std::string file_name_of_bias(const std::string& name, const std::string& owner) const {
+    const auto* target = target_named(owner);
+    return target == nullptr ? name : target->file_name + ".base_layer.bias";
+  }
+
+  std::vector<std::string> part_names() const {
+    std::vector<std::string> names;
+    for (const auto& part : parts_) names.push_back(part.name);
+    return names;
+  }
+
+  /// Gives the targets of which only parts are adapted a site of those.
+  void take_parts() {
+    for (const auto& fused : config_.fused()) {
+      bool found = false;
+      for (auto& target : targets_) {
+        if (!is_or_ends_with(target.name, fused.module)) continue;
+        found = true;
+        check_parts(target, fused);
+        target.site =
+            std::make_shared<Site>(MatrixView::parts(target.slot->read().sizes(), fused.sizes, fused.adapted));
+        target.files = layers::PartFiles(target.site->view()).layout();
+      }
+      check_matched(found, fused.module, "fused");
+    }
+  }
+
+  static void check_parts(const Target& target, const FusedProjection& fused) {
+    const auto weight = target.slot->read();
+    const auto rows = std::accumulate(fused.sizes.begin(), fused.sizes.end(), int64_t{0});
+    const bool positive = std::all_of(fused.sizes.begin(), fused.sizes.end(), [](auto size) { return size > 0; });
+    TORCH_CHECK_VALUE(positive && weight.dim() == 2 && rows == weight.size(0) && target.use == Use::kProduct,
+                      "lora::attach: the parts of the fused projection \"", target.name, "\" have ", fused.sizes,
+                      " rows, together ", rows, ", but its weight is ", weight.sizes());
+    const auto chosen = std::count(fused.adapted.begin(), fused.adapted.end(), true);
+    TORCH_CHECK_VALUE(fused.adapted.size() == fused.sizes.size() && chosen > 0, "lora::attach: \"", target.name,
+                      "\" has ", fused.sizes.size(),
+                      " parts; FusedProjection::adapted has to say of each of them whether "
+                      "it is adapted, and of at least one that it is, but has ",
+                      fused.adapted.size(), " entries, ", chosen, " of them true");
+  }
+
   void check_request() const {
     TORCH_CHECK_VALUE(!config_.target_modules().empty() || !config_.target_parameters().empty(),
                       "lora::attach: target_modules is empty; name the modules to adapt, ",
@@ -147,11 +245,31 @@ class Selection {
       for (const auto& entry : entries) {
         if (is_or_ends_with(parameter.name, entry)) found = matched.insert(entry).second || true;
       }
-      if (found) targets_.push_back(model_.parameter_target(parameter.name));
+      if (!found) continue;
+      targets_.push_back(model_.parameter_target(parameter.name));
+      targets_.back().files = layers::parameter_files(targets_.back().slot->read());
     }
+    name_parameters();
     for (const auto& entry : entries) {
       TORCH_CHECK(matched.count(entry) > 0, "lora::attach: no parameter matches \"", entry, "\" of target_parameters;",
                   did_you_mean(entry, with_last_parts(names)), " Parameters here: ", list(names));
+    }
+  }
+
+  /// PEFT's files name a parameter's adapter after its module; of several on one module the last one has the module's
+  /// name, and each earlier one lies inside the next.
+  void name_parameters() {
+    std::map<std::string, std::string> names;
+    for (auto target = targets_.rbegin(); target != targets_.rend(); ++target) {
+      if (target->kind != "Parameter") continue;
+      const auto dot = target->name.rfind('.');
+      auto& name = names[dot == std::string::npos ? "" : target->name.substr(0, dot)];
+      if (name.empty()) {
+        name = dot == std::string::npos ? target->name : target->name.substr(0, dot);
+      } else {
+        name += ".base_layer";
+      }
+      target->file_name = name;
     }
   }
 
@@ -207,15 +325,11 @@ class Selection {
     for (size_t i = 0; i < targets_.size(); ++i) {
       for (size_t j = 0; j < i; ++j) {
         TORCH_CHECK(
-            !targets_[i].slot->read().is_same(targets_[j].slot->read()) || !share_uses(targets_[i], targets_[j]),
+            !targets_[i].slot->read().is_same(targets_[j].slot->read()) || !overlap(targets_[i].use, targets_[j].use),
             "lora::attach: \"", targets_[j].name, "\" and \"", targets_[i].name,
             "\" are the same weight; adapt one of them");
       }
     }
-  }
-
-  static bool share_uses(const Target& a, const Target& b) {
-    return (static_cast<int>(a.use) & static_cast<int>(b.use)) != 0;
   }
 
   static void check_shared_weight(Target& target, const Target& other) {
@@ -223,7 +337,7 @@ class Selection {
     const bool shared = other.name != target.name && mine.defined() && mine.is_alias_of(theirs) &&
                         mine.stride(0) != 0 && mine.storage_offset() == theirs.storage_offset();
     if (!shared || target.use == Use::kAny) return;
-    TORCH_CHECK(!share_uses(target, other), "lora::attach: \"", target.name, "\" and \"", other.name,
+    TORCH_CHECK(!overlap(target.use, other.use), "lora::attach: \"", target.name, "\" and \"", other.name,
                 "\" share one weight, so products of one cannot be told from those of the other; ",
                 "give one of them a copy of it first");
     target.tied_to.push_back(other.name);

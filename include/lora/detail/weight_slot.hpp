@@ -80,4 +80,19 @@ class ParameterSlot final : public WeightSlot {
   std::string parameter_;
 };
 
+/// A tensor of which there is only this handle, e.g. a buffer. It gets other values, too.
+class TensorSlot final : public WeightSlot {
+ public:
+  explicit TensorSlot(at::Tensor tensor) : tensor_(std::move(tensor)) {}
+
+  at::Tensor read() const override { return tensor_; }
+  Handles handles() const override { return {tensor_.detach(), tensor_.detach()}; }
+  void set(const Handles& handles) const override { tensor_.set_data(handles.member); }
+  bool holds(const at::Tensor& /*weight*/) const override { return true; }
+  void keep(const Handles& /*former*/) const override {}
+
+ private:
+  at::Tensor tensor_;
+};
+
 }  // namespace lora::detail

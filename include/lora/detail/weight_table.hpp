@@ -22,6 +22,8 @@ namespace lora::detail {
 /// What an operator does with a weight. Of tied weights each kind of layer adapts only its own use.
 enum class Use : uint8_t { kProduct = 1, kLookup = 2, kAny = 3 };
 
+inline bool overlap(Use a, Use b) { return (static_cast<int>(a) & static_cast<int>(b)) != 0; }
+
 /// What happens to the uses of one adapted weight.
 class WeightHandler {
  public:
@@ -30,6 +32,8 @@ class WeightHandler {
   virtual ~WeightHandler() = default;
   virtual bool accepts(Use use) const = 0;
   virtual void count_use() = 0;
+  /// Whether the update can be added to a product with the whole weight; else W' has to be formed.
+  virtual bool adds_to_products() const = 0;
   /// Given y = x W^T + bias (bias may be undefined), computed with the whole weight, returns the adapted output.
   virtual at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Multiply multiply) = 0;
   /// W' - W in the layout of W, or undefined when nothing is to be added.
@@ -132,8 +136,10 @@ struct Match {
 
 class Matches : public std::vector<Match> {
  public:
-  bool all(Part part) const {
-    return std::all_of(begin(), end(), [&](const Match& match) { return match.part == part; });
+  /// Whether each is the whole weight, lying as `part` says, and its update can be added to a product with it.
+  bool are_products(Part part) const {
+    return std::all_of(begin(), end(),
+                       [&](const Match& match) { return match.part == part && match.handler->adds_to_products(); });
   }
 };
 

@@ -2,10 +2,15 @@
 
 #include <lora/adapters.hpp>
 #include <lora/peft/config.hpp>
+#include <lora/peft/load_options.hpp>
+#include <lora/peft/pickled.hpp>
 #include <lora/peft/safetensors.hpp>
 
+#include <cmath>
 #include <filesystem>
+#include <functional>
 #include <map>
+#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,49 +24,145 @@ namespace detail {
 
 inline constexpr const char* kAdapterConfig = "adapter_config.json";
 inline constexpr const char* kAdapterTensors = "adapter_model.safetensors";
+inline constexpr const char* kLegacyTensors = "adapter_model.bin";
 
-/// The name of a tensor in adapter_model.safetensors.
+inline constexpr const char* kPrefix = "base_model.model.";
+
+/// The name of a tensor in adapter_model.safetensors, without the prefix.
 inline std::string peft_key(const Target& target, const NamedTensor& tensor) {
-  return "base_model.model." + target.file_name + "." + tensor.file_name;
+  const auto name = target.files.name ? target.files.name(tensor) : tensor.file_name;
+  return target.file_name + "." + name;
 }
+
+/// A tensor of a layer as PEFT's file keeps it.
+inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
+  at::NoGradGuard no_grad;
+  return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
+}
+
+/// The tensors of an adapter file, by their names in the model at hand.
+class PeftTensors {
+ public:
+  PeftTensors(const std::filesystem::path& directory, const LoadOptions& options) : options_(options) {
+    const auto newer = directory / kAdapterTensors, older = directory / kLegacyTensors;
+    path_ = !std::filesystem::exists(newer) && std::filesystem::exists(older) ? older : newer;
+    for (const auto& [pattern, replacement] : options.key_mapping())
+      mapping_.emplace_back(compile(pattern, pattern), replacement);
+    for (auto& [key, tensor] : path_ == older ? read_pickled_tensors(path_) : read_safetensors(path_))
+      take(key, tensor);
+  }
+
+  const std::filesystem::path& path() const { return path_; }
+  std::map<std::string, at::Tensor>& content() { return content_; }
+
+  /// The configuration with the layers of the file, under their names here; for when there is a mapping.
+  LoRAConfig mapped(LoRAConfig config) const {
+    std::vector<std::string> names;
+    std::vector<std::pair<std::string, int64_t>> ranks;
+    std::vector<std::pair<std::string, double>> alphas;
+    const auto rank_expressions = compile_patterns(config.rank_pattern());
+    const auto alpha_expressions = compile_patterns(config.alpha_pattern());
+    std::vector<bool> unused_ranks(config.rank_pattern().size()), unused_alphas(config.alpha_pattern().size());
+    for (const auto& [name, python_name] : layers_) {
+      names.push_back(name);
+      ranks.emplace_back("^" + escaped(name), pattern_value(config.rank_pattern(), rank_expressions, python_name,
+                                                            config.rank(), unused_ranks));
+      alphas.emplace_back("^" + escaped(name), pattern_value(config.alpha_pattern(), alpha_expressions, python_name,
+                                                             config.alpha(), unused_alphas));
+    }
+    config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
+    return config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
+  }
+
+ private:
+  void take(const std::string& key, const at::Tensor& tensor) {
+    const auto& prefix = options_.prefix();
+    const bool has_prefix = key.compare(0, prefix.size(), prefix) == 0;
+    const auto name = has_prefix ? key.substr(prefix.size()) : key;
+    auto here = name;
+    for (const auto& [expression, replacement] : mapping_) {
+      if (!std::regex_search(here, expression)) continue;
+      here = std::regex_replace(here, expression, replacement, std::regex_constants::format_first_only);
+      break;
+    }
+    const auto adapter = name.find(".lora_"), adapter_here = here.find(".lora_");
+    const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
+    if (is_layer && here.find(".base_layer.") == std::string::npos)
+      layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
+    // What lacks the prefix keeps its name, and is unexpected.
+    if (!content_.emplace(has_prefix ? here : key, tensor).second)
+      throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
+  }
+
+  LoadOptions options_;
+  std::filesystem::path path_;
+  std::vector<std::pair<std::regex, std::string>> mapping_;
+  std::map<std::string, at::Tensor> content_;  // without the prefix
+  std::map<std::string, std::string> layers_;  // name here -> name in the file
+};
 
 /// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
 class PeftTensorReader {
  public:
-  explicit PeftTensorReader(const std::filesystem::path& path) : path_(path), content_(read_safetensors(path)) {}
+  PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
+      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {}
 
-  void fill(AdapterPlan& plan) {
+  LoadReport fill(AdapterPlan& plan) {
     for (auto& layer : plan.layers) {
-      for (const auto& tensor : layer.method->tensors()) match(peft_key(layer.target, tensor), *tensor.tensor);
+      for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
     }
-    for (const auto& [key, tensor] : content_) unexpected_.push_back(quoted(key) + " " + c10::str(tensor.sizes()));
-    report();
+    for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
+    for (const auto& [key, tensor] : content_) report_.unexpected.push_back(quoted(key, tensor.sizes()));
+    if (options_.strict()) refuse();
+    if (!report_.missing.empty()) plan.initialize();
     at::NoGradGuard no_grad;
-    for (auto& [target, source] : copies_) target.copy_(source);
+    for (auto& [target, source] : copies_) copy(*target, source);
+    return std::move(report_);
   }
 
  private:
-  static std::string quoted(const std::string& key) { return "\"" + key + "\""; }
+  using FromFile = std::function<at::Tensor(const at::Tensor& stored)>;
 
-  void match(const std::string& key, const at::Tensor& target) {
+  static std::string quoted(const std::string& key, at::IntArrayRef sizes) {
+    return "\"" + key + "\" " + c10::str(sizes);
+  }
+
+  void match(const Target& target, const NamedTensor& tensor) {
+    FromFile from_file;
+    if (target.files.from_file)
+      from_file = [&](const at::Tensor& stored) { return target.files.from_file(tensor.name, stored); };
+    match(peft_key(target, tensor), *tensor.tensor, to_file(target, tensor).sizes(), from_file);
+  }
+
+  /// Finds the tensor `key`, which has to have the sizes `stored_sizes` in the file, for `target`.
+  void match(const std::string& key, at::Tensor& target, at::IntArrayRef stored_sizes, const FromFile& from_file) {
     const auto found = content_.find(key);
     if (found == content_.end()) {
-      missing_.push_back(quoted(key) + " " + c10::str(target.sizes()));
+      report_.missing.push_back(quoted(key, stored_sizes));
       return;
     }
     const auto& source = found->second;
-    if (source.sizes() != target.sizes())
-      misshapen_.push_back(quoted(key) + " is " + c10::str(source.sizes()) + ", not " + c10::str(target.sizes()));
-    if (!source.is_floating_point()) misshapen_.push_back(quoted(key) + " holds " + c10::str(source.scalar_type()));
-    copies_.emplace_back(target, source);
+    if (source.sizes() != stored_sizes) {
+      report_.misshapen.push_back(quoted(key, source.sizes()) + ", not " + c10::str(stored_sizes));
+    } else if (target.is_floating_point() && !source.is_floating_point()) {
+      report_.misshapen.push_back(quoted(key, source.sizes()) + " of type " + c10::str(source.scalar_type()));
+    } else {
+      copies_.emplace_back(&target, from_file ? from_file(source) : source);
+    }
     content_.erase(found);
   }
 
-  void report() const {
+  void copy(at::Tensor& target, const at::Tensor& source) const {
+    const auto type = options_.keep_dtype() ? source.scalar_type() : options_.dtype().value_or(target.scalar_type());
+    if (type != target.scalar_type() && target.is_floating_point()) target.set_data(target.detach().to(type));
+    target.copy_(source);
+  }
+
+  void refuse() const {
     std::string text;
-    for (const auto& [what, names] : {std::pair("missing: ", &missing_),
-                                      {"unexpected: ", &unexpected_},
-                                      {"not of the shape or type that rank and layer give: ", &misshapen_}}) {
+    for (const auto& [what, names] : {std::pair("missing: ", &report_.missing),
+                                      {"unexpected: ", &report_.unexpected},
+                                      {"not of the shape or type that rank and layer give: ", &report_.misshapen}}) {
       if (!names->empty()) text += (text.empty() ? "" : "; ") + (what + list(*names));
     }
     if (!text.empty()) throw CheckpointError(path_, "does not fit the model and ", kAdapterConfig, ": ", text);
@@ -69,18 +170,21 @@ class PeftTensorReader {
 
   const std::filesystem::path path_;
   std::map<std::string, at::Tensor> content_;  // what no layer has claimed yet
-  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
-  std::vector<std::string> missing_, unexpected_, misshapen_;
+  LoadOptions options_;
+  std::vector<std::pair<at::Tensor*, at::Tensor>> copies_;
+  LoadReport report_;
 };
 
 /// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
-inline AdapterPlan read_plan(const Adapters& adapters, const std::filesystem::path& directory) {
-  const auto config = read_adapter_config(directory / kAdapterConfig);
-  PeftTensorReader tensors(directory / kAdapterTensors);
+inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
+                                                    const LoadOptions& options) {
+  auto config = read_adapter_config(directory / kAdapterConfig);
+  PeftTensors tensors(directory, options);
   try {
+    if (!options.key_mapping().empty()) config = tensors.mapped(std::move(config));
     auto plan = adapters.plan(config);
-    tensors.fill(plan);
-    return plan;
+    auto report = PeftTensorReader(tensors, options).fill(plan);
+    return {std::move(plan), std::move(report)};
   } catch (CheckpointError&) {
     throw;
   } catch (c10::Error& error) {
@@ -90,7 +194,14 @@ inline AdapterPlan read_plan(const Adapters& adapters, const std::filesystem::pa
 
 /// The configuration as it is written: with the names of what was selected where PEFT would select something else. By
 /// "all linear layers" it means all but the head, and it wants a prefix before a list of blocks.
-inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets) {
+inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets, const std::string& adapter) {
+  for (const auto& target : targets) {
+    if (target.site->view().part_rows().empty()) continue;
+    const auto& options = target.site->at(adapter).options();
+    const auto parts = static_cast<double>(target.site->view().shape().batch.front());
+    const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(parts) : parts);
+    note_options(config, target.name, LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha));
+  }
   const bool by_blocks = !config.layers_to_transform().empty();
   const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
   if (!config.target_modules().is_all_linear() && !by_blocks) return config;
@@ -115,20 +226,35 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
   const auto targets = targets_of(known(adapter));
   std::map<std::string, at::Tensor> tensors;
   for (const auto& target : targets) {
-    for (const auto& item : target.site->at(adapter).tensors()) tensors[detail::peft_key(target, item)] = *item.tensor;
+    for (const auto& item : target.site->at(adapter).tensors())
+      tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item);
   }
+  for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
 
   const auto config_path = directory / detail::kAdapterConfig;
   if (std::filesystem::is_directory(config_path)) throw CheckpointError(config_path, "is a directory, not a file");
-  const auto written = detail::written_config(configs_[adapter], targets);
+  const auto written = detail::written_config(configs_[adapter], targets, adapter);
   detail::AtomicFile config(config_path);
   config.write_at(0, detail::PeftConfigWriter(config_path, written).text());
   config.sync();
   write_safetensors(directory / detail::kAdapterTensors, tensors);
   config.commit();
+}
+
+inline LoadReport Adapters::load(const std::string& name, const std::filesystem::path& directory,
+                                 const LoadOptions& options) {
+  auto [plan, report] = detail::read_plan(*this, directory, options);
+  add(name, std::move(plan));
+  return report;
+}
+
+/// Writes every adapter: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT
+/// does. Errors: as for `save`; those written before the one that fails are there.
+inline void Adapters::save_all(const std::filesystem::path& directory) const {
+  for (const auto& name : names()) save(name == "default" ? directory : directory / name, name);
 }
 
 /// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"
@@ -139,9 +265,37 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
 /// Errors: CheckpointError if a file is missing or damaged, asks for what is not supported, or if a tensor is missing,
 /// unexpected or of another shape than rank and layer give; c10::Error if the configuration names layers that the model
 /// does not have. The model is unchanged then.
-inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory) {
+inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
+                             const LoadOptions& options = {}, LoadReport* report = nullptr) {
   Adapters adapters(model);
-  adapters.add("default", detail::read_plan(adapters, directory));
+  auto found = adapters.load("default", directory, options);
+  if (report != nullptr) *report = std::move(found);
+  return adapters;
+}
+
+/// Loads every adapter below a directory that `Adapters::save_all` or PEFT's save_pretrained wrote: the one in it is
+/// "default", those in its subdirectories have their names. Errors: as for `load_adapter`; CheckpointError when there
+/// is none. The model is unchanged then.
+inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
+                              const LoadOptions& options = {}) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
+    if (std::filesystem::exists(entry.path() / detail::kAdapterConfig))
+      names.push_back(entry.path().filename().string());
+  }
+  if (error) throw CheckpointError(directory, "cannot be read: ", error.message());
+  std::sort(names.begin(), names.end());
+  const bool has_default = std::filesystem::exists(directory / detail::kAdapterConfig);
+  if (names.empty() && !has_default) throw CheckpointError(directory, "holds no ", detail::kAdapterConfig);
+  Adapters adapters(model);
+  try {
+    if (has_default) adapters.load("default", directory, options);
+    for (const auto& name : names) adapters.load(name, directory / name, options);
+  } catch (...) {
+    adapters.detach();
+    throw;
+  }
   return adapters;
 }
 

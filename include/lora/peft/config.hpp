@@ -32,6 +32,7 @@ class PeftConfigReader {
     config.target_modules(selector("target_modules")).exclude_modules(selector("exclude_modules"));
     config.layers_to_transform(layers()).layers_pattern(names("layers_pattern"));
     config.rank_pattern(ranks()).alpha_pattern(alphas());
+    config.target_parameters(names("target_parameters")).modules_to_save(names("modules_to_save")).bias(read_bias());
     config.base_model_name_or_path(text("base_model_name_or_path")).task_type(text("task_type"));
     check_ranges(config);
     return config;
@@ -94,6 +95,14 @@ class PeftConfigReader {
                    "\" changes how PEFT trains this adapter; here it is trained without it");
     }
     if (!unknown.empty()) TORCH_WARN(path_.string(), ": unknown fields are ignored: ", unknown);
+  }
+
+  Bias read_bias() const {
+    const auto bias = text("bias");
+    if (bias == "none" || bias.empty()) return Bias::kNone;
+    if (bias == "all") return Bias::kAll;
+    if (bias != "lora_only") fail("bias", "has to be \"none\", \"all\" or \"lora_only\", but is \"", bias, "\"");
+    return Bias::kAdaptedOnly;
   }
 
   /// Every start that leaves the frozen weights alone is over once the adapter's tensors are loaded.
@@ -192,7 +201,7 @@ class PeftConfigReader {
     } catch (const c10::ValueError& error) {
       throw CheckpointError(path_, error.what_without_backtrace());
     }
-    if (config.target_modules().empty())
+    if (config.target_modules().empty() && config.target_parameters().empty())
       fail("target_modules", "has to name the adapted modules, but is ", value("target_modules").dump());
   }
 
@@ -216,6 +225,9 @@ class PeftConfigWriter {
     if (config_.init() == Init::kGaussian) fields["init_lora_weights"] = "gaussian";
     fields["fan_in_fan_out"] = config_.fan_in_fan_out();
     fields["target_modules"] = selector(config_.target_modules());
+    fields["bias"] = config_.bias() == Bias::kNone ? "none" : config_.bias() == Bias::kAll ? "all" : "lora_only";
+    if (!config_.modules_to_save().empty()) fields["modules_to_save"] = config_.modules_to_save();
+    if (!config_.target_parameters().empty()) fields["target_parameters"] = config_.target_parameters();
     fields["exclude_modules"] = selector(config_.exclude_modules());
     if (!config_.layers_to_transform().empty()) fields["layers_to_transform"] = config_.layers_to_transform();
     if (!config_.layers_pattern().empty()) fields["layers_pattern"] = config_.layers_pattern();

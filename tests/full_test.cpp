@@ -1,0 +1,183 @@
+// What an adapter trains beside A and B: whole modules and biases, each adapter its own.
+#include "support/models.hpp"
+
+#include <lora/attach.hpp>
+
+namespace {
+
+struct NetImpl : torch::nn::Module {
+  NetImpl() {
+    register_module("body", body);
+    register_module("norm", norm);
+    register_module("xhead", xhead);
+    register_module("head", head);
+    to(testing::device());
+  }
+  torch::Tensor forward(const torch::Tensor& x) { return head(norm(xhead(body(x).tanh()))); }
+
+  torch::nn::Linear body{5, 6}, xhead{6, 6}, head{6, 3};
+  torch::nn::BatchNorm1d norm{6};
+};
+TORCH_MODULE(Net);
+
+lora::LoRAConfig config() { return lora::LoRAConfig(2).alpha(6).target_modules({"body"}); }
+
+std::vector<torch::Tensor> snapshot(torch::nn::Module& model) {
+  std::vector<torch::Tensor> all;
+  for (const auto& tensor : model.parameters()) all.push_back(tensor.detach().clone());
+  for (const auto& tensor : model.buffers()) all.push_back(tensor.detach().clone());
+  return all;
+}
+
+bool is_untouched(torch::nn::Module& model, const std::vector<torch::Tensor>& before) {
+  const auto now = snapshot(model);
+  for (size_t i = 0; i < now.size(); ++i) {
+    if (!torch::equal(now[i], before[i])) return false;
+  }
+  return now.size() == before.size();
+}
+
+}  // namespace
+
+TEST_CASE("modules_to_save trains copies of whole modules with their buffers, and leaves the model as it is") {
+  torch::manual_seed(0);
+  Net model;
+  const auto before = snapshot(*model);
+  auto adapters = lora::attach(*model, config().modules_to_save({"head", "norm"}));
+  CHECK(adapters.targets() == std::vector<std::string>{"body"});
+  auto named = adapters.named_parameters();
+  CHECK(named.keys() ==
+        std::vector<std::string>{"body.lora_A", "body.lora_B", "norm.weight", "norm.bias", "head.weight", "head.bias"});
+  CHECK(adapters.report().trainable == 2 * 11 + 12 + 21);
+  torch::optim::SGD optimizer(adapters.parameters(), 0.1);
+  auto x = torch::randn({8, 5}, testing::device());
+  for (int step = 0; step < 3; ++step) {
+    auto active = adapters.activate();
+    optimizer.zero_grad();
+    model->forward(x).pow(2).mean().backward();
+    for (const auto& item : adapters.named_parameters()) CHECK(item.value().grad().defined());
+    optimizer.step();
+  }
+  CHECK(is_untouched(*model, before));  // also the running statistics
+  model->eval();
+  auto base = model->forward(x);
+  torch::Tensor adapted;
+  {
+    auto active = adapters.activate();
+    adapted = model->forward(x);
+  }
+  CHECK(testing::distance(adapted, base) > 1e-3);
+  adapters.merge();
+  CHECK(testing::distance(model->forward(x), adapted) < 1e-5);
+  {
+    auto active = adapters.activate();
+    CHECK(testing::distance(model->forward(x), adapted) < 1e-5);
+  }
+  adapters.unmerge();
+  CHECK(is_untouched(*model, before));
+  CHECK(torch::equal(model->forward(x), base));
+  SECTION("detached, the original is back") {
+    adapters.merge();
+    adapters.detach();
+    CHECK(is_untouched(*model, before));
+    CHECK(model->head->weight.requires_grad());
+  }
+  SECTION("merged for good, the copies stay") {
+    adapters.merge_and_unload();
+    CHECK(testing::distance(model->forward(x), adapted) < 1e-5);
+    CHECK(model->head->weight.requires_grad());
+  }
+}
+
+TEST_CASE("Each adapter has copies of its own, also of a head that is tied to an embedding") {
+  struct TiedImpl : torch::nn::Module {
+    TiedImpl() {
+      register_module("tokens", tokens);
+      register_module("head", head);
+      head->weight = tokens->weight;
+    }
+    torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids)); }
+    torch::nn::Embedding tokens{7, 4};
+    torch::nn::Linear head{torch::nn::LinearOptions(4, 7).bias(false)};
+  };
+  torch::manual_seed(0);
+  auto model = std::make_shared<TiedImpl>();
+  auto ids = torch::tensor({1, 5, 5, 0});
+  auto base = model->forward(ids), entries = model->tokens->forward(ids);
+  lora::Adapters adapters(*model);
+  for (auto name : {"a", "b"})
+    adapters.add(name, lora::LoRAConfig(2).target_modules({"tokens"}).modules_to_save({"head"}));
+  testing::randomize(adapters.parameters("b"));
+  {
+    auto active = adapters.activate("a");
+    CHECK(testing::distance(model->forward(ids), base) < 1e-6);
+  }
+  auto active = adapters.activate("b");
+  auto looked_up = entries + adapters.delta("b", "tokens").index({ids});
+  CHECK(testing::distance(model->tokens->forward(ids), looked_up) < 1e-6);
+  CHECK(testing::distance(model->forward(ids), looked_up.mm(adapters.named_parameters("b")["head.weight"].t())) < 1e-5);
+}
+
+TEST_CASE("Biases are trained where they are asked for") {
+  torch::manual_seed(0);
+  Net model;
+  using Names = std::vector<std::string>;
+  const auto [bias, names] = GENERATE(table<lora::Bias, Names>(
+      {{lora::Bias::kNone, {"body.lora_A", "body.lora_B"}},
+       {lora::Bias::kAdaptedOnly, {"body.lora_A", "body.lora_B", "body.bias"}},
+       {lora::Bias::kAll, {"body.lora_A", "body.lora_B", "body.bias", "norm.bias", "xhead.bias", "head.bias"}}}));
+  auto adapters = lora::attach(*model, config().bias(bias));
+  CHECK(adapters.named_parameters().keys() == names);
+  testing::randomize(adapters.parameters());
+  model->eval();
+  auto x = torch::randn({8, 5}, testing::device());
+  auto active = adapters.activate();
+  auto adapted = model->forward(x);
+  auto loss = [&] { return model->forward(x).pow(2).sum(); };
+  for (const auto& gradient : torch::autograd::grad({loss()}, adapters.parameters())) CHECK(gradient.defined());
+  auto named = adapters.named_parameters();
+  auto b = bias == lora::Bias::kNone ? model->body->bias : named["body.bias"];
+  CHECK(testing::distance(model->body(x),
+                          torch::linear(x, model->body->weight + adapters.delta("default", "body"), b)) < 1e-5);
+  lora::MergeGuard merged(adapters);
+  CHECK(testing::distance(model->forward(x), adapted) < 1e-5);
+}
+
+TEST_CASE("What modules_to_save and fused name has to be there") {
+  Net model;
+  const auto fails = [&](const lora::LoRAConfig& config) {
+    return testing::error_of([&] { lora::attach(*model, config); });
+  };
+  CHECK_THAT(fails(config().modules_to_save({"haed"})),
+             testing::contains("no module with parameters matches \"haed\"") && testing::contains("\"head\""));
+  CHECK_THAT(fails(config().fused({{"bodi", {3, 3}, {true, true}}})), testing::contains("\"bodi\" of fused"));
+  CHECK_THAT(fails(config().fused({{"body", {3, 4}, {true, true}}})), testing::contains("together 7"));
+  CHECK_THAT(fails(config().fused({{"body", {3, 3}, {false, false}}})), testing::contains("0 of them true"));
+  CHECK(model->body->weight.requires_grad());
+}
+
+TEST_CASE("Parts of a fused projection have an A and a B each, and the other parts stay as they are") {
+  torch::manual_seed(0);
+  const auto sizes = GENERATE(std::vector<int64_t>{2, 2, 2}, std::vector<int64_t>{3, 1, 2});
+  torch::nn::Sequential model(torch::nn::Linear(4, 6));
+  model->to(testing::device(), torch::kDouble);
+  auto adapters = lora::attach(
+      *model, lora::LoRAConfig(2).alpha(6).target_modules({"0"}).fused({{"0", sizes, {true, false, true}}}));
+  auto named = adapters.named_parameters();
+  auto a = named["0.lora_A"], b = named["0.lora_B"];
+  CHECK(a.sizes() == torch::IntArrayRef({2, 2, 4}));
+  testing::randomize({a, b});
+  auto x = torch::randn({2, 5, 4}, torch::TensorOptions(torch::kDouble).device(testing::device()));
+  auto base = model->forward(x);
+  const auto part = [&](int64_t i, int64_t rows) { return 3 * x.matmul(a[i].t()).matmul(b[i].narrow(0, 0, rows).t()); };
+  auto middle = torch::zeros({2, 5, sizes[1]}, x.options());
+  auto expected = base + torch::cat({part(0, sizes[0]), middle, part(1, sizes[2])}, -1);
+  const auto run = [&] {
+    auto active = adapters.activate();
+    return model->forward(x);
+  };
+  CHECK(testing::distance(run(), expected) < 1e-12);
+  CHECK(testing::gradient_error([&] { return run().sin().sum(); }, {a, b}) < 1e-7);
+  adapters.merge();
+  CHECK(testing::distance(model->forward(x), expected) < 1e-12);
+}
