@@ -210,8 +210,7 @@ std::string parameter_of(const lora::Target& target) {
 }
 
 struct Fixture {
-  Fixture(const Kind& kind, torch::Dtype type, bool training)
-      : kind(kind), floats(torch::TensorOptions(type).device(testing::device())) {
+  Fixture(const Kind& kind, torch::Dtype type, bool training) : kind(kind), floats(testing::on_device(type)) {
     torch::manual_seed(1);
     holder = std::make_shared<HolderImpl>(kind.make());
     holder->to(testing::device(), type);
@@ -381,6 +380,7 @@ TEST_CASE("An operator that takes a weight whole drops whole input features") {
 
 TEST_CASE("The rank of a grouped convolution is divided among its groups") {
   HolderImpl model(nn::Conv2d(nn::Conv2dOptions(4, 4, 3).groups(4)).ptr());
+  model.to(testing::device());
   CHECK_THROWS_WITH(lora::attach(model, lora::LoRAConfig(6).target_modules({"layer"})),
                     testing::contains("\"layer\" is a Conv2d of 4 groups") && testing::contains("but is 6"));
   auto adapters = lora::attach(model, lora::LoRAConfig(8).target_modules({"layer"}));

@@ -120,6 +120,7 @@ TEST_CASE("all linear layers are written by name", "[peft_checkpoint]") {
 TEST_CASE("the projections of attention are written under PEFT's names", "[peft_checkpoint]") {
   testing::TemporaryFolder folder;
   torch::nn::TransformerEncoderLayer model(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  model->to(testing::device());
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"self_attn"}));
   for (auto& parameter : adapters.parameters()) torch::nn::init::normal_(parameter);
   adapters.save(folder.path());
@@ -129,6 +130,7 @@ TEST_CASE("the projections of attention are written under PEFT's names", "[peft_
   CHECK(tensors.at("base_model.model.self_attn.base_layer.out_proj.lora_B.weight").sizes() ==
         torch::IntArrayRef({8, 2}));
   torch::nn::TransformerEncoderLayer again(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  again->to(testing::device());
   const auto loaded = load_adapter(*again, folder.path());
   for (const auto& item : adapters.named_parameters()) {
     INFO(item.key());
