@@ -130,6 +130,7 @@ TEST_CASE("Entries of containers are replaced in place; members cannot be") {
       register_module("body", body);
       register_module("list", list);
       register_module("fc", fc);
+      to(testing::device());
     }
     torch::nn::Sequential body{torch::nn::Linear(4, 4), torch::nn::Tanh()};
     torch::nn::ModuleList list{torch::nn::Linear(4, 4)};
@@ -137,7 +138,7 @@ TEST_CASE("Entries of containers are replaced in place; members cannot be") {
   };
   torch::manual_seed(0);
   auto model = std::make_shared<NetImpl>();
-  auto x = torch::randn({2, 4});
+  auto x = torch::randn({2, 4}, testing::device());
   auto before = model->body->forward(x);
   auto* linear = model->body[0]->as<torch::nn::Linear>();
   lora::LoRALinear<> layer(
