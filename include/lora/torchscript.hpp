@@ -5,7 +5,9 @@
 #include <lora/adapters.hpp>
 #include <lora/detail/plain_execution.hpp>
 #include <lora/detail/script_module.hpp>
+#include <lora/peft/checkpoint.hpp>
 
+#include <filesystem>
 #include <memory>
 #include <set>
 #include <string>
@@ -13,9 +15,9 @@
 #include <vector>
 
 namespace lora {
-namespace detail {
 
-/// A model that TorchScript runs.
+/// A model that TorchScript runs. `Adapters(std::make_shared<ScriptModel>(module))` has no adapters yet, e.g. for
+/// `Adapters::load`. Errors: c10::Error when the module was frozen.
 class ScriptModel final : public Model {
  public:
   explicit ScriptModel(torch::jit::Module model) : model_(std::move(model)) {
@@ -30,7 +32,7 @@ class ScriptModel final : public Model {
     std::set<const void*> seen;
     for (const auto& item : model_.named_modules()) {
       if (item.name.empty() || !seen.insert(item.value._ivalue().get()).second) continue;
-      const ScriptModule module(model_, item.name, item.value);
+      const detail::ScriptModule module(model_, item.name, item.value);
       parts.push_back({item.name, module.type(), module.is_linear(), module.targets()});
     }
     return parts;
@@ -49,11 +51,11 @@ class ScriptModel final : public Model {
     std::vector<ModelTensor> tensors;
     for (const auto& item : model_.named_modules()) {
       const auto prefix = item.name.empty() ? "" : item.name + ".";
-      const ScriptModule module(model_, item.name, item.value);
+      const detail::ScriptModule module(model_, item.name, item.value);
       for (const auto& parameter : item.value.named_parameters(/*recurse=*/false))
         tensors.push_back({prefix + parameter.name, module.slot(parameter.name, module.use()), module.use()});
       for (const auto& buffer : item.value.named_buffers(/*recurse=*/false))
-        tensors.push_back({prefix + buffer.name, module.slot(buffer.name, Use::kAny), Use::kAny, true});
+        tensors.push_back({prefix + buffer.name, module.slot(buffer.name, detail::Use::kAny), detail::Use::kAny, true});
     }
     return tensors;
   }
@@ -65,20 +67,20 @@ class ScriptModel final : public Model {
       if (item.name != owner) continue;
       const auto attribute = name.substr(dot + 1);
       const auto view = layers::parameter_view(name, item.value.attr(attribute).toTensor());
-      return ScriptModule(model_, owner, item.value).parameter(attribute, name, view, Use::kAny);
+      return detail::ScriptModule(model_, owner, item.value).parameter(attribute, name, view, detail::Use::kAny);
     }
     TORCH_CHECK(false, "lora::attach: no module has the parameter \"", name, "\"");
   }
 
   bool is_gone() const override { return false; }  // it shares the ownership
   bool is_script() const override { return true; }
-  std::shared_ptr<const void> while_adapted() const override { return std::make_shared<PlainExecution>(model_); }
+  std::shared_ptr<const void> while_adapted() const override {
+    return std::make_shared<detail::PlainExecution>(model_);
+  }
 
  private:
   torch::jit::Module model_;
 };
-
-}  // namespace detail
 
 /// Adapts a TorchScript module, as torch.jit.script or torch.jit.trace exported it, by the names of its modules (or, by
 /// `target_parameters`, of its parameters). Training, merging and files are those of any other model; a merged module
@@ -91,8 +93,17 @@ class ScriptModel final : public Model {
 ///
 /// Errors: c10::Error when an entry of the configuration matches nothing, or when the module was frozen.
 inline Adapters attach(torch::jit::Module& model, const LoRAConfig& config) {
-  Adapters adapters(std::make_shared<detail::ScriptModel>(model));
+  Adapters adapters(std::make_shared<ScriptModel>(model));
   adapters.add("default", config);
+  return adapters;
+}
+
+/// `load_adapter` for a TorchScript module.
+inline Adapters load_adapter(torch::jit::Module& model, const std::filesystem::path& directory,
+                             const LoadOptions& options = {}, LoadReport* report = nullptr) {
+  Adapters adapters(std::make_shared<ScriptModel>(model));
+  auto found = adapters.load("default", directory, options);
+  if (report != nullptr) *report = std::move(found);
   return adapters;
 }
 

@@ -63,6 +63,7 @@ class Case {
     const auto before = values();
     auto adapters = lora::attach(model_, config_);
     const auto base = write("base", without_gradient(model_));
+    train_base();  // also what is forked
     fill(adapters);
     unless_refused("gradients", [&] { train(adapters); });
     {
@@ -118,17 +119,21 @@ class Case {
     return model.forward(inputs_).toTensor();
   }
 
-  /// So often that the executor has its optimized plan before anything is attached, with gradients for the input and
-  /// not for the weights, as adapters need it.
+  /// In training mode the input has gradients, too: TorchScript then derives gradients of its own.
+  Tensor with_gradient() {
+    std::vector<c10::IValue> inputs;
+    for (const auto& input : inputs_) {
+      const auto tensor = input.toTensor().detach();
+      inputs.emplace_back(tensor.requires_grad_(is_training_ && tensor.is_floating_point()));
+    }
+    return model_.forward(inputs).toTensor();
+  }
+
+  /// So often that the executor has its optimized plan, with weights that have no gradients, as adapters need it.
   void train_base() {
     for (auto parameter : model_.parameters()) parameter.requires_grad_(false);
     for (int step = 0; step < 4; ++step) {
-      std::vector<c10::IValue> inputs;
-      for (const auto& input : inputs_) {
-        const auto tensor = input.toTensor().clone();
-        inputs.emplace_back(tensor.requires_grad_(is_training_ && tensor.is_floating_point()));
-      }
-      const auto output = model_.forward(inputs).toTensor();
+      const auto output = with_gradient();
       if (output.requires_grad()) loss_of(output).backward();
     }
   }
@@ -147,7 +152,7 @@ class Case {
     std::vector<Tensor> first;
     auto active = adapters.activate();
     for (int step = 0; step < 6; ++step) {
-      const auto output = model_.forward(inputs_).toTensor();
+      const auto output = with_gradient();
       const auto gradients = torch::autograd::grad({loss_of(output)}, tensors.values(), {}, {}, false, true);
       for (const auto& gradient : gradients) expect(gradient.defined(), "a gradient is missing");
       if (step == 0) {
