@@ -53,7 +53,10 @@ class PeftTensors {
   }
 
   const std::filesystem::path& path() const { return path_; }
+  /// By names without the prefix.
   std::map<std::string, at::Tensor>& content() { return content_; }
+  /// Names and shapes of those that lack the prefix.
+  const std::vector<std::string>& foreign() const { return foreign_; }
 
   /// The configuration with the layers of the file, under their names here; for when there is a mapping.
   LoRAConfig mapped(LoRAConfig config) const {
@@ -89,15 +92,16 @@ class PeftTensors {
     const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
     if (is_layer && here.find(".base_layer.") == std::string::npos)
       layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
-    // What lacks the prefix keeps its name, and is unexpected.
-    if (!content_.emplace(has_prefix ? here : key, tensor).second)
+    if (!has_prefix) foreign_.push_back("\"" + key + "\" " + c10::str(tensor.sizes()));
+    if (has_prefix && !content_.emplace(here, tensor).second)
       throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
   }
 
   LoadOptions options_;
   std::filesystem::path path_;
   std::vector<std::pair<std::regex, std::string>> mapping_;
-  std::map<std::string, at::Tensor> content_;  // without the prefix
+  std::map<std::string, at::Tensor> content_;
+  std::vector<std::string> foreign_;
   std::map<std::string, std::string> layers_;  // name here -> name in the file
 };
 
@@ -105,7 +109,9 @@ class PeftTensors {
 class PeftTensorReader {
  public:
   PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
-      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {}
+      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {
+    report_.unexpected = tensors.foreign();
+  }
 
   LoadReport fill(AdapterPlan& plan) {
     for (auto& layer : plan.layers) {
@@ -114,7 +120,8 @@ class PeftTensorReader {
     for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
     for (const auto& layer : plan.layers) match_base(layer.target);
     drop_copies(plan);
-    for (const auto& [key, tensor] : content_) report_.unexpected.push_back(quoted(key, tensor.sizes()));
+    for (const auto& [name, tensor] : content_)
+      report_.unexpected.push_back(quoted(name) + " " + c10::str(tensor.sizes()));
     if (options_.strict()) refuse();
     if (!report_.missing.empty()) plan.initialize();
     at::NoGradGuard no_grad;
@@ -125,9 +132,8 @@ class PeftTensorReader {
  private:
   using FromFile = std::function<at::Tensor(const at::Tensor& stored)>;
 
-  static std::string quoted(const std::string& key, at::IntArrayRef sizes) {
-    return "\"" + key + "\" " + c10::str(sizes);
-  }
+  /// A name as the file has it.
+  std::string quoted(const std::string& name) const { return "\"" + options_.prefix() + name + "\""; }
 
   void match(const Target& target, const NamedTensor& tensor) {
     FromFile from_file;
@@ -140,14 +146,14 @@ class PeftTensorReader {
   void match(const std::string& key, at::Tensor& target, at::IntArrayRef stored_sizes, const FromFile& from_file) {
     const auto found = content_.find(key);
     if (found == content_.end()) {
-      report_.missing.push_back(quoted(key, stored_sizes));
+      report_.missing.push_back(quoted(key) + " " + c10::str(stored_sizes));
       return;
     }
     const auto& source = found->second;
     if (source.sizes() != stored_sizes) {
-      report_.misshapen.push_back(quoted(key, source.sizes()) + ", not " + c10::str(stored_sizes));
+      report_.misshapen.push_back(quoted(key) + " is " + c10::str(source.sizes()) + ", not " + c10::str(stored_sizes));
     } else if (target.requires_grad() && !source.is_floating_point()) {  // a buffer may count in any type
-      report_.misshapen.push_back(quoted(key, source.sizes()) + " of type " + c10::str(source.scalar_type()));
+      report_.misshapen.push_back(quoted(key) + " holds " + c10::str(source.scalar_type()));
     } else {
       copies_.emplace_back(&target, from_file ? from_file(source) : source);
     }
@@ -163,7 +169,7 @@ class PeftTensorReader {
     const bool is_same = theirs.sizes() == own.sizes() &&
                          (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
     if (!is_same)
-      report_.unexpected.push_back(quoted(found->first, theirs.sizes()) +
+      report_.unexpected.push_back(quoted(found->first) + " " + c10::str(theirs.sizes()) +
                                    " (a frozen weight, and not the model's own)");
     content_.erase(found);
   }
