@@ -280,8 +280,11 @@ TEST_CASE("Every kind of layer, in every type and mode, computes with W + s B A"
     auto active = adapters.activate();
     adapted = f.run();
     CHECK(adapters.unreached().empty());
-    for (const auto& gradient : torch::autograd::grad({adapted.sum()}, adapters.parameters()))
-      CHECK(gradient.defined());
+    const bool has_backward = training || !testing::device().is_cuda();  // cuDNN's recurrent layers have none in eval
+    if (has_backward) {
+      for (const auto& gradient : torch::autograd::grad({adapted.sum()}, adapters.parameters()))
+        CHECK(gradient.defined());
+    }
   }
   CHECK(adapted.scalar_type() == type);
   CHECK(testing::distance(adapted, base) > 2 * tolerance(base));
