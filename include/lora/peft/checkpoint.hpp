@@ -40,6 +40,24 @@ inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
   return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
 }
 
+/// The module that PEFT saves in full and that is `name` or has it inside; empty when there is none. Unlike here any
+/// name that ends in an entry of modules_to_save is meant there: with "classifier" also "pre_classifier".
+inline std::string saved_by_peft(const LoRAConfig& config, std::string name) {
+  for (auto dot = name.size(); dot != std::string::npos; dot = name.rfind('.')) {
+    name.resize(dot);
+    for (const auto& entry : config.modules_to_save()) {
+      if (ends_with(name, entry)) return name;
+    }
+  }
+  return "";
+}
+
+/// The name of the module that has a tensor.
+inline std::string owner_of(const std::string& tensor) {
+  const auto dot = tensor.rfind('.');
+  return dot == std::string::npos ? "" : tensor.substr(0, dot);
+}
+
 /// The tensors of an adapter file, by their names in the model at hand.
 class PeftTensors {
  public:
@@ -54,6 +72,17 @@ class PeftTensors {
 
   const std::filesystem::path& path() const { return path_; }
   std::map<std::string, at::Tensor>& content() { return content_; }
+
+  /// The configuration with the modules that the file has in full though their names only end in an entry's letters.
+  LoRAConfig with_saved(LoRAConfig config) const {
+    auto saved = config.modules_to_save();
+    for (const auto& [key, tensor] : content_) {
+      const auto name = saved_by_peft(config, owner_of(key));
+      const auto means = [&](const std::string& entry) { return is_or_ends_with(name, entry); };
+      if (!name.empty() && std::none_of(saved.begin(), saved.end(), means)) saved.push_back(name);
+    }
+    return config.modules_to_save(std::move(saved));
+  }
 
   /// The configuration with the layers of the file, under their names here; for when there is a mapping.
   LoRAConfig mapped(LoRAConfig config) const {
@@ -209,7 +238,7 @@ inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, co
   PeftTensors tensors(directory, options);
   try {
     if (!options.key_mapping().empty()) config = tensors.mapped(std::move(config));
-    auto plan = adapters.plan(config);
+    auto plan = adapters.plan(tensors.with_saved(std::move(config)));
     auto report = PeftTensorReader(tensors, options).fill(plan);
     return {std::move(plan), std::move(report)};
   } catch (CheckpointError&) {
@@ -258,6 +287,10 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
       tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item);
   }
   for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
+  for (const auto& tensor : model_->tensors()) {  // PEFT fails without those that only it saves
+    if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
+      tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
+  }
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
