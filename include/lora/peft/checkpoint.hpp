@@ -72,6 +72,8 @@ class PeftTensors {
 
   const std::filesystem::path& path() const { return path_; }
   std::map<std::string, at::Tensor>& content() { return content_; }
+  /// Those without the prefix.
+  const std::map<std::string, at::Tensor>& foreign() const { return foreign_; }
 
   /// The configuration with the modules that the file has in full though their names only end in an entry's letters.
   LoRAConfig with_saved(LoRAConfig config) const {
@@ -106,8 +108,11 @@ class PeftTensors {
  private:
   void take(const std::string& key, const at::Tensor& tensor) {
     const auto& prefix = options_.prefix();
-    const bool has_prefix = key.compare(0, prefix.size(), prefix) == 0;
-    const auto name = has_prefix ? key.substr(prefix.size()) : key;
+    if (key.compare(0, prefix.size(), prefix) != 0) {
+      foreign_.emplace(key, tensor);
+      return;
+    }
+    const auto name = key.substr(prefix.size());
     auto here = name;
     for (const auto& [expression, replacement] : mapping_) {
       if (!std::regex_search(here, expression)) continue;
@@ -118,8 +123,7 @@ class PeftTensors {
     const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
     if (is_layer && here.find(".base_layer.") == std::string::npos)
       layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
-    // What lacks the prefix keeps its name, and is unexpected.
-    if (!content_.emplace(has_prefix ? here : key, tensor).second)
+    if (!content_.emplace(here, tensor).second)
       throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
   }
 
@@ -127,6 +131,7 @@ class PeftTensors {
   std::filesystem::path path_;
   std::vector<std::pair<std::regex, std::string>> mapping_;
   std::map<std::string, at::Tensor> content_;  // without the prefix
+  std::map<std::string, at::Tensor> foreign_;
   std::map<std::string, std::string> layers_;  // name here -> name in the file
 };
 
@@ -134,7 +139,9 @@ class PeftTensors {
 class PeftTensorReader {
  public:
   PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
-      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {}
+      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {
+    for (const auto& [key, tensor] : tensors.foreign()) report_.unexpected.push_back(quoted(key, tensor.sizes()));
+  }
 
   LoadReport fill(AdapterPlan& plan) {
     for (auto& layer : plan.layers) {
