@@ -26,8 +26,8 @@ def load_base(model_dir, dtype="float32", attention="eager"):
 
 def load_adapter(base, adapter_dir, trainable=False, expected_warning=""):
     """The base with the adapter of a PEFT directory on it. Exits on any warning that does not say what is expected, and
-    on any tensor that is in the file but not in the model or the other way around (of tensors too many in the file, peft
-    says nothing)."""
+    on any tensor that is in the file but not in the model or the other way around (of tensors too many in the file,
+    peft says nothing)."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
