@@ -329,3 +329,24 @@ TEST_CASE("counts of batches come in another type than in a converted model", "[
   loaded.merge();
   CHECK(converted[1]->named_buffers()["num_batches_tracked"].item<double>() == 7);
 }
+
+TEST_CASE("PEFT saves every module whose name ends in the letters of an entry", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto make = [] {
+    torch::manual_seed(0);
+    torch::nn::Sequential model;
+    model->push_back("fc", torch::nn::Linear(4, 4));
+    model->push_back("pre_head", torch::nn::Linear(4, 4));
+    model->push_back("head", torch::nn::Linear(4, 2));
+    model->to(testing::device());
+    return model;
+  };
+  auto model = make(), other = make();
+  lora::attach(*model, LoRAConfig(2).target_modules({"fc"}).modules_to_save({"head"})).save(folder.path());
+  const auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  CHECK(tensors.size() == 6);
+  CHECK(torch::equal(tensors.at("base_model.model.pre_head.weight"), model[1]->named_parameters()["weight"].cpu()));
+  const auto loaded = load_adapter(*other, folder.path());
+  CHECK(loaded.config("default").modules_to_save() == std::vector<std::string>{"head", "pre_head"});
+  CHECK(loaded.named_parameters().contains("pre_head.bias"));
+}

@@ -1,10 +1,13 @@
 // usage: exchange_adapter JOBS.json
 // Every job builds a model from its description (exchange_model.py), fills it from a file, gives it an adapter, and
 // writes what the model computes. Prints for each job an empty line, or in one line why it could not be done.
-//   model     the description                       fused   parts of fused projections, for `config`
-//   tensors   file of the model's tensors, "input"  save    folder for the adapter
-//   adapter   folder to load, or                    steps   of training towards the tensor "target", with rate lr
-//   config    file to attach, with random values    output  file of the outputs
+//   model    the description
+//   tensors  file of the model's tensors, the "input", and the "target" of training
+//   adapter  folder to load, or
+//   config   file to attach, with random values; `fused` its parts of fused projections; `second` file of one more
+//   steps    of training, with the rate `lr`
+//   save     folder for the adapters
+//   output   file for what is computed with the adapter that comes last
 #include <torch/torch.h>
 
 #include <fstream>
@@ -121,7 +124,9 @@ class Net : public Node {
 
   template <size_t D, class Holder>
   Layer convolution(const std::string& name, const json& layer, const std::vector<int64_t>& sizes) {
-    torch::nn::ConvOptions<D> options(sizes[0], sizes[1], sizes[2]);
+    const auto kernel = layer.at("kernel_size");
+    const auto widths = kernel.is_array() ? kernel.get<std::vector<int64_t>>() : std::vector<int64_t>(D, kernel);
+    torch::nn::ConvOptions<D> options(sizes[0], sizes[1], widths);
     options.stride(layer.value("stride", 1)).groups(layer.value("groups", 1)).bias(layer.value("bias", true));
     if (layer.value("padding", json(0)) == "same") {
       options.padding(torch::kSame);
@@ -168,7 +173,8 @@ class Net : public Node {
 
 std::shared_ptr<Net> make_model(const json& job, const std::map<std::string, Tensor>& tensors) {
   auto model = std::make_shared<Net>(job.at("model"));
-  model->to(tensors.at("model." + model->named_parameters().front().key()).scalar_type());
+  const auto type = tensors.at("model." + model->named_parameters().front().key()).scalar_type();
+  if (type != torch::kFloat) model->to(type);  // which converts counts of batches too
   model->fill(tensors);
   model->eval();
   return model;
@@ -183,16 +189,18 @@ lora::LoRAConfig read_config(const json& job) {
 }
 
 lora::Adapters adapt(torch::nn::Module& model, const json& job) {
-  if (job.contains("adapter")) return lora::load_adapter(model, job["adapter"].get<std::string>());
+  if (job.contains("adapter")) return lora::load_adapters(model, job["adapter"].get<std::string>());
   auto adapters = lora::attach(model, read_config(job));
+  if (job.contains("second")) adapters.add("second", lora::read_adapter_config(job["second"].get<std::string>()));
   torch::NoGradGuard no_grad;
   for (auto& parameter : adapters.parameters()) parameter.add_(torch::randn_like(parameter), 0.2);
   return adapters;
 }
 
+/// The output with the adapter that was added last.
 Tensor adapted(Net& model, const lora::Adapters& adapters, const Tensor& input) {
   torch::NoGradGuard no_grad;
-  auto active = adapters.activate();
+  auto active = adapters.activate(adapters.names().back());
   return model.forward(input);
 }
 
@@ -211,24 +219,28 @@ Tensor train(Net& model, const lora::Adapters& adapters, const json& job, const 
   return torch::tensor(losses, torch::kDouble);
 }
 
+/// The output with the adapters in a folder, on a model of its own.
+Tensor loaded(const std::string& folder, const json& job, const std::map<std::string, Tensor>& tensors) {
+  auto model = make_model(job, tensors);
+  return adapted(*model, lora::load_adapters(*model, folder), tensors.at("input"));
+}
+
 void run(const json& job) {
   const auto tensors = lora::read_safetensors(job.at("tensors").get<std::string>());
   const auto input = tensors.at("input");
-  torch::manual_seed(job.value("seed", 1));
+  torch::manual_seed(1);
   auto model = make_model(job, tensors);
   auto adapters = adapt(*model, job);
   std::map<std::string, Tensor> output;
   if (job.contains("steps")) output["losses"] = train(*model, adapters, job, input, tensors.at("target"));
   output["adapted"] = adapted(*model, adapters, input);
   if (job.contains("save")) {
-    const auto folder = job["save"].get<std::string>();
-    adapters.save(folder);
-    auto again = make_model(job, tensors);
-    output["again"] = adapted(*again, lora::load_adapter(*again, folder), input);
+    adapters.save_all(job["save"].get<std::string>());
+    output["again"] = loaded(job["save"], job, tensors);
   }
   torch::NoGradGuard no_grad;
   output["base"] = model->forward(input);
-  lora::MergeGuard merged(adapters);
+  lora::MergeGuard merged(adapters, adapters.names().back());
   output["merged"] = model->forward(input);
   lora::write_safetensors(job.at("output").get<std::string>(), output);
 }

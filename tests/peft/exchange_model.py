@@ -1,8 +1,8 @@
 """Small models from a description, the same ones that exchange_adapter.cpp builds: layers that are run one after the
 other with tanh between them.
 
-A description is a list of {"name", "kind", "sizes", ...}: names may have dots ("layers.0.mlp.fc1"), "sizes" are what the
-kind needs first, and whatever else there is are options of the kind.
+A description is a list of {"name", "kind", "sizes", ...}: names may have dots ("layers.0.mlp.fc1"), "sizes" are what
+the kind needs first, and whatever else there is are options of the kind.
 """
 
 import torch

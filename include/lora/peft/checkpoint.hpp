@@ -40,6 +40,24 @@ inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
   return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
 }
 
+/// The module that PEFT saves in full and that is `name` or has it inside; empty when there is none. Unlike here any
+/// name that ends in an entry of modules_to_save is meant there: with "classifier" also "pre_classifier".
+inline std::string saved_by_peft(const LoRAConfig& config, std::string name) {
+  for (auto dot = name.size(); dot != std::string::npos; dot = name.rfind('.')) {
+    name.resize(dot);
+    for (const auto& entry : config.modules_to_save()) {
+      if (ends_with(name, entry)) return name;
+    }
+  }
+  return "";
+}
+
+/// The name of the module that has a tensor.
+inline std::string owner_of(const std::string& tensor) {
+  const auto dot = tensor.rfind('.');
+  return dot == std::string::npos ? "" : tensor.substr(0, dot);
+}
+
 /// The tensors of an adapter file, by their names in the model at hand.
 class PeftTensors {
  public:
@@ -53,10 +71,20 @@ class PeftTensors {
   }
 
   const std::filesystem::path& path() const { return path_; }
-  /// By names without the prefix.
   std::map<std::string, at::Tensor>& content() { return content_; }
-  /// Names and shapes of those that lack the prefix.
-  const std::vector<std::string>& foreign() const { return foreign_; }
+  /// Those without the prefix.
+  const std::map<std::string, at::Tensor>& foreign() const { return foreign_; }
+
+  /// The configuration with the modules that the file has in full though their names only end in an entry's letters.
+  LoRAConfig with_saved(LoRAConfig config) const {
+    auto saved = config.modules_to_save();
+    for (const auto& [key, tensor] : content_) {
+      const auto name = saved_by_peft(config, owner_of(key));
+      const auto means = [&](const std::string& entry) { return is_or_ends_with(name, entry); };
+      if (!name.empty() && std::none_of(saved.begin(), saved.end(), means)) saved.push_back(name);
+    }
+    return config.modules_to_save(std::move(saved));
+  }
 
   /// The configuration with the layers of the file, under their names here; for when there is a mapping.
   LoRAConfig mapped(LoRAConfig config) const {
@@ -80,8 +108,11 @@ class PeftTensors {
  private:
   void take(const std::string& key, const at::Tensor& tensor) {
     const auto& prefix = options_.prefix();
-    const bool has_prefix = key.compare(0, prefix.size(), prefix) == 0;
-    const auto name = has_prefix ? key.substr(prefix.size()) : key;
+    if (key.compare(0, prefix.size(), prefix) != 0) {
+      foreign_.emplace(key, tensor);
+      return;
+    }
+    const auto name = key.substr(prefix.size());
     auto here = name;
     for (const auto& [expression, replacement] : mapping_) {
       if (!std::regex_search(here, expression)) continue;
@@ -92,16 +123,15 @@ class PeftTensors {
     const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
     if (is_layer && here.find(".base_layer.") == std::string::npos)
       layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
-    if (!has_prefix) foreign_.push_back("\"" + key + "\" " + c10::str(tensor.sizes()));
-    if (has_prefix && !content_.emplace(here, tensor).second)
+    if (!content_.emplace(here, tensor).second)
       throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
   }
 
   LoadOptions options_;
   std::filesystem::path path_;
   std::vector<std::pair<std::regex, std::string>> mapping_;
-  std::map<std::string, at::Tensor> content_;
-  std::vector<std::string> foreign_;
+  std::map<std::string, at::Tensor> content_;  // without the prefix
+  std::map<std::string, at::Tensor> foreign_;
   std::map<std::string, std::string> layers_;  // name here -> name in the file
 };
 
@@ -110,7 +140,7 @@ class PeftTensorReader {
  public:
   PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
       : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {
-    report_.unexpected = tensors.foreign();
+    for (const auto& [key, tensor] : tensors.foreign()) report_.unexpected.push_back(shown(key, tensor.sizes()));
   }
 
   LoadReport fill(AdapterPlan& plan) {
@@ -120,8 +150,7 @@ class PeftTensorReader {
     for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
     for (const auto& layer : plan.layers) match_base(layer.target);
     drop_copies(plan);
-    for (const auto& [name, tensor] : content_)
-      report_.unexpected.push_back(quoted(name) + " " + c10::str(tensor.sizes()));
+    for (const auto& [name, tensor] : content_) report_.unexpected.push_back(shown(in_file(name), tensor.sizes()));
     if (options_.strict()) refuse();
     if (!report_.missing.empty()) plan.initialize();
     at::NoGradGuard no_grad;
@@ -132,8 +161,10 @@ class PeftTensorReader {
  private:
   using FromFile = std::function<at::Tensor(const at::Tensor& stored)>;
 
-  /// A name as the file has it.
-  std::string quoted(const std::string& name) const { return "\"" + options_.prefix() + name + "\""; }
+  static std::string shown(const std::string& key, at::IntArrayRef sizes) {
+    return "\"" + key + "\" " + c10::str(sizes);
+  }
+  std::string in_file(const std::string& name) const { return options_.prefix() + name; }
 
   void match(const Target& target, const NamedTensor& tensor) {
     FromFile from_file;
@@ -146,14 +177,15 @@ class PeftTensorReader {
   void match(const std::string& key, at::Tensor& target, at::IntArrayRef stored_sizes, const FromFile& from_file) {
     const auto found = content_.find(key);
     if (found == content_.end()) {
-      report_.missing.push_back(quoted(key) + " " + c10::str(stored_sizes));
+      report_.missing.push_back(shown(in_file(key), stored_sizes));
       return;
     }
     const auto& source = found->second;
     if (source.sizes() != stored_sizes) {
-      report_.misshapen.push_back(quoted(key) + " is " + c10::str(source.sizes()) + ", not " + c10::str(stored_sizes));
+      report_.misshapen.push_back("\"" + in_file(key) + "\" is " + c10::str(source.sizes()) + ", not " +
+                                  c10::str(stored_sizes));
     } else if (target.requires_grad() && !source.is_floating_point()) {  // a buffer may count in any type
-      report_.misshapen.push_back(quoted(key) + " holds " + c10::str(source.scalar_type()));
+      report_.misshapen.push_back("\"" + in_file(key) + "\" holds " + c10::str(source.scalar_type()));
     } else {
       copies_.emplace_back(&target, from_file ? from_file(source) : source);
     }
@@ -169,7 +201,7 @@ class PeftTensorReader {
     const bool is_same = theirs.sizes() == own.sizes() &&
                          (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
     if (!is_same)
-      report_.unexpected.push_back(quoted(found->first) + " " + c10::str(theirs.sizes()) +
+      report_.unexpected.push_back(shown(in_file(found->first), theirs.sizes()) +
                                    " (a frozen weight, and not the model's own)");
     content_.erase(found);
   }
@@ -215,7 +247,7 @@ inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, co
   PeftTensors tensors(directory, options);
   try {
     if (!options.key_mapping().empty()) config = tensors.mapped(std::move(config));
-    auto plan = adapters.plan(config);
+    auto plan = adapters.plan(tensors.with_saved(std::move(config)));
     auto report = PeftTensorReader(tensors, options).fill(plan);
     return {std::move(plan), std::move(report)};
   } catch (CheckpointError&) {
@@ -264,6 +296,10 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
       tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item);
   }
   for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
+  for (const auto& tensor : model_->tensors()) {  // PEFT fails without those that only it saves
+    if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
+      tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
+  }
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
