@@ -3,8 +3,13 @@
 #include <lora/attach.hpp>
 #include <lora/peft/checkpoint.hpp>
 
+#include <csignal>
 #include <fstream>
 #include <iterator>
+#include <thread>
+
+#include <sys/fsuid.h>
+#include <sys/resource.h>
 
 namespace {
 
@@ -67,6 +72,42 @@ void edit(const std::filesystem::path& path, const std::string& from, const std:
 size_t files_in(const std::filesystem::path& folder) {
   return std::distance(std::filesystem::directory_iterator(folder), std::filesystem::directory_iterator());
 }
+
+/// Files no longer than this, in place of a full disk, and without the signal that would end the process.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(rlim_t bytes) : signal_(std::signal(SIGXFSZ, SIG_IGN)) {
+    ::getrlimit(RLIMIT_FSIZE, &former_);
+    const struct rlimit limit { bytes, former_.rlim_max };
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FileSizeLimit() {
+    ::setrlimit(RLIMIT_FSIZE, &former_);
+    std::signal(SIGXFSZ, signal_);
+  }
+
+ private:
+  void (*const signal_)(int);
+  struct rlimit former_ {};
+};
+
+/// Makes a folder read-only for this thread, also when it is root's.
+class ReadOnly {
+ public:
+  explicit ReadOnly(std::filesystem::path folder) : folder_(std::move(folder)), user_(::setfsuid(65534)) {
+    ::setfsuid(user_);
+    std::filesystem::permissions(folder_, std::filesystem::perms(0555));
+    if (user_ == 0) ::setfsuid(65534);
+  }
+  ~ReadOnly() {
+    ::setfsuid(user_);
+    std::filesystem::permissions(folder_, std::filesystem::perms(0755));
+  }
+
+ private:
+  const std::filesystem::path folder_;
+  const int user_;
+};
 
 }  // namespace
 
@@ -238,8 +279,155 @@ TEST_CASE("save keeps the earlier directory when it fails", "[peft_checkpoint]")
   CHECK(read_text(folder / "adapter_model.safetensors") == tensors);
   CHECK(files_in(folder.path()) == 2);
 
-  CHECK_THROWS_WITH(adapters.save(folder / "adapter_config.json"), contains("cannot be created"));
   CHECK_THROWS_WITH(adapters.save(folder.path(), "french"), contains("there is no adapter \"french\""));
+}
+
+TEST_CASE("what the operating system refuses is named, and the earlier adapter stays", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model(), other = make_model();
+  trained(model, mlp_config()).save(folder.path());
+  const auto adapters = trained(other, LoRAConfig(50).alpha(5).target_modules({"fc1"}));
+  const auto config = folder / "adapter_config.json", file = folder / "adapter_model.safetensors";
+  const auto old_config = read_text(config), old_tensors = read_text(file);
+  size_t files = 2;
+  const auto fails = [&](const std::filesystem::path& directory, const std::string& expected) {
+    const auto error = testing::error_of([&] { adapters.save(directory); });
+    CHECK_THAT(error, contains(expected));
+    CHECK(error.rfind(directory.string(), 0) == 0);
+  };
+
+  SECTION("a file") { fails(config, "adapter_config.json: cannot be created: Not a directory"); }
+  SECTION("below a file") { fails(config / "a", "adapter_config.json/a: cannot be created: Not a directory"); }
+  SECTION("a name that is too long") { fails(folder / std::string(300, 'a'), "cannot be created: File name too long"); }
+  SECTION("what nobody can write to") { fails("/proc/self", "adapter_config.json: cannot be created: "); }
+  SECTION("a missing folder in a read-only one") {
+    const ReadOnly read_only(folder.path());
+    fails(folder / "new" / "adapter", "new/adapter: cannot be created: Permission denied");
+  }
+  SECTION("a read-only folder") {
+    const ReadOnly read_only(folder.path());
+    fails(folder.path(), "adapter_config.json: cannot be created: Permission denied");
+  }
+  SECTION("no room for the configuration") {
+    const FileSizeLimit limit(100);
+    fails(folder.path(), "adapter_config.json: cannot be written: File too large");
+  }
+  SECTION("no room for the tensors") {
+    const FileSizeLimit limit(old_config.size() + 100);  // the tensors are longer
+    fails(folder.path(), "adapter_model.safetensors: cannot be written: File too large");
+  }
+  SECTION("a folder in the place of a file") {
+    const auto name = GENERATE("adapter_config.json", "adapter_model.safetensors");
+    std::filesystem::create_directories(folder / "other" / name);
+    fails(folder / "other", std::string(name) + ": cannot be replaced: ");
+    CHECK(files_in(folder / "other") == 1);
+    files = 3;
+  }
+  CHECK(read_text(config) == old_config);
+  CHECK(read_text(file) == old_tensors);
+  CHECK(files_in(folder.path()) == files);
+}
+
+TEST_CASE("directories may have any name", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  const auto adapters = trained(model, mlp_config());
+  const auto expected = adapted_output(model, adapters);
+  const auto works = [&](const std::filesystem::path& directory) {
+    INFO(directory);
+    for (int i = 0; i < 2; ++i) adapters.save(directory);
+    auto again = make_model();
+    CHECK(torch::equal(adapted_output(again, load_adapter(*again, directory)), expected));
+    CHECK(files_in(directory) == 2);
+  };
+  works(folder / "two words");
+  works(folder / "\xc3\xa9\xe4\xb8\xad \xf0\x9f\xa6\x99");
+  works(folder / "not UTF-8 \xff");
+  works(folder / "quote\"back\\slash\nline");
+  works(folder / "slash/");
+  works(folder / "missing" / "parents" / "." / ".." / "adapter");
+  std::filesystem::create_directory_symlink("two words", folder / "link");
+  works(folder / "link");
+
+  const auto former = std::filesystem::current_path();
+  std::filesystem::current_path(folder.path());
+  works("relative");
+  std::filesystem::create_directory("inside");
+  std::filesystem::current_path("inside");
+  works(".");
+  std::filesystem::current_path(former);
+}
+
+TEST_CASE("save leaves alone what is not its own and clears up after a killed process", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model(), other = make_model();
+  const auto adapters = trained(model, mlp_config());
+  adapters.save(folder.path());
+  const auto expected = adapted_output(model, adapters);
+  std::ofstream(folder / "README.md") << "stays";
+  std::filesystem::create_directory(folder / "second adapter");
+  std::filesystem::create_symlink("README.md", folder / "link");
+
+  // As it is after SIGKILL between the two steps in which both names change.
+  const auto place = folder / ".lora-1-7.tmp";
+  std::filesystem::create_directories(place / "old");
+  std::filesystem::create_directory_symlink("old", place / "now");
+  for (const auto* name : {"adapter_config.json", "adapter_model.safetensors"}) {
+    std::filesystem::rename(folder / name, place / "old" / name);
+    std::filesystem::create_symlink(std::filesystem::path(".lora-1-7.tmp") / "now" / name, folder / name);
+  }
+  std::ofstream(folder / ".lora-1-8.tmp") << "the beginning of a file";
+  std::filesystem::create_directories(folder / ".lora-1-9.tmp" / "new");
+  auto again = make_model();
+  CHECK(torch::equal(adapted_output(again, load_adapter(*again, folder.path())), expected));
+
+  SECTION("a save that fails keeps what is there") {
+    const FileSizeLimit limit(100);
+    CHECK_THROWS_WITH(trained(other, mlp_config()).save(folder.path()), contains("File too large"));
+    auto third = make_model();
+    CHECK(torch::equal(adapted_output(third, load_adapter(*third, folder.path())), expected));
+  }
+  SECTION("a save that does not") {
+    const auto second = trained(other, mlp_config().alpha(3));
+    second.save(folder.path());
+    CHECK(files_in(folder.path()) == 5);
+    for (const auto* name : {"adapter_config.json", "adapter_model.safetensors"})
+      CHECK(std::filesystem::is_regular_file(std::filesystem::symlink_status(folder / name)));
+    CHECK(read_text(folder / "link") == "stays");
+    auto third = make_model();
+    CHECK(torch::equal(adapted_output(third, load_adapter(*third, folder.path())), adapted_output(other, second)));
+  }
+}
+
+TEST_CASE("adapters that are saved and loaded at a time do not mix", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  // Shapes agree, so parts of two would load.
+  const auto save_number = [&](int number) {
+    auto model = make_model();
+    auto adapters = lora::attach(*model, LoRAConfig(2).alpha(number).target_modules({"fc1", "fc2"}));
+    torch::NoGradGuard no_grad;
+    for (auto& parameter : adapters.parameters()) parameter.fill_(number);
+    adapters.save(folder.path());
+  };
+  save_number(1);
+  std::atomic<int> writers{2};
+  const auto save_many = [&](int first) {
+    for (int number = first; number < first + 20; ++number) save_number(number);
+    --writers;
+  };
+  std::thread one(save_many, 100), two(save_many, 200);
+  int loaded = 0, different = 0;
+  for (; writers > 0 || loaded == 0; ++loaded) {
+    auto model = make_model();
+    const auto adapters = load_adapter(*model, folder.path());
+    const auto alpha = adapters.config("default").alpha();
+    for (const auto& parameter : adapters.parameters()) different += !(parameter == alpha).all().item<bool>();
+  }
+  one.join();
+  two.join();
+  INFO(loaded);
+  CHECK(different == 0);
+  CHECK(files_in(folder.path()) == 2);
 }
 
 TEST_CASE("one of several adapters is written by name", "[peft_checkpoint]") {

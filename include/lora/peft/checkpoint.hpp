@@ -243,6 +243,7 @@ class PeftTensorReader {
 /// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
 inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
                                                     const LoadOptions& options) {
+  const FolderLock lock(directory, LOCK_SH);  // so that both files are of one save
   auto config = read_adapter_config(directory / kAdapterConfig);
   PeftTensors tensors(directory, options);
   try {
@@ -280,11 +281,12 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
 
 }  // namespace detail
 
-/// Writes the only adapter as a PEFT directory, which is made when it does not exist. Both files are complete before
-/// the first of them appears under its name.
+/// Writes the only adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
 ///
-/// Errors: CheckpointError with the path and the reason of the operating system; files that were there are kept, unless
-/// it is the very last step that fails, the renaming of the configuration after that of the tensors.
+/// Both files appear under their names at one moment. Whoever is interrupted before it, by an error or by the end of
+/// the process, leaves the adapter that was there; of two that save to the same place at a time, one is left complete.
+///
+/// Errors: CheckpointError with the path and the reason of the operating system.
 inline void Adapters::save(const std::filesystem::path& directory) const { save(directory, only()); }
 
 /// The same for one adapter among several.
@@ -300,18 +302,17 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
     if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
       tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
   }
+  const auto config_path = directory / detail::kAdapterConfig;
+  const auto written = detail::written_config(configs_[adapter], targets, adapter);
+  const auto text = detail::PeftConfigWriter(config_path, written).text();
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
 
-  const auto config_path = directory / detail::kAdapterConfig;
-  if (std::filesystem::is_directory(config_path)) throw CheckpointError(config_path, "is a directory, not a file");
-  const auto written = detail::written_config(configs_[adapter], targets, adapter);
   detail::AtomicFile config(config_path);
-  config.write_at(0, detail::PeftConfigWriter(config_path, written).text());
-  config.sync();
-  write_safetensors(directory / detail::kAdapterTensors, tensors);
-  config.commit();
+  config.write_at(0, text);
+  detail::write_tensors(directory / detail::kAdapterTensors, tensors, {{"format", "pt"}},
+                        [&](auto& writer) { writer.finish_with(config); });
 }
 
 inline LoadReport Adapters::load(const std::string& name, const std::filesystem::path& directory,
