@@ -43,9 +43,11 @@ set(LORA_PUBLIC_HEADERS
 )
 set(LORA_DETAIL_HEADERS
   detail/atomic_file.hpp
+  detail/atomic_pair.hpp
   detail/attention_mask.hpp
   detail/descriptor.hpp
   detail/fused_attention.hpp
+  detail/folder_lock.hpp
   detail/interception.hpp
   detail/json.hpp
   detail/mapped_file.hpp

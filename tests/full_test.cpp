@@ -95,6 +95,7 @@ TEST_CASE("Each adapter has copies of its own, also of a head that is tied to an
       register_module("tokens", tokens);
       register_module("head", head);
       head->weight = tokens->weight;
+      to(testing::device());
     }
     torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids)); }
     torch::nn::Embedding tokens{7, 4};
@@ -102,7 +103,7 @@ TEST_CASE("Each adapter has copies of its own, also of a head that is tied to an
   };
   torch::manual_seed(0);
   auto model = std::make_shared<TiedImpl>();
-  auto ids = torch::tensor({1, 5, 5, 0});
+  auto ids = torch::tensor({1, 5, 5, 0}, testing::device());
   auto base = model->forward(ids), entries = model->tokens->forward(ids);
   lora::Adapters adapters(*model);
   for (auto name : {"a", "b"})
@@ -167,7 +168,7 @@ TEST_CASE("Parts of a fused projection have an A and a B each, and the other par
   auto a = named["0.lora_A"], b = named["0.lora_B"];
   CHECK(a.sizes() == torch::IntArrayRef({2, 2, 4}));
   testing::randomize({a, b});
-  auto x = torch::randn({2, 5, 4}, torch::TensorOptions(torch::kDouble).device(testing::device()));
+  auto x = torch::randn({2, 5, 4}, testing::on_device(torch::kDouble));
   auto base = model->forward(x);
   const auto part = [&](int64_t i, int64_t rows) { return 3 * x.matmul(a[i].t()).matmul(b[i].narrow(0, 0, rows).t()); };
   auto middle = torch::zeros({2, 5, sizes[1]}, x.options());

@@ -53,13 +53,14 @@ inline std::string escaped(const std::string& text) {
   return std::regex_replace(text, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
 }
 
-/// Writes down the rank and alpha of one layer, where they differ from those of the others.
-inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options) {
+/// Writes down the rank and alpha of one layer, where they differ from those that `config` gives it so far.
+inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options,
+                         const LoRAOptions& so_far) {
   const auto pattern = escaped(layer);
   auto ranks = config.rank_pattern();
   auto alphas = config.alpha_pattern();  // of which the first that matches counts
-  if (options.rank() != config.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
-  if (options.alpha() != config.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
+  if (options.rank() != so_far.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
+  if (options.alpha() != so_far.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
   config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
 }
 
@@ -511,7 +512,7 @@ inline void Adapters::adopt() {
     TORCH_CHECK(method.info().name == first.info().name, "lora::adapters_of: ", found.front().name, " has a ",
                 first.info().name, ", ", target.name, " a ", method.info().name, "; one adapter is of one method");
     names.push_back(target.name);
-    detail::note_options(config, target.name, method.options());
+    detail::note_options(config, target.name, method.options(), LoRAOptions(config));
   }
   config.target_modules(names);
   remember_parameters();

@@ -86,10 +86,12 @@ class ModuleModel final : public Model {
 
   std::vector<ModelTensor> tensors() const override {
     std::vector<ModelTensor> tensors;
-    for (const auto& item : model_->named_modules("", /*include_self=*/true)) {
-      auto& module = *item.value();
-      const auto prefix = item.key().empty() ? "" : item.key() + ".";
-      const auto known = item.key().empty() ? std::vector<Target>() : adaptable_weights(item.key(), item.value());
+    for (const auto& [name, owner] : modules()) {
+      auto& module = *owner;
+      const auto prefix = name.empty() ? "" : name + ".";
+      const auto known = name.empty()
+                             ? std::vector<Target>()
+                             : adaptable_weights(name, std::shared_ptr<torch::nn::Module>(owner->shared_from_this()));
       for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
         ModelTensor tensor{prefix + parameter.key(), std::make_shared<detail::ParameterSlot>(module, parameter.key())};
         for (const auto& target : known) {
@@ -110,8 +112,8 @@ class ModuleModel final : public Model {
   Target parameter_target(const std::string& name) const override {
     const auto dot = name.rfind('.');
     const auto owner = dot == std::string::npos ? std::string() : name.substr(0, dot);
-    for (const auto& item : model_->named_modules("", /*include_self=*/true)) {
-      if (item.key() == owner) return parameter_of(*item.value(), name, name.substr(dot + 1));
+    for (const auto& [module_name, module] : modules()) {
+      if (module_name == owner) return parameter_of(*module, name, name.substr(dot + 1));
     }
     TORCH_CHECK(false, "lora::attach: no module has the parameter \"", name, "\"");
   }
@@ -119,6 +121,14 @@ class ModuleModel final : public Model {
   bool is_gone() const override { return is_held_ && alive_.expired(); }
 
  private:
+  /// Every module by name, the model itself first; that one may be held by no shared_ptr.
+  std::vector<std::pair<std::string, torch::nn::Module*>> modules() const {
+    std::vector<std::pair<std::string, torch::nn::Module*>> modules{{"", model_}};
+    for (const auto& item : model_->named_modules("", /*include_self=*/false))
+      modules.emplace_back(item.key(), item.value().get());
+    return modules;
+  }
+
   /// Through the slot of the layer the parameter belongs to, where the library knows that layer.
   Target parameter_of(torch::nn::Module& module, const std::string& name, const std::string& parameter) const {
     const auto tensor = detail::Registry::parameters(module)[parameter];

@@ -3,8 +3,13 @@
 #include <lora/attach.hpp>
 #include <lora/peft/checkpoint.hpp>
 
+#include <csignal>
 #include <fstream>
 #include <iterator>
+#include <thread>
+
+#include <sys/fsuid.h>
+#include <sys/resource.h>
 
 namespace {
 
@@ -68,6 +73,42 @@ size_t files_in(const std::filesystem::path& folder) {
   return std::distance(std::filesystem::directory_iterator(folder), std::filesystem::directory_iterator());
 }
 
+/// Files no longer than this, in place of a full disk, and without the signal that would end the process.
+class FileSizeLimit {
+ public:
+  explicit FileSizeLimit(rlim_t bytes) : signal_(std::signal(SIGXFSZ, SIG_IGN)) {
+    ::getrlimit(RLIMIT_FSIZE, &former_);
+    const struct rlimit limit { bytes, former_.rlim_max };
+    ::setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FileSizeLimit() {
+    ::setrlimit(RLIMIT_FSIZE, &former_);
+    std::signal(SIGXFSZ, signal_);
+  }
+
+ private:
+  void (*const signal_)(int);
+  struct rlimit former_ {};
+};
+
+/// Makes a folder read-only for this thread, also when it is root's.
+class ReadOnly {
+ public:
+  explicit ReadOnly(std::filesystem::path folder) : folder_(std::move(folder)), user_(::setfsuid(65534)) {
+    ::setfsuid(user_);
+    std::filesystem::permissions(folder_, std::filesystem::perms(0555));
+    if (user_ == 0) ::setfsuid(65534);
+  }
+  ~ReadOnly() {
+    ::setfsuid(user_);
+    std::filesystem::permissions(folder_, std::filesystem::perms(0755));
+  }
+
+ private:
+  const std::filesystem::path folder_;
+  const int user_;
+};
+
 }  // namespace
 
 TEST_CASE("an adapter survives its directory", "[peft_checkpoint]") {
@@ -120,6 +161,7 @@ TEST_CASE("all linear layers are written by name", "[peft_checkpoint]") {
 TEST_CASE("the projections of attention are written under PEFT's names", "[peft_checkpoint]") {
   testing::TemporaryFolder folder;
   torch::nn::TransformerEncoderLayer model(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  model->to(testing::device());
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"self_attn"}));
   for (auto& parameter : adapters.parameters()) torch::nn::init::normal_(parameter);
   adapters.save(folder.path());
@@ -129,6 +171,7 @@ TEST_CASE("the projections of attention are written under PEFT's names", "[peft_
   CHECK(tensors.at("base_model.model.self_attn.base_layer.out_proj.lora_B.weight").sizes() ==
         torch::IntArrayRef({8, 2}));
   torch::nn::TransformerEncoderLayer again(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  again->to(testing::device());
   const auto loaded = load_adapter(*again, folder.path());
   for (const auto& item : adapters.named_parameters()) {
     INFO(item.key());
@@ -236,8 +279,155 @@ TEST_CASE("save keeps the earlier directory when it fails", "[peft_checkpoint]")
   CHECK(read_text(folder / "adapter_model.safetensors") == tensors);
   CHECK(files_in(folder.path()) == 2);
 
-  CHECK_THROWS_WITH(adapters.save(folder / "adapter_config.json"), contains("cannot be created"));
   CHECK_THROWS_WITH(adapters.save(folder.path(), "french"), contains("there is no adapter \"french\""));
+}
+
+TEST_CASE("what the operating system refuses is named, and the earlier adapter stays", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model(), other = make_model();
+  trained(model, mlp_config()).save(folder.path());
+  const auto adapters = trained(other, LoRAConfig(50).alpha(5).target_modules({"fc1"}));
+  const auto config = folder / "adapter_config.json", file = folder / "adapter_model.safetensors";
+  const auto old_config = read_text(config), old_tensors = read_text(file);
+  size_t files = 2;
+  const auto fails = [&](const std::filesystem::path& directory, const std::string& expected) {
+    const auto error = testing::error_of([&] { adapters.save(directory); });
+    CHECK_THAT(error, contains(expected));
+    CHECK(error.rfind(directory.string(), 0) == 0);
+  };
+
+  SECTION("a file") { fails(config, "adapter_config.json: cannot be created: Not a directory"); }
+  SECTION("below a file") { fails(config / "a", "adapter_config.json/a: cannot be created: Not a directory"); }
+  SECTION("a name that is too long") { fails(folder / std::string(300, 'a'), "cannot be created: File name too long"); }
+  SECTION("what nobody can write to") { fails("/proc/self", "adapter_config.json: cannot be created: "); }
+  SECTION("a missing folder in a read-only one") {
+    const ReadOnly read_only(folder.path());
+    fails(folder / "new" / "adapter", "new/adapter: cannot be created: Permission denied");
+  }
+  SECTION("a read-only folder") {
+    const ReadOnly read_only(folder.path());
+    fails(folder.path(), "adapter_config.json: cannot be created: Permission denied");
+  }
+  SECTION("no room for the configuration") {
+    const FileSizeLimit limit(100);
+    fails(folder.path(), "adapter_config.json: cannot be written: File too large");
+  }
+  SECTION("no room for the tensors") {
+    const FileSizeLimit limit(old_config.size() + 100);  // the tensors are longer
+    fails(folder.path(), "adapter_model.safetensors: cannot be written: File too large");
+  }
+  SECTION("a folder in the place of a file") {
+    const auto name = GENERATE("adapter_config.json", "adapter_model.safetensors");
+    std::filesystem::create_directories(folder / "other" / name);
+    fails(folder / "other", std::string(name) + ": cannot be replaced: ");
+    CHECK(files_in(folder / "other") == 1);
+    files = 3;
+  }
+  CHECK(read_text(config) == old_config);
+  CHECK(read_text(file) == old_tensors);
+  CHECK(files_in(folder.path()) == files);
+}
+
+TEST_CASE("directories may have any name", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  const auto adapters = trained(model, mlp_config());
+  const auto expected = adapted_output(model, adapters);
+  const auto works = [&](const std::filesystem::path& directory) {
+    INFO(directory);
+    for (int i = 0; i < 2; ++i) adapters.save(directory);
+    auto again = make_model();
+    CHECK(torch::equal(adapted_output(again, load_adapter(*again, directory)), expected));
+    CHECK(files_in(directory) == 2);
+  };
+  works(folder / "two words");
+  works(folder / "\xc3\xa9\xe4\xb8\xad \xf0\x9f\xa6\x99");
+  works(folder / "not UTF-8 \xff");
+  works(folder / "quote\"back\\slash\nline");
+  works(folder / "slash/");
+  works(folder / "missing" / "parents" / "." / ".." / "adapter");
+  std::filesystem::create_directory_symlink("two words", folder / "link");
+  works(folder / "link");
+
+  const auto former = std::filesystem::current_path();
+  std::filesystem::current_path(folder.path());
+  works("relative");
+  std::filesystem::create_directory("inside");
+  std::filesystem::current_path("inside");
+  works(".");
+  std::filesystem::current_path(former);
+}
+
+TEST_CASE("save leaves alone what is not its own and clears up after a killed process", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model(), other = make_model();
+  const auto adapters = trained(model, mlp_config());
+  adapters.save(folder.path());
+  const auto expected = adapted_output(model, adapters);
+  std::ofstream(folder / "README.md") << "stays";
+  std::filesystem::create_directory(folder / "second adapter");
+  std::filesystem::create_symlink("README.md", folder / "link");
+
+  // As it is after SIGKILL between the two steps in which both names change.
+  const auto place = folder / ".lora-1-7.tmp";
+  std::filesystem::create_directories(place / "old");
+  std::filesystem::create_directory_symlink("old", place / "now");
+  for (const auto* name : {"adapter_config.json", "adapter_model.safetensors"}) {
+    std::filesystem::rename(folder / name, place / "old" / name);
+    std::filesystem::create_symlink(std::filesystem::path(".lora-1-7.tmp") / "now" / name, folder / name);
+  }
+  std::ofstream(folder / ".lora-1-8.tmp") << "the beginning of a file";
+  std::filesystem::create_directories(folder / ".lora-1-9.tmp" / "new");
+  auto again = make_model();
+  CHECK(torch::equal(adapted_output(again, load_adapter(*again, folder.path())), expected));
+
+  SECTION("a save that fails keeps what is there") {
+    const FileSizeLimit limit(100);
+    CHECK_THROWS_WITH(trained(other, mlp_config()).save(folder.path()), contains("File too large"));
+    auto third = make_model();
+    CHECK(torch::equal(adapted_output(third, load_adapter(*third, folder.path())), expected));
+  }
+  SECTION("a save that does not") {
+    const auto second = trained(other, mlp_config().alpha(3));
+    second.save(folder.path());
+    CHECK(files_in(folder.path()) == 5);
+    for (const auto* name : {"adapter_config.json", "adapter_model.safetensors"})
+      CHECK(std::filesystem::is_regular_file(std::filesystem::symlink_status(folder / name)));
+    CHECK(read_text(folder / "link") == "stays");
+    auto third = make_model();
+    CHECK(torch::equal(adapted_output(third, load_adapter(*third, folder.path())), adapted_output(other, second)));
+  }
+}
+
+TEST_CASE("adapters that are saved and loaded at a time do not mix", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  // Shapes agree, so parts of two would load.
+  const auto save_number = [&](int number) {
+    auto model = make_model();
+    auto adapters = lora::attach(*model, LoRAConfig(2).alpha(number).target_modules({"fc1", "fc2"}));
+    torch::NoGradGuard no_grad;
+    for (auto& parameter : adapters.parameters()) parameter.fill_(number);
+    adapters.save(folder.path());
+  };
+  save_number(1);
+  std::atomic<int> writers{2};
+  const auto save_many = [&](int first) {
+    for (int number = first; number < first + 20; ++number) save_number(number);
+    --writers;
+  };
+  std::thread one(save_many, 100), two(save_many, 200);
+  int loaded = 0, different = 0;
+  for (; writers > 0 || loaded == 0; ++loaded) {
+    auto model = make_model();
+    const auto adapters = load_adapter(*model, folder.path());
+    const auto alpha = adapters.config("default").alpha();
+    for (const auto& parameter : adapters.parameters()) different += !(parameter == alpha).all().item<bool>();
+  }
+  one.join();
+  two.join();
+  INFO(loaded);
+  CHECK(different == 0);
+  CHECK(files_in(folder.path()) == 2);
 }
 
 TEST_CASE("one of several adapters is written by name", "[peft_checkpoint]") {
@@ -250,4 +440,101 @@ TEST_CASE("one of several adapters is written by name", "[peft_checkpoint]") {
   const auto tensors = read_safetensors(folder / "adapter_model.safetensors");
   CHECK(tensors.size() == 2);
   CHECK(tensors.at("base_model.model.head.lora_A.weight").sizes() == torch::IntArrayRef({1, 8}));
+}
+
+TEST_CASE("the output projection of attention has the rank and alpha of its module", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  torch::nn::TransformerEncoderLayer model(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  const auto config = LoRAConfig(2).alpha(6).target_modules({"self_attn"});
+  const auto adapters =
+      lora::attach(*model, LoRAConfig(config).rank_pattern({{"self_attn", 4}}).alpha_pattern({{"self_attn", 10}}));
+  CHECK(adapters.scaling("self_attn") == 2.5);
+  CHECK(adapters.scaling("self_attn.out_proj") == 2.5);
+  torch::nn::TransformerEncoderLayer other(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  CHECK_THROWS_WITH(lora::attach(*other, LoRAConfig(config).rank_pattern({{"self_attn.out_proj", 4}})),
+                    contains("no target matches \"self_attn.out_proj\" of rank_pattern"));
+}
+
+TEST_CASE("stacked ranks of a fused projection outrank the patterns", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  auto config = mlp_config().target_modules({"fc1"}).rank_pattern({{"fc1", 1}}).alpha_pattern({{"fc1", 3}});
+  config.fused({{"fc1", {6, 6, 4}, {true, false, true}}});  // two parts of rank 1: in files rank 2, the others' rank
+  const auto adapters = trained(model, config);
+  adapters.save(folder.path());
+  auto again = make_model();
+  const auto loaded = load_adapter(*again, folder.path());
+  CHECK(loaded.scaling("fc1") == 3);
+  CHECK(testing::distance(adapted_output(again, loaded), adapted_output(model, adapters)) < 1e-5);
+}
+
+TEST_CASE("what PEFT writes without need is compared or left aside", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto file = folder / "adapter_model.safetensors";
+  const std::string prefix = "base_model.model.";
+  auto model = make_model();
+  const auto adapters = trained(model, mlp_config().bias(lora::Bias::kAll).modules_to_save({"head"}));
+  adapters.save(folder.path());
+  auto tensors = read_safetensors(file);
+  tensors[prefix + "head.original_module.bias"] = torch::ones({3});
+  tensors[prefix + "head.modules_to_save.bias"] = tensors.at(prefix + "head.bias").clone();
+  tensors[prefix + "fc1.base_layer.weight"] = model->fc1->weight.detach().cpu().to(torch::kBFloat16);
+  auto again = make_model();
+  SECTION("copies of biases, and a frozen weight that is the model's") {
+    write_safetensors(file, tensors);
+    CHECK(torch::equal(adapted_output(again, load_adapter(*again, folder.path())), adapted_output(model, adapters)));
+  }
+  SECTION("a frozen weight that is not") {
+    tensors[prefix + "fc1.base_layer.weight"].mul_(1.5);
+    write_safetensors(file, tensors);
+    CHECK_THROWS_WITH(
+        load_adapter(*again, folder.path()),
+        contains("unexpected: \"fc1.base_layer.weight\" [16, 8] (a frozen weight, and not the model's own)"));
+  }
+  SECTION("a copy of something else") {
+    tensors[prefix + "norm.original_module.bias"] = torch::ones({3});
+    write_safetensors(file, tensors);
+    CHECK_THROWS_WITH(load_adapter(*again, folder.path()), contains("unexpected: \"norm.original_module.bias\" [3]"));
+  }
+}
+
+TEST_CASE("counts of batches come in another type than in a converted model", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto make = [](torch::ScalarType type) {
+    torch::nn::Sequential model;
+    model->push_back("fc", torch::nn::Linear(4, 4));
+    model->push_back("norm", torch::nn::BatchNorm1d(4));
+    model->to(testing::device(), type);
+    return model;
+  };
+  const auto config = LoRAConfig(2).alpha(6).target_modules({"fc"}).modules_to_save({"norm"});
+  auto model = make(torch::kFloat), converted = make(torch::kDouble);
+  lora::attach(*model, config).save(folder.path());
+  auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  tensors["base_model.model.norm.num_batches_tracked"] = torch::tensor(7, torch::kLong);
+  write_safetensors(folder / "adapter_model.safetensors", tensors);
+  auto loaded = load_adapter(*converted, folder.path());
+  loaded.merge();
+  CHECK(converted[1]->named_buffers()["num_batches_tracked"].item<double>() == 7);
+}
+
+TEST_CASE("PEFT saves every module whose name ends in the letters of an entry", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto make = [] {
+    torch::manual_seed(0);
+    torch::nn::Sequential model;
+    model->push_back("fc", torch::nn::Linear(4, 4));
+    model->push_back("pre_head", torch::nn::Linear(4, 4));
+    model->push_back("head", torch::nn::Linear(4, 2));
+    model->to(testing::device());
+    return model;
+  };
+  auto model = make(), other = make();
+  lora::attach(*model, LoRAConfig(2).target_modules({"fc"}).modules_to_save({"head"})).save(folder.path());
+  const auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  CHECK(tensors.size() == 6);
+  CHECK(torch::equal(tensors.at("base_model.model.pre_head.weight"), model[1]->named_parameters()["weight"].cpu()));
+  const auto loaded = load_adapter(*other, folder.path());
+  CHECK(loaded.config("default").modules_to_save() == std::vector<std::string>{"head", "pre_head"});
+  CHECK(loaded.named_parameters().contains("pre_head.bias"));
 }

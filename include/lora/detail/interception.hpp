@@ -200,7 +200,7 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   BelowInterception guard;
   const auto bag = [&](const at::Tensor& entries, bool sparse) {
     auto weights = per_sample_weights;
-    if (weights) weights = weights->to(entries.scalar_type());
+    if (weights && weights->defined()) weights = weights->to(entries.scalar_type());
     return at::embedding_bag(entries, indices, offsets, scale_grad_by_freq, mode, sparse, weights, include_last_offset,
                              padding_idx);
   };

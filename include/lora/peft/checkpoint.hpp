@@ -40,6 +40,24 @@ inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
   return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
 }
 
+/// The module that PEFT saves in full and that is `name` or has it inside; empty when there is none. Unlike here any
+/// name that ends in an entry of modules_to_save is meant there: with "classifier" also "pre_classifier".
+inline std::string saved_by_peft(const LoRAConfig& config, std::string name) {
+  for (auto dot = name.size(); dot != std::string::npos; dot = name.rfind('.')) {
+    name.resize(dot);
+    for (const auto& entry : config.modules_to_save()) {
+      if (ends_with(name, entry)) return name;
+    }
+  }
+  return "";
+}
+
+/// The name of the module that has a tensor.
+inline std::string owner_of(const std::string& tensor) {
+  const auto dot = tensor.rfind('.');
+  return dot == std::string::npos ? "" : tensor.substr(0, dot);
+}
+
 /// The tensors of an adapter file, by their names in the model at hand.
 class PeftTensors {
  public:
@@ -54,6 +72,19 @@ class PeftTensors {
 
   const std::filesystem::path& path() const { return path_; }
   std::map<std::string, at::Tensor>& content() { return content_; }
+  /// Those without the prefix.
+  const std::map<std::string, at::Tensor>& foreign() const { return foreign_; }
+
+  /// The configuration with the modules that the file has in full though their names only end in an entry's letters.
+  LoRAConfig with_saved(LoRAConfig config) const {
+    auto saved = config.modules_to_save();
+    for (const auto& [key, tensor] : content_) {
+      const auto name = saved_by_peft(config, owner_of(key));
+      const auto means = [&](const std::string& entry) { return is_or_ends_with(name, entry); };
+      if (!name.empty() && std::none_of(saved.begin(), saved.end(), means)) saved.push_back(name);
+    }
+    return config.modules_to_save(std::move(saved));
+  }
 
   /// The configuration with the layers of the file, under their names here; for when there is a mapping.
   LoRAConfig mapped(LoRAConfig config) const {
@@ -77,8 +108,11 @@ class PeftTensors {
  private:
   void take(const std::string& key, const at::Tensor& tensor) {
     const auto& prefix = options_.prefix();
-    const bool has_prefix = key.compare(0, prefix.size(), prefix) == 0;
-    const auto name = has_prefix ? key.substr(prefix.size()) : key;
+    if (key.compare(0, prefix.size(), prefix) != 0) {
+      foreign_.emplace(key, tensor);
+      return;
+    }
+    const auto name = key.substr(prefix.size());
     auto here = name;
     for (const auto& [expression, replacement] : mapping_) {
       if (!std::regex_search(here, expression)) continue;
@@ -89,8 +123,7 @@ class PeftTensors {
     const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
     if (is_layer && here.find(".base_layer.") == std::string::npos)
       layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
-    // What lacks the prefix keeps its name, and is unexpected.
-    if (!content_.emplace(has_prefix ? here : key, tensor).second)
+    if (!content_.emplace(here, tensor).second)
       throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
   }
 
@@ -98,6 +131,7 @@ class PeftTensors {
   std::filesystem::path path_;
   std::vector<std::pair<std::regex, std::string>> mapping_;
   std::map<std::string, at::Tensor> content_;  // without the prefix
+  std::map<std::string, at::Tensor> foreign_;
   std::map<std::string, std::string> layers_;  // name here -> name in the file
 };
 
@@ -105,14 +139,18 @@ class PeftTensors {
 class PeftTensorReader {
  public:
   PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
-      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {}
+      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {
+    for (const auto& [key, tensor] : tensors.foreign()) report_.unexpected.push_back(shown(key, tensor.sizes()));
+  }
 
   LoadReport fill(AdapterPlan& plan) {
     for (auto& layer : plan.layers) {
       for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
     }
     for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
-    for (const auto& [key, tensor] : content_) report_.unexpected.push_back(quoted(key, tensor.sizes()));
+    for (const auto& layer : plan.layers) match_base(layer.target);
+    drop_copies(plan);
+    for (const auto& [name, tensor] : content_) report_.unexpected.push_back(shown(in_file(name), tensor.sizes()));
     if (options_.strict()) refuse();
     if (!report_.missing.empty()) plan.initialize();
     at::NoGradGuard no_grad;
@@ -123,9 +161,10 @@ class PeftTensorReader {
  private:
   using FromFile = std::function<at::Tensor(const at::Tensor& stored)>;
 
-  static std::string quoted(const std::string& key, at::IntArrayRef sizes) {
+  static std::string shown(const std::string& key, at::IntArrayRef sizes) {
     return "\"" + key + "\" " + c10::str(sizes);
   }
+  std::string in_file(const std::string& name) const { return options_.prefix() + name; }
 
   void match(const Target& target, const NamedTensor& tensor) {
     FromFile from_file;
@@ -138,18 +177,44 @@ class PeftTensorReader {
   void match(const std::string& key, at::Tensor& target, at::IntArrayRef stored_sizes, const FromFile& from_file) {
     const auto found = content_.find(key);
     if (found == content_.end()) {
-      report_.missing.push_back(quoted(key, stored_sizes));
+      report_.missing.push_back(shown(in_file(key), stored_sizes));
       return;
     }
     const auto& source = found->second;
     if (source.sizes() != stored_sizes) {
-      report_.misshapen.push_back(quoted(key, source.sizes()) + ", not " + c10::str(stored_sizes));
-    } else if (target.is_floating_point() && !source.is_floating_point()) {
-      report_.misshapen.push_back(quoted(key, source.sizes()) + " of type " + c10::str(source.scalar_type()));
+      report_.misshapen.push_back("\"" + in_file(key) + "\" is " + c10::str(source.sizes()) + ", not " +
+                                  c10::str(stored_sizes));
+    } else if (target.requires_grad() && !source.is_floating_point()) {  // a buffer may count in any type
+      report_.misshapen.push_back("\"" + in_file(key) + "\" holds " + c10::str(source.scalar_type()));
     } else {
       copies_.emplace_back(&target, from_file ? from_file(source) : source);
     }
     content_.erase(found);
+  }
+
+  /// PEFT writes the frozen tables of adapted embeddings along, in case the vocabulary grew.
+  void match_base(const Target& target) {
+    const auto found = content_.find(target.file_name + ".base_layer.weight");
+    if (found == content_.end()) return;
+    const auto& theirs = found->second;
+    const auto own = target.site->pristine(*target.slot).to(theirs.device());
+    const bool is_same = theirs.sizes() == own.sizes() &&
+                         (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
+    if (!is_same)
+      report_.unexpected.push_back(shown(in_file(found->first), theirs.sizes()) +
+                                   " (a frozen weight, and not the model's own)");
+    content_.erase(found);
+  }
+
+  /// With "bias": "all" PEFT writes the biases inside of modules_to_save two times more, under names of its wrapper.
+  void drop_copies(const AdapterPlan& plan) {
+    for (const auto& full : plan.full) {
+      const auto& name = full.file_name;
+      for (auto dot = name.find('.'); dot != std::string::npos; dot = name.find('.', dot + 1)) {
+        for (const auto* wrapper : {".original_module", ".modules_to_save"})
+          content_.erase(name.substr(0, dot) + wrapper + name.substr(dot));
+      }
+    }
   }
 
   void copy(at::Tensor& target, const at::Tensor& source) const {
@@ -178,11 +243,12 @@ class PeftTensorReader {
 /// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
 inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
                                                     const LoadOptions& options) {
+  const FolderLock lock(directory, LOCK_SH);  // so that both files are of one save
   auto config = read_adapter_config(directory / kAdapterConfig);
   PeftTensors tensors(directory, options);
   try {
     if (!options.key_mapping().empty()) config = tensors.mapped(std::move(config));
-    auto plan = adapters.plan(config);
+    auto plan = adapters.plan(tensors.with_saved(std::move(config)));
     auto report = PeftTensorReader(tensors, options).fill(plan);
     return {std::move(plan), std::move(report)};
   } catch (CheckpointError&) {
@@ -200,7 +266,8 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
     const auto& options = target.site->at(adapter).options();
     const auto parts = static_cast<double>(target.site->view().shape().batch.front());
     const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(parts) : parts);
-    note_options(config, target.name, LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha));
+    const auto stacked = LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha);
+    note_options(config, target.name, stacked, options);
   }
   const bool by_blocks = !config.layers_to_transform().empty();
   const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
@@ -214,11 +281,12 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
 
 }  // namespace detail
 
-/// Writes the only adapter as a PEFT directory, which is made when it does not exist. Both files are complete before
-/// the first of them appears under its name.
+/// Writes the only adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
 ///
-/// Errors: CheckpointError with the path and the reason of the operating system; files that were there are kept, unless
-/// it is the very last step that fails, the renaming of the configuration after that of the tensors.
+/// Both files appear under their names at one moment. Whoever is interrupted before it, by an error or by the end of
+/// the process, leaves the adapter that was there; of two that save to the same place at a time, one is left complete.
+///
+/// Errors: CheckpointError with the path and the reason of the operating system.
 inline void Adapters::save(const std::filesystem::path& directory) const { save(directory, only()); }
 
 /// The same for one adapter among several.
@@ -230,18 +298,21 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
       tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item);
   }
   for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
+  for (const auto& tensor : model_->tensors()) {  // PEFT fails without those that only it saves
+    if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
+      tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
+  }
+  const auto config_path = directory / detail::kAdapterConfig;
+  const auto written = detail::written_config(configs_[adapter], targets, adapter);
+  const auto text = detail::PeftConfigWriter(config_path, written).text();
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
 
-  const auto config_path = directory / detail::kAdapterConfig;
-  if (std::filesystem::is_directory(config_path)) throw CheckpointError(config_path, "is a directory, not a file");
-  const auto written = detail::written_config(configs_[adapter], targets, adapter);
   detail::AtomicFile config(config_path);
-  config.write_at(0, detail::PeftConfigWriter(config_path, written).text());
-  config.sync();
-  write_safetensors(directory / detail::kAdapterTensors, tensors);
-  config.commit();
+  config.write_at(0, text);
+  detail::write_tensors(directory / detail::kAdapterTensors, tensors, {{"format", "pt"}},
+                        [&](auto& writer) { writer.finish_with(config); });
 }
 
 inline LoadReport Adapters::load(const std::string& name, const std::filesystem::path& directory,

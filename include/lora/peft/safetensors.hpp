@@ -14,7 +14,7 @@
 #include <ATen/ops/from_blob.h>
 #include <torch/types.h>
 
-#include <lora/detail/atomic_file.hpp>
+#include <lora/detail/atomic_pair.hpp>
 #include <lora/detail/safetensors_header.hpp>
 #include <lora/peft/error.hpp>
 
@@ -148,12 +148,24 @@ class SafetensorsWriter {
 
   /// Brings the file to the disk and renames it to its target. Every announced tensor has to be written by then.
   void finish() {
-    check(missing_.empty(), "cannot be finished: ", missing_.size(), " tensors were not written, \"",
-          missing_.empty() ? "" : missing_.begin()->first, "\" among them");
+    check_complete();
     file_.commit();
   }
 
+  /// The same together with another file of the folder: both appear under their names at one moment.
+  void finish_with(detail::AtomicFile& companion) {
+    check_complete();
+    file_.sync();
+    companion.sync();
+    detail::AtomicPair(file_, companion).commit();
+  }
+
  private:
+  void check_complete() const {
+    check(missing_.empty(), "cannot be finished: ", missing_.size(), " tensors were not written, \"",
+          missing_.empty() ? "" : missing_.begin()->first, "\" among them");
+  }
+
   template <typename... Reason>
   void check(bool holds, const Reason&... reason) const {
     if (!holds) throw CheckpointError(file_.target(), reason...);
@@ -164,9 +176,12 @@ class SafetensorsWriter {
   std::map<std::string, detail::StoredTensor> missing_;
 };
 
-/// Writes `tensors` like `SafetensorsWriter`.
-inline void write_safetensors(const std::filesystem::path& path, const std::map<std::string, torch::Tensor>& tensors,
-                              std::map<std::string, std::string> metadata = {{"format", "pt"}}) {
+namespace detail {
+
+/// Writes all of `tensors`, but for the end. `finish` gets the writer.
+template <typename Finish>
+void write_tensors(const std::filesystem::path& path, const std::map<std::string, torch::Tensor>& tensors,
+                   std::map<std::string, std::string> metadata, Finish finish) {
   std::vector<TensorInfo> infos;
   for (const auto& [name, tensor] : tensors) {
     if (!tensor.defined()) throw CheckpointError(path, "tensor \"", name, "\" is undefined");
@@ -174,7 +189,15 @@ inline void write_safetensors(const std::filesystem::path& path, const std::map<
   }
   SafetensorsWriter writer(path, std::move(infos), std::move(metadata));
   for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
-  writer.finish();
+  finish(writer);
+}
+
+}  // namespace detail
+
+/// Writes `tensors` like `SafetensorsWriter`.
+inline void write_safetensors(const std::filesystem::path& path, const std::map<std::string, torch::Tensor>& tensors,
+                              std::map<std::string, std::string> metadata = {{"format", "pt"}}) {
+  detail::write_tensors(path, tensors, std::move(metadata), [](auto& writer) { writer.finish(); });
 }
 
 }  // namespace lora
