@@ -36,26 +36,26 @@ class JsonRules {
   std::vector<std::set<std::string>> keys_;  // of the objects that are open
 };
 
-/// Parses `text`, which stands in the file `path`. Errors: CheckpointError, with the place of a syntax error.
-/// Json is nlohmann::json, whose objects are sorted and quick to search, or nlohmann::ordered_json, which keeps the
-/// order.
-template <class Json = nlohmann::json>
-Json parse_json(const std::filesystem::path& path, std::string_view text) {
+/// Parses `text`, which stands in the file `path`; `rules` sees every event of the parser. Errors: CheckpointError,
+/// with the place of a syntax error.
+template <class Json, class Rules>
+Json parse_json(const std::filesystem::path& path, std::string_view text, Rules rules) {
   // The parser takes a zero byte for the end of the text and would not see what follows it.
   if (text.find('\0') != text.npos) throw CheckpointError(path, "is not valid JSON: it contains a zero byte");
   try {
-    return Json::parse(text, JsonRules<Json>(path));
+    return Json::parse(text, rules);
   } catch (const nlohmann::json::exception& error) {  // a syntax error, or a number that fits no type
     const std::string what = error.what();            // "[json.exception.parse_error.101] parse error at ..."
     throw CheckpointError(path, "is not valid JSON: ", what.substr(what.find(' ') + 1));
   }
 }
 
-/// Reads a whole JSON file.
+/// Reads a whole JSON file, in which no key may appear twice. Json is nlohmann::json, whose objects are sorted and
+/// quick to search, or nlohmann::ordered_json, which keeps the order.
 template <class Json = nlohmann::json>
 Json read_json(const std::filesystem::path& path) {
   const MappedFile file(path);
-  return parse_json<Json>(path, file.text());
+  return parse_json<Json>(path, file.text(), JsonRules<Json>(path));
 }
 
 }  // namespace lora::detail

@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -34,7 +37,7 @@ struct SafetensorsType {
   int64_t values_per_element = 1;
 };
 
-/// The types of the format in its own order, in which a writer sorts; F6_E2M3 and F6_E3M2 are not in LibTorch.
+/// The types of the format in its own order, in which a writer sorts.
 inline constexpr std::array<SafetensorsType, 20> kSafetensorsTypes = {{
     {"BOOL", at::kBool},
     {"F4", at::ScalarType::Float4_e2m1fn_x2, 2},
@@ -57,6 +60,9 @@ inline constexpr std::array<SafetensorsType, 20> kSafetensorsTypes = {{
     {"I64", at::kLong},
     {"U64", at::kUInt64},
 }};
+
+/// Types of the format that LibTorch does not have.
+inline constexpr std::array<std::string_view, 2> kSafetensorsOtherTypes = {"F6_E2M3", "F6_E3M2"};
 
 /// The entry of kSafetensorsTypes for which `matches` holds, or null.
 template <typename Predicate>
@@ -81,18 +87,142 @@ struct SafetensorsHeader {
 inline constexpr int64_t kSafetensorsLengthBytes = 8;
 inline constexpr uint64_t kSafetensorsMaxHeader = 100'000'000;
 
-/// The bytes of a tensor; false when they cannot be counted in 63 bits. An empty dimension counts as one here, because
-/// the strides of the others have to be countable too.
+/// The bytes of a tensor; false for a shape that cannot be: neither the number of its values nor its strides may
+/// overflow. An empty tensor has strides too, those of one with 1 in the place of each 0.
 inline bool count_bytes(const TensorInfo& info, int64_t& bytes) {
-  int64_t with_empty = static_cast<int64_t>(c10::elementSize(info.dtype));
-  bool empty = false;
-  for (const auto size : info.shape) {
-    empty = empty || size == 0;
-    if (size < 0 || __builtin_mul_overflow(with_empty, std::max<int64_t>(size, 1), &with_empty)) return false;
+  const auto& shape = info.shape;
+  uint64_t values = 1;
+  for (const auto size : shape) {
+    if (size < 0 || __builtin_mul_overflow(values, size, &values)) return false;
   }
-  bytes = empty ? 0 : with_empty;
-  return true;
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i > 1; --i) {
+    if (__builtin_mul_overflow(stride, std::max<int64_t>(shape[i - 1], 1), &stride)) return false;
+  }
+  return !__builtin_mul_overflow(values, c10::elementSize(info.dtype), &bytes);
 }
+
+/// What the header says of one tensor, before it is clear whether it makes sense.
+struct SafetensorsEntry {
+  std::string dtype;
+  std::vector<uint64_t> shape;
+  uint64_t begin, end;
+};
+
+/// Takes the entries of a header one by one while it is parsed; every rule of the format that one of them breaks is a
+/// CheckpointError.
+///
+/// What is valid is decided by the Python package, and not by the description of the format where that is stricter:
+/// white space may come first, __metadata__ may be null, of several tensors with one name the last one counts, other
+/// fields are allowed, an entry may be a list of dtype, shape and data_offsets, and a dtype an object.
+class SafetensorsEntryReader {
+ public:
+  using Json = nlohmann::json;
+
+  explicit SafetensorsEntryReader(const std::filesystem::path& path) : path_(path) {}
+
+  std::map<std::string, SafetensorsEntry> entries;
+  std::map<std::string, std::string> metadata;
+
+  /// One event of the parser. False forgets the value, which is not needed any more.
+  bool operator()(int depth, Json::parse_event_t event, const Json& value) {
+    using Event = Json::parse_event_t;
+    const bool is_start = event == Event::object_start || event == Event::array_start;
+    check(!is_start || depth < kMaxDepth, "JSON nested more than ", kMaxDepth, " deep");
+    if (event == Event::key) see_key(depth, value.get_ref<const std::string&>());
+    const bool is_entry = depth == 1 && !is_start && event != Event::key;
+    if (is_entry) take(value);
+    return !is_entry;
+  }
+
+ private:
+  static constexpr int kMaxDepth = 127;
+  static constexpr std::array<const char*, 3> kFields = {"dtype", "shape", "data_offsets"};
+
+  template <typename... Reason>
+  void check(bool holds, const Reason&... reason) const {
+    if (!holds) throw CheckpointError(path_, reason...);
+  }
+
+  /// Refuses keys that come twice where one of them would have to be ignored.
+  void see_key(int depth, const std::string& key) {
+    if (depth == 1) {
+      name_ = key;
+      field_ = kFields[0];  // that of the first object in a list
+      fields_.clear();
+      check(key != "__metadata__" || !std::exchange(has_metadata_, true), "__metadata__ appears twice");
+    }
+    if (depth == 2) field_ = key;
+    const bool is_field = depth == 2 && std::find(kFields.begin(), kFields.end(), key) != kFields.end();
+    const bool is_type = depth == 3 && field_ == kFields[0];
+    if (name_ == "__metadata__" || (!is_field && !is_type)) return;
+    check(fields_.insert(key).second, "tensor \"", name_, "\": the key \"", key, "\" appears twice");
+  }
+
+  void take(const Json& value) {
+    if (name_ == "__metadata__") {
+      read_metadata(value);
+    } else {
+      entries.insert_or_assign(name_, read_entry(value));
+    }
+  }
+
+  void read_metadata(const Json& value) {
+    if (value.is_null()) return;
+    check(value.is_object(), "__metadata__ has to be an object, but is ", value.type_name());
+    for (const auto& [key, text] : value.items()) {
+      check(text.is_string(), "__metadata__ has to hold strings, but \"", key, "\" is ", text.type_name());
+      metadata[key] = text.get<std::string>();
+    }
+  }
+
+  SafetensorsEntry read_entry(const Json& entry) const {
+    check(entry.is_object() || entry.is_array(), "tensor \"", name_, "\" has to be an object, but is ",
+          entry.type_name());
+    check(entry.is_object() || entry.size() == kFields.size(), "tensor \"", name_, "\" has to be a list of ",
+          kFields.size(), ", but is one of ", entry.size());
+    const auto offsets = read_numbers(entry, 2);
+    check(offsets.size() == 2, "tensor \"", name_, "\": data_offsets has to hold 2 numbers, but holds ",
+          offsets.size());
+    return {read_type(entry), read_numbers(entry, 1), offsets[0], offsets[1]};
+  }
+
+  const Json& field(const Json& entry, size_t number) const {
+    if (entry.is_array()) return entry[number];
+    const auto found = entry.find(kFields[number]);
+    check(found != entry.end(), "tensor \"", name_, "\" has no ", kFields[number]);
+    return *found;
+  }
+
+  /// "F32", or {"F32": null}.
+  std::string read_type(const Json& entry) const {
+    const auto& dtype = field(entry, 0);
+    const bool is_wrapped = dtype.is_object() && dtype.size() == 1 && dtype.front().is_null();
+    check(dtype.is_string() || is_wrapped, "tensor \"", name_, "\": dtype has to be a string, but is ",
+          dtype.type_name());
+    const auto name = is_wrapped ? dtype.begin().key() : dtype.get<std::string>();
+    const auto& others = kSafetensorsOtherTypes;
+    const bool is_known = find_safetensors_type([&](const auto& type) { return name == type.name; }) != nullptr ||
+                          std::find(others.begin(), others.end(), name) != others.end();
+    check(is_known, "tensor \"", name_, "\" has the unknown dtype ", dtype.dump());
+    return name;
+  }
+
+  std::vector<uint64_t> read_numbers(const Json& entry, size_t number) const {
+    const auto& list = field(entry, number);
+    const auto is_number = [](const auto& item) { return item.is_number_unsigned(); };
+    if (!list.is_array() || !std::all_of(list.begin(), list.end(), is_number))
+      throw CheckpointError(path_, "tensor \"", name_, "\": ", kFields[number],
+                            " has to be a list of numbers from 0 to 2^64 - 1, but is ", list.dump().substr(0, 80));
+    return list.get<std::vector<uint64_t>>();
+  }
+
+  const std::filesystem::path& path_;
+  std::string name_;              // of the entry that is being parsed
+  std::string field_;             // that is being parsed in it
+  std::set<std::string> fields_;  // those that may come once, and did
+  bool has_metadata_ = false;
+};
 
 /// Reads the header of one file; every rule of the format that it breaks is a CheckpointError.
 class SafetensorsHeaderReader {
@@ -104,8 +234,12 @@ class SafetensorsHeaderReader {
     const auto length = header_length(file);
     data = kSafetensorsLengthBytes + length;
     const auto text = file.substr(kSafetensorsLengthBytes, static_cast<size_t>(length));
-    check(!text.empty() && text.front() == '{', "the header has to start with '{'");
-    auto header = read_entries(parse_json(path_, text));
+    const auto first = text.find_first_not_of(" \t\r\n");
+    check(first != text.npos && text[first] == '{', "the header has to start with '{'");
+    SafetensorsEntryReader reader(path_);
+    parse_json<nlohmann::json>(path_, text, std::ref(reader));
+    SafetensorsHeader header{{}, std::move(reader.metadata)};
+    for (const auto& [name, entry] : reader.entries) header.tensors.push_back(stored_tensor(name, entry));
     check_layout(header.tensors, static_cast<int64_t>(file.size()) - data);
     return header;
   }
@@ -128,74 +262,25 @@ class SafetensorsHeaderReader {
     return static_cast<int64_t>(length);
   }
 
-  SafetensorsHeader read_entries(const nlohmann::json& json) const {
-    SafetensorsHeader header;
-    for (const auto& [name, entry] : json.items()) {
-      if (name == "__metadata__") {
-        header.metadata = read_metadata(entry);
-      } else {
-        header.tensors.push_back(read_tensor(name, entry));
-      }
-    }
-    return header;
-  }
-
-  std::map<std::string, std::string> read_metadata(const nlohmann::json& entry) const {
-    check(entry.is_object(), "__metadata__ has to be an object, but is ", entry.type_name());
-    std::map<std::string, std::string> metadata;
-    for (const auto& [key, value] : entry.items()) {
-      check(value.is_string(), "__metadata__ has to hold strings, but \"", key, "\" is ", value.type_name());
-      metadata[key] = value.get<std::string>();
-    }
-    return metadata;
-  }
-
-  StoredTensor read_tensor(const std::string& name, const nlohmann::json& entry) const {
-    check(entry.is_object(), "tensor \"", name, "\" has to be an object, but is ", entry.type_name());
-    for (const auto* key : {"dtype", "shape", "data_offsets"})
-      check(entry.contains(key), "tensor \"", name, "\" has no ", key);
-    const auto offsets = numbers(name, "data_offsets", entry["data_offsets"]);
-    check(offsets.size() == 2, "tensor \"", name, "\": data_offsets has to hold 2 numbers, but holds ", offsets.size());
-
-    const auto& type = read_type(name, entry["dtype"]);
-    StoredTensor tensor{{name, type.dtype, numbers(name, "shape", entry["shape"])}, offsets[0], offsets[1]};
-    check_size(tensor, type);
-    return tensor;
-  }
-
-  const SafetensorsType& read_type(const std::string& name, const nlohmann::json& dtype) const {
-    check(dtype.is_string(), "tensor \"", name, "\": dtype has to be a string, but is ", dtype.type_name());
-    const auto* type = find_safetensors_type([&](const auto& type) { return dtype == type.name; });
-    check(type != nullptr, "tensor \"", name, "\" has the unknown dtype ", dtype.dump());
-    return *type;
-  }
-
-  std::vector<int64_t> numbers(const std::string& name, const char* key, const nlohmann::json& list) const {
-    const auto is_number = [](const auto& n) {
-      return n.is_number_unsigned() && n.template get<uint64_t>() >> 63 == 0;
-    };
-    if (!list.is_array() || !std::all_of(list.begin(), list.end(), is_number))
-      throw CheckpointError(path_, "tensor \"", name, "\": ", key,
-                            " has to be a list of numbers from 0 to 2^63 - 1, but is ", list.dump().substr(0, 80));
-    return list.get<std::vector<int64_t>>();
-  }
-
   /// Checks that offsets, shape and type agree, and turns a shape in values into one in elements.
-  void check_size(StoredTensor& tensor, const SafetensorsType& type) const {
-    auto& [name, dtype, shape] = tensor.info;
-    const auto stored_shape = shape;
-    if (type.values_per_element > 1) {
-      check(!shape.empty() && shape.back() % type.values_per_element == 0, "tensor \"", name, "\" of ", type.name,
-            " needs a last dimension that is a multiple of ", type.values_per_element, ", but has shape ",
-            c10::IntArrayRef(shape));
-      shape.back() /= type.values_per_element;
+  StoredTensor stored_tensor(const std::string& name, const SafetensorsEntry& entry) const {
+    const auto& [dtype, values, begin, end] = entry;
+    const auto* type = find_safetensors_type([&dtype = dtype](const auto& type) { return dtype == type.name; });
+    check(type != nullptr, "tensor \"", name, "\" is ", dtype, ", which LibTorch does not have");
+    const auto shown = c10::ArrayRef<uint64_t>(values);
+    TensorInfo info{name, type->dtype, {values.begin(), values.end()}};
+    if (type->values_per_element > 1) {
+      check(!values.empty() && info.shape.back() % type->values_per_element == 0, "tensor \"", name, "\" of ",
+            type->name, " needs a last dimension that is a multiple of ", type->values_per_element, ", but has shape ",
+            shown);
+      info.shape.back() /= type->values_per_element;
     }
     int64_t bytes = 0;
-    check(count_bytes(tensor.info, bytes), "tensor \"", name, "\": shape ", c10::IntArrayRef(stored_shape),
-          " is too large");
-    check(tensor.end >= tensor.begin && tensor.end - tensor.begin == bytes, "tensor \"", name, "\": shape ",
-          c10::IntArrayRef(stored_shape), " of ", type.name, " needs ", bytes, " bytes, but data_offsets are ",
-          tensor.begin, " and ", tensor.end);
+    check(count_bytes(info, bytes), "tensor \"", name, "\": shape ", shown, " is too large");
+    check(end >= begin && end - begin == static_cast<uint64_t>(bytes) && end >> 63 == 0, "tensor \"", name,
+          "\": shape ", shown, " of ", type->name, " needs ", bytes, " bytes, but data_offsets are ", begin, " and ",
+          end);
+    return {std::move(info), static_cast<int64_t>(begin), static_cast<int64_t>(end)};
   }
 
   /// The tensors have to fill the data without holes and without overlap. Sorts them by their place.
