@@ -3,7 +3,8 @@
 #
 #   install_packages [only PACKAGE...]
 #                       Debian packages, when root; without root their names are printed and the script ends. Of
-#                       catch2, libbenchmark-dev, bible-kjv and clang-format all are needed, or, with `only`, those that are named
+#                       catch2, libbenchmark-dev, bible-kjv and clang-format all are needed, or, with `only`, those
+#                       that are named; clang (with its sanitizers) only when it is named
 #   choose_python       sets $python: a Python with all of $requirements; makes build/venv when there is none
 #   prepare_model       sets $model: the default model as a Hugging Face directory
 #   prepare_text        sets $text: the default text
@@ -27,6 +28,17 @@ have() {
   esac
 }
 
+# find_clang: sets $clang to a clang++ that comes with its sanitizers and libFuzzer; fails when there is none
+find_clang() {
+  for clang in clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14; do
+    if have "$clang" && echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, long) { return 0; }' |
+      "$clang" -x c++ -fsanitize=fuzzer,address,undefined - -o build/clang_check 2> /dev/null; then
+      return 0
+    fi
+  done
+  return 1
+}
+
 have_catch2() { have catch2/catch.hpp || have catch2/catch_all.hpp; }
 
 install_packages() {
@@ -47,6 +59,7 @@ install_packages() {
   have benchmark/benchmark.h || ! needs libbenchmark-dev || missing="$missing libbenchmark-dev"
   have bible || ! needs bible-kjv || missing="$missing bible-kjv"
   have clang-format || ! needs clang-format || missing="$missing clang-format"
+  ! needs clang || find_clang || missing="$missing clang libclang-rt-dev"
   have gnuplot || optional="$optional gnuplot-nox"
   if ! find_python; then
     have python3 || missing="$missing python3"

@@ -70,8 +70,25 @@ inline std::string did_you_mean(const std::string& word, const std::vector<std::
   return " did you mean " + text + "?";
 }
 
-/// A compiled pattern; an error that shows `shown` when it is none.
+/// The number of brackets that are open at the deepest place of a pattern.
+inline size_t nesting(const std::string& pattern) {
+  size_t open = 0, most = 0;
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    if (pattern[i] == '\\') ++i;
+    if (pattern[i] == '(') most = std::max(most, ++open);
+    if (pattern[i] == ')' && open > 0) --open;
+  }
+  return most;
+}
+
+/// A compiled pattern; an error that shows `shown` when it is none. std::regex calls itself for every letter and every
+/// bracket, and a pattern may come from anywhere, so there are limits, with which the stack is enough.
 inline std::regex compile(const std::string& pattern, const std::string& shown) {
+  constexpr size_t kMaxLength = 10000, kMaxNesting = 200;
+  TORCH_CHECK_VALUE(pattern.size() <= kMaxLength && nesting(pattern) <= kMaxNesting,
+                    "lora::LoRAConfig: a regular expression may have ", kMaxLength, " characters and ", kMaxNesting,
+                    " brackets in each other, but \"", shown.substr(0, 60), "...\" has ", pattern.size(), " and ",
+                    nesting(pattern));
   try {
     return std::regex(pattern, std::regex::ECMAScript | std::regex::optimize);
   } catch (const std::regex_error& error) {
