@@ -250,6 +250,8 @@ TEST_CASE("A TorchScript module is merged, unmerged, saved and loaded") {
   auto loaded = torch::jit::load(folder / "merged.pt", testing::device());
   CHECK(testing::distance(loaded.forward({net.x}).toTensor(), expected) < 1e-12);
   CHECK(loaded.parameters().size() == before.size());  // nothing of the adapters
+  loaded.eval();
+  CHECK(testing::distance(torch::jit::freeze(loaded).forward({net.x}).toTensor(), expected) < 1e-12);
 }
 
 TEST_CASE("Of a tied weight a TorchScript module merges only the use that is adapted") {

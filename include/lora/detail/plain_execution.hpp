@@ -68,45 +68,47 @@ class PlainExecution {
   explicit PlainExecution(torch::jit::Module module, Unfinished) : module_(std::move(module)) {}
 
   struct Held {
-    int64_t holders = 0;
+    int64_t holders;
     torch::jit::GraphExecutor executor;  // as it was
-    bool casts = false;                  // whether the function switches autocast on by itself
+    bool casts;                          // whether the function switches autocast on by itself
   };
 
+  // Never destroyed, since adapters may live in static variables.
   __attribute__((visibility("default"))) static std::mutex& mutex() {
-    static std::mutex mutex;
-    return mutex;
+    static auto* mutex = new std::mutex;
+    return *mutex;
   }
 
   __attribute__((visibility("default"))) static std::unordered_map<Function*, Held>& all() {
-    static std::unordered_map<Function*, Held> all;
-    return all;
+    static auto* all = new std::unordered_map<Function*, Held>;
+    return *all;
   }
 
   void hold(Function& function) {
-    auto& held = all()[&function];
-    if (held.holders == 0) replace(function, held);
-    ++held.holders;
+    auto found = all().find(&function);
+    if (found == all().end()) found = all().emplace(&function, replaced(function)).first;
+    ++found->second.holders;
     held_.push_back(&function);
   }
 
   /// Under autocast TorchScript would compile the function once more, with casts of the weights written into it; but it
   /// does not have to, since autocast acts below TorchScript as everywhere.
-  static void replace(Function& function, Held& held) {
+  static Held replaced(Function& function) {
     const NoAutocast without;
     auto graph = function.optimized_graph()->copy();
-    held.casts = any_node(*graph->block(), [](const auto& node) {
+    const bool casts = any_node(*graph->block(), [](const auto& node) {
       return node.kind() == c10::prim::Enter || node.kind() == c10::aten::_autocast_to_reduced_precision;
     });
     if (waits_for_all(*graph->block())) torch::jit::InlineForkWait(graph);
     torch::jit::GraphExecutor plain(graph, function.name(), torch::jit::SIMPLE);
-    held.executor = std::exchange(function.get_executor(), std::move(plain));
+    auto former = std::exchange(function.get_executor(), std::move(plain));
     function._set_initial_executor_execution_mode(torch::jit::SIMPLE);
-    if (!held.casts) function._set_ignore_amp(true);
+    if (!casts) function._set_ignore_amp(true);
+    return {0, std::move(former), casts};
   }
 
   static void release(Function& function) {
-    auto& held = all()[&function];
+    auto& held = all().at(&function);
     if (--held.holders > 0) return;
     const NoAutocast without;
     function._set_initial_executor_execution_mode(torch::jit::getExecutorMode() ? torch::jit::PROFILING
