@@ -182,3 +182,34 @@ TEST_CASE("Parts of a fused projection have an A and a B each, and the other par
   adapters.merge();
   CHECK(testing::distance(model->forward(x), expected) < 1e-12);
 }
+
+TEST_CASE("A parameter is adapted, and merged, in every layer that is tied to it") {
+  struct TiedImpl : torch::nn::Module {
+    TiedImpl() {
+      register_module("tokens", tokens);
+      register_module("head", head);
+      head->weight = tokens->weight;
+      to(testing::device());
+    }
+    torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids).tanh()); }
+    torch::nn::Embedding tokens{7, 4};
+    torch::nn::Linear head{torch::nn::LinearOptions(4, 7).bias(false)};
+  };
+  torch::manual_seed(0);
+  auto model = std::make_shared<TiedImpl>();
+  auto ids = torch::tensor({1, 5, 5, 0}, testing::device());
+  const auto name = GENERATE(std::string("tokens.weight"), std::string("head.weight"));
+  auto base = model->forward(ids);
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(6).target_parameters({name}));
+  testing::randomize(adapters.parameters());
+  auto changed = model->tokens->weight + adapters.delta("default", name);
+  auto expected = changed.index({ids}).tanh().mm(changed.t());
+  {
+    auto active = adapters.activate();
+    CHECK(testing::distance(model->forward(ids), expected) < 1e-5);
+  }
+  adapters.merge();
+  CHECK(testing::distance(model->forward(ids), expected) < 1e-5);
+  adapters.unmerge();
+  CHECK(torch::equal(model->forward(ids), base));
+}

@@ -129,21 +129,23 @@ class ModuleModel final : public Model {
     return modules;
   }
 
-  /// Through the slot of the layer the parameter belongs to, where the library knows that layer.
+  /// In whatever layer it is used: all that are tied to it get its merged values.
   Target parameter_of(torch::nn::Module& module, const std::string& name, const std::string& parameter) const {
-    const auto tensor = detail::Registry::parameters(module)[parameter];
+    const auto registered = detail::Registry::parameters(module)[parameter];
     std::shared_ptr<detail::WeightSlot> slot = std::make_shared<detail::ParameterSlot>(module, parameter);
     for (const auto& part : parts()) {
       for (const auto& target : part.targets) {
-        if (target.slot->read().is_same(tensor)) slot = target.slot;
+        const bool is_it = target.slot->handles().registered.is_same(registered);
+        if (is_it) slot = std::make_shared<detail::TensorSlot>(target.slot->read());  // what its layer computes with
       }
     }
+    auto view = layers::parameter_view(name, slot->read());
     return {name,
             name,
             "Parameter",
             [module = &module] { return module->is_training(); },
             std::move(slot),
-            std::make_shared<Site>(layers::parameter_view(name, tensor)),
+            std::make_shared<Site>(std::move(view)),
             detail::Use::kAny};
   }
 
