@@ -37,6 +37,8 @@ set(LORA_PUBLIC_HEADERS
   peft/checkpoint.hpp
   peft/config.hpp
   peft/error.hpp
+  peft/load_options.hpp
+  peft/pickled.hpp
   peft/safetensors.hpp
 )
 set(LORA_DETAIL_HEADERS
@@ -44,13 +46,16 @@ set(LORA_DETAIL_HEADERS
   detail/atomic_pair.hpp
   detail/attention_mask.hpp
   detail/descriptor.hpp
+  detail/fused_attention.hpp
   detail/folder_lock.hpp
   detail/interception.hpp
   detail/json.hpp
   detail/mapped_file.hpp
   detail/peft_fields.hpp
+  detail/plain_execution.hpp
   detail/safetensors_header.hpp
   detail/scopes.hpp
+  detail/script_module.hpp
   detail/select.hpp
   detail/stacked.hpp
   detail/text.hpp

@@ -289,7 +289,7 @@ TEST_CASE("Backward and double backward are right inside a scope and after it") 
   torch::manual_seed(0);
   testing::Stack model(1);
   model->to(torch::kDouble);
-  auto x = torch::randn({2, 8}, torch::TensorOptions(torch::kDouble).device(testing::device())).requires_grad_();
+  auto x = torch::randn({2, 8}, testing::on_device(torch::kDouble)).requires_grad_();
   auto adapters = lora::attach(*model, kQueries);
   testing::randomize(adapters.parameters());
   const bool inside = GENERATE(true, false);

@@ -67,10 +67,10 @@ TEST_CASE("A layer that no forward pass reaches is named") {
   testing::Stack model;
   auto adapters = lora::attach(*model, LoRAConfig(2).target_modules({"layers.0.q_proj", "lm_head"}));
   CHECK(adapters.unreached() == std::vector<std::string>{"layers.0.q_proj", "lm_head"});
-  model->forward(torch::ones({1, 8}));  // outside a scope
+  model->forward(torch::ones({1, 8}, testing::device()));  // outside a scope
   CHECK(adapters.unreached().size() == 2);
   auto active = adapters.activate();
-  model->layers[0]->as<testing::Block>()->forward(torch::ones({1, 8}));
+  model->layers[0]->as<testing::Block>()->forward(torch::ones({1, 8}, testing::device()));
   CHECK(adapters.unreached() == std::vector<std::string>{"lm_head"});
 }
 

@@ -50,7 +50,7 @@ TEST_CASE("Gradients through an attached model agree with finite differences, wi
   torch::manual_seed(0);
   testing::Stack model(1);
   model->to(torch::kDouble);
-  auto x = torch::randn({2, 3, 8}, torch::TensorOptions(torch::kDouble).device(testing::device()));
+  auto x = torch::randn({2, 3, 8}, testing::on_device(torch::kDouble));
   auto adapters = lora::attach(*model, kQueries);
   testing::randomize(adapters.parameters());
   auto loss = [&] {
@@ -67,12 +67,13 @@ TEST_CASE("Gradients through an attached model agree with finite differences, wi
 TEST_CASE("Whatever spelling of the product a model uses is adapted") {
   torch::manual_seed(0);
   torch::nn::Sequential model(torch::nn::Linear(6, 4));
+  model->to(testing::device());
   auto& layer = *model->ptr(0)->as<torch::nn::Linear>();
   const bool transposed = GENERATE(false, true);
-  if (transposed) layer.weight.set_data(torch::randn({6, 4}).t());  // kept as (in, out), as GPT-2's
+  if (transposed) layer.weight.set_data(torch::randn({6, 4}, testing::device()).t());  // kept as (in, out), as GPT-2's
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"0"}));
   testing::randomize(adapters.parameters());
-  auto x = torch::randn({5, 6});
+  auto x = torch::randn({5, 6}, testing::device());
   auto w = layer.weight + adapters.delta("default", "0");
   auto active = adapters.activate();
   CHECK(testing::distance(torch::addmm(layer.bias, x, layer.weight.t()), x.mm(w.t()) + layer.bias) < 1e-5);
@@ -83,7 +84,7 @@ TEST_CASE("Whatever spelling of the product a model uses is adapted") {
   CHECK(testing::distance(at::linear(x, layer.weight.narrow(0, 1, 2)), x.mm(w.narrow(0, 1, 2).t())) < 1e-5);
   CHECK(testing::distance(x.matmul(layer.weight.chunk(4)[3].t()), x.mm(w.narrow(0, 3, 1).t())) < 1e-5);
   // The weight the other way round, on the left, joined with itself, or reshaped.
-  auto y = torch::randn({5, 4});
+  auto y = torch::randn({5, 4}, testing::device());
   CHECK(testing::distance(y.matmul(layer.weight), y.mm(w.clone())) < 1e-5);
   CHECK(testing::distance(layer.weight.mm(x.t()), w.mm(x.t())) < 1e-5);
   CHECK(testing::distance(layer.weight.mv(x[0]), w.mv(x[0])) < 1e-5);
@@ -100,10 +101,11 @@ TEST_CASE("Whatever spelling of the product a model uses is adapted") {
 TEST_CASE("A square weight is not mistaken for its transpose") {
   torch::manual_seed(0);
   torch::nn::Sequential model(torch::nn::Linear(4, 4));
+  model->to(testing::device());
   auto& weight = model->ptr(0)->as<torch::nn::Linear>()->weight;
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"0"}));
   testing::randomize(adapters.parameters());
-  auto x = torch::randn({5, 4});
+  auto x = torch::randn({5, 4}, testing::device());
   auto active = adapters.activate();
   const auto adapted = weight + adapters.delta("default", "0");
   CHECK(testing::distance(x.matmul(weight), x.mm(adapted)) < 1e-5);
@@ -118,11 +120,12 @@ TEST_CASE("Attention of LibTorch is adapted in self and cross attention, also in
     torch::nn::TransformerEncoderLayer encoder = register_module(
         "encoder", torch::nn::TransformerEncoderLayer(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0)));
   } model;
+  model.to(testing::device());
   auto adapters = lora::attach(model, LoRAConfig(2).alpha(6).target_modules({"attention", "self_attn", "linear1"}));
   CHECK(adapters.targets() == std::vector<std::string>{"attention", "attention.out_proj", "encoder.linear1",
                                                        "encoder.self_attn", "encoder.self_attn.out_proj"});
   testing::randomize(adapters.parameters());
-  auto x = torch::randn({5, 2, 8}), context = torch::randn({7, 2, 8});
+  auto x = torch::randn({5, 2, 8}, testing::device()), context = torch::randn({7, 2, 8}, testing::device());
   auto run = [&] {
     auto self = std::get<0>(model.attention(x, x, x));
     auto cross = std::get<0>(model.attention(x, context, context));
@@ -149,7 +152,8 @@ TEST_CASE("The embedding that a head is tied to keeps its values, merged or not,
     torch::nn::Linear head = register_module("head", torch::nn::Linear(torch::nn::LinearOptions(4, 10).bias(false)));
   };
   auto model = std::make_shared<NetImpl>();
-  auto ids = torch::randint(10, {2, 3});
+  model->to(testing::device());
+  auto ids = torch::randint(10, {2, 3}, testing::on_device(torch::kLong));
   auto table = model->tokens->weight.clone();
   auto registered = model->head->named_parameters()["weight"].clone();
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"head"}));

@@ -95,6 +95,7 @@ TEST_CASE("Each adapter has copies of its own, also of a head that is tied to an
       register_module("tokens", tokens);
       register_module("head", head);
       head->weight = tokens->weight;
+      to(testing::device());
     }
     torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids)); }
     torch::nn::Embedding tokens{7, 4};
@@ -102,7 +103,7 @@ TEST_CASE("Each adapter has copies of its own, also of a head that is tied to an
   };
   torch::manual_seed(0);
   auto model = std::make_shared<TiedImpl>();
-  auto ids = torch::tensor({1, 5, 5, 0});
+  auto ids = torch::tensor({1, 5, 5, 0}, testing::device());
   auto base = model->forward(ids), entries = model->tokens->forward(ids);
   lora::Adapters adapters(*model);
   for (auto name : {"a", "b"})
@@ -167,7 +168,7 @@ TEST_CASE("Parts of a fused projection have an A and a B each, and the other par
   auto a = named["0.lora_A"], b = named["0.lora_B"];
   CHECK(a.sizes() == torch::IntArrayRef({2, 2, 4}));
   testing::randomize({a, b});
-  auto x = torch::randn({2, 5, 4}, torch::TensorOptions(torch::kDouble).device(testing::device()));
+  auto x = torch::randn({2, 5, 4}, testing::on_device(torch::kDouble));
   auto base = model->forward(x);
   const auto part = [&](int64_t i, int64_t rows) { return 3 * x.matmul(a[i].t()).matmul(b[i].narrow(0, 0, rows).t()); };
   auto middle = torch::zeros({2, 5, sizes[1]}, x.options());
@@ -180,4 +181,35 @@ TEST_CASE("Parts of a fused projection have an A and a B each, and the other par
   CHECK(testing::gradient_error([&] { return run().sin().sum(); }, {a, b}) < 1e-7);
   adapters.merge();
   CHECK(testing::distance(model->forward(x), expected) < 1e-12);
+}
+
+TEST_CASE("A parameter is adapted, and merged, in every layer that is tied to it") {
+  struct TiedImpl : torch::nn::Module {
+    TiedImpl() {
+      register_module("tokens", tokens);
+      register_module("head", head);
+      head->weight = tokens->weight;
+      to(testing::device());
+    }
+    torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids).tanh()); }
+    torch::nn::Embedding tokens{7, 4};
+    torch::nn::Linear head{torch::nn::LinearOptions(4, 7).bias(false)};
+  };
+  torch::manual_seed(0);
+  auto model = std::make_shared<TiedImpl>();
+  auto ids = torch::tensor({1, 5, 5, 0}, testing::device());
+  const auto name = GENERATE(std::string("tokens.weight"), std::string("head.weight"));
+  auto base = model->forward(ids);
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(6).target_parameters({name}));
+  testing::randomize(adapters.parameters());
+  auto changed = model->tokens->weight + adapters.delta("default", name);
+  auto expected = changed.index({ids}).tanh().mm(changed.t());
+  {
+    auto active = adapters.activate();
+    CHECK(testing::distance(model->forward(ids), expected) < 1e-5);
+  }
+  adapters.merge();
+  CHECK(testing::distance(model->forward(ids), expected) < 1e-5);
+  adapters.unmerge();
+  CHECK(torch::equal(model->forward(ids), base));
 }

@@ -17,7 +17,7 @@ struct Fixture {
         lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"q_proj", "v_proj"})));
     testing::randomize(adapters->parameters());
     for (const auto& parameter : model->parameters()) before.push_back(parameter.clone());
-    x = torch::randn({2, 3, 8}, torch::TensorOptions(type).device(testing::device()));
+    x = torch::randn({2, 3, 8}, testing::on_device(type));
   }
 
   torch::Tensor adapted() {

@@ -22,8 +22,7 @@ struct WrittenImpl : torch::nn::Module {
     return head(norm(attention->forward(x)));
   }
 
-  lora::LoRAEmbedding<> tokens{
-      lora::LoRAEmbeddingOptions(torch::nn::EmbeddingOptions(9, 8), LoRAOptions(3).alpha(6))};
+  lora::LoRAEmbedding<> tokens{lora::LoRAEmbeddingOptions(torch::nn::EmbeddingOptions(9, 8), LoRAOptions(3).alpha(6))};
   lora::LoRAConv1d<> conv{torch::nn::Conv1dOptions(8, 8, 3).padding(1).groups(2), LoRAOptions(4).alpha(6)};
   lora::LoRAAttention<> attention{lora::LoRAAttentionOptions(8, 2, LoRAOptions(2).alpha(6))};
   lora::LoRALinear<> head{lora::LoRALinearOptions(8, 5, LoRAOptions(2).alpha(6))};
@@ -82,8 +81,9 @@ TEST_CASE("Further adapters decide inside their scopes, and a layer's own one ou
     auto active = adapters.activate("second");
     adapted = model->forward(ids());
     auto hidden = torch::randn({4, 8}, testing::device());
-    CHECK(testing::distance(model->head(hidden), torch::linear(hidden, model->head->weight + adapters.delta("second", "head"),
-                                                               model->head->bias)) < 1e-5);
+    CHECK(testing::distance(
+              model->head(hidden),
+              torch::linear(hidden, model->head->weight + adapters.delta("second", "head"), model->head->bias)) < 1e-5);
     auto entries = model->tokens->weight + adapters.delta("second", "tokens");
     CHECK(testing::distance(model->tokens(ids()), entries.index({ids()})) < 1e-5);
   }
@@ -130,6 +130,7 @@ TEST_CASE("Entries of containers are replaced in place; members cannot be") {
       register_module("body", body);
       register_module("list", list);
       register_module("fc", fc);
+      to(testing::device());
     }
     torch::nn::Sequential body{torch::nn::Linear(4, 4), torch::nn::Tanh()};
     torch::nn::ModuleList list{torch::nn::Linear(4, 4)};
@@ -137,11 +138,12 @@ TEST_CASE("Entries of containers are replaced in place; members cannot be") {
   };
   torch::manual_seed(0);
   auto model = std::make_shared<NetImpl>();
-  auto x = torch::randn({2, 4});
+  auto x = torch::randn({2, 4}, testing::device());
   auto before = model->body->forward(x);
   auto* linear = model->body[0]->as<torch::nn::Linear>();
-  lora::LoRALinear<> layer(torch::nn::Linear(std::dynamic_pointer_cast<torch::nn::LinearImpl>(linear->shared_from_this())),
-                           LoRAOptions(2).alpha(6));
+  lora::LoRALinear<> layer(
+      torch::nn::Linear(std::dynamic_pointer_cast<torch::nn::LinearImpl>(linear->shared_from_this())),
+      LoRAOptions(2).alpha(6));
   lora::replace(*model, "body.0", layer);
   CHECK(torch::equal(model->body->forward(x), before));
   layer->lora_B().detach().normal_();

@@ -3,12 +3,13 @@
 #
 #   install_packages [only PACKAGE...]
 #                       Debian packages, when root; without root their names are printed and the script ends. Of
-#                       catch2, bible-kjv and clang-format all are needed, or, with `only`, those that are named;
-#                       clang (with its sanitizers) only when it is named
+#                       catch2, libbenchmark-dev, bible-kjv and clang-format all are needed, or, with `only`, those
+#                       that are named; clang (with its sanitizers) only when it is named
 #   choose_python       sets $python: a Python with all of $requirements; makes build/venv when there is none
 #   prepare_model       sets $model: the default model as a Hugging Face directory
 #   prepare_text        sets $text: the default text
-#   configure           build/cmake, for LibTorch of that Python; with the tests where there is Catch2
+#   configure           build/cmake, for LibTorch of that Python; with the tests where there is Catch2, and with the
+#                       benchmarks where there is Google Benchmark
 #   build TARGET...     with two jobs
 #   CMAKE_ARGS          more options for CMake, from the environment
 
@@ -42,7 +43,7 @@ have_catch2() { have catch2/catch.hpp || have catch2/catch_all.hpp; }
 
 install_packages() {
   missing= optional=
-  case ${1:-} in only) needed=" $* " ;; *) needed=" catch2 bible-kjv clang-format " ;; esac
+  case ${1:-} in only) needed=" $* " ;; *) needed=" catch2 libbenchmark-dev bible-kjv clang-format " ;; esac
   needs() { case $needed in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
   have c++ || missing="$missing g++"
   have cmake || missing="$missing cmake"
@@ -55,6 +56,7 @@ install_packages() {
   if ! have_catch2; then
     if needs catch2; then missing="$missing catch2"; else optional="$optional catch2"; fi
   fi
+  have benchmark/benchmark.h || ! needs libbenchmark-dev || missing="$missing libbenchmark-dev"
   have bible || ! needs bible-kjv || missing="$missing bible-kjv"
   have clang-format || ! needs clang-format || missing="$missing clang-format"
   ! needs clang || find_clang || missing="$missing clang libclang-rt-dev"
@@ -132,8 +134,9 @@ prepare_text() {
 
 configure() {
   if have_catch2; then with_tests=ON; else with_tests=OFF; fi
+  if have benchmark/benchmark.h; then with_benchmarks=ON; else with_benchmarks=OFF; fi
   cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "-DLORA_PYTHON=$python" \
-    -DLORA_BUILD_TESTS=$with_tests ${CMAKE_ARGS:-} \
+    -DLORA_BUILD_TESTS=$with_tests -DLORA_BUILD_BENCHMARKS=$with_benchmarks ${CMAKE_ARGS:-} \
     > "$build.log" 2>&1 || { cat "$build.log" >&2; fail "cmake could not configure $build"; }
   grep -e '-- lora:' "$build.log"
 }

@@ -19,22 +19,26 @@ namespace detail {
 class LayerHandler final : public WeightHandler {
  public:
   LayerHandler(std::shared_ptr<AdaptedLayer> layer, std::vector<std::string> adapters)
-      : layer_(std::move(layer)), adapters_(std::move(adapters)) {}
+      : layer_(std::move(layer)), adapters_(std::move(adapters)), weight_(layer_->target.slot->read()) {}
 
   AdaptedLayer& layer() const { return *layer_; }
+  const at::Tensor& weight() const { return weight_; }
 
   bool accepts(Use use) const override { return overlap(target().use, use); }
-  bool adds_to_products() const override { return target().site->view().shape().batch.empty(); }
+  bool adds_to(Use use) const override {
+    const auto& shape = target().site->view().shape();
+    return shape.batch.empty() && shape.is_lookup == (use == Use::kLookup);
+  }
   void count_use() override { layer_->uses.fetch_add(1, std::memory_order_relaxed); }
 
   at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Multiply multiply) override {
     count_use();
-    const auto matrix = target().site->view().matrix(target().slot->read());
+    const auto matrix = target().site->view().matrix(weight_);
     return target().site->forward({x, y, matrix, bias, target().is_training(), std::move(multiply)}, adapters_);
   }
 
   at::Tensor delta(bool drop_features) override {
-    return target().site->delta(target().slot->read(), adapters_, drop_features && target().is_training());
+    return target().site->delta(weight_, adapters_, drop_features && target().is_training());
   }
 
   double dropout() const override { return target().is_training() ? target().site->dropout(adapters_) : 0; }
@@ -44,6 +48,7 @@ class LayerHandler final : public WeightHandler {
 
   std::shared_ptr<AdaptedLayer> layer_;
   std::vector<std::string> adapters_;
+  at::Tensor weight_;  // as it was when the scope opened
 };
 
 /// A tensor of the model and what stands in for it in a scope: the copy of it that an adapter trains.
@@ -62,7 +67,7 @@ class AdapterScope final : public Scope {
       const auto on_it = [&](const std::string& name) { return layer->target.site->contains(name); };
       if (std::none_of(adapters.begin(), adapters.end(), on_it)) continue;
       handlers_.push_back(std::make_unique<LayerHandler>(layer, adapters));
-      weights_.add(layer->target.slot->read(), *handlers_.back());
+      weights_.add(handlers_.back()->weight(), *handlers_.back());
     }
   }
 

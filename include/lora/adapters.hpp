@@ -4,6 +4,7 @@
 #include <lora/config.hpp>
 #include <lora/detail/select.hpp>
 #include <lora/merge.hpp>
+#include <lora/peft/load_options.hpp>
 #include <lora/report.hpp>
 
 #include <algorithm>
@@ -47,13 +48,19 @@ struct AdapterPlan {
 
 namespace detail {
 
-/// Writes down the rank and alpha of one layer, where they differ from those of the others.
-inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options) {
-  const auto pattern = std::regex_replace(layer, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+/// A regular expression that matches `text` and nothing else.
+inline std::string escaped(const std::string& text) {
+  return std::regex_replace(text, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+}
+
+/// Writes down the rank and alpha of one layer, where they differ from those that `config` gives it so far.
+inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options,
+                         const LoRAOptions& so_far) {
+  const auto pattern = escaped(layer);
   auto ranks = config.rank_pattern();
   auto alphas = config.alpha_pattern();  // of which the first that matches counts
-  if (options.rank() != config.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
-  if (options.alpha() != config.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
+  if (options.rank() != so_far.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
+  if (options.alpha() != so_far.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
   config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
 }
 
@@ -108,7 +115,7 @@ class Adapters {
   }
 
   /// Adds the adapter in a PEFT directory, as `load_adapter` does. Defined in lora/peft/checkpoint.hpp.
-  void load(const std::string& name, const std::filesystem::path& directory);
+  LoadReport load(const std::string& name, const std::filesystem::path& directory, const LoadOptions& options = {});
 
   /// Takes over the adapters that layers of this library (LoRALinear, ...) have of their own, as one adapter "default".
   /// What requires gradients stays as it is. Throws when the model has no such layers, or of different methods.
@@ -314,6 +321,7 @@ class Adapters {
   /// Writes the only adapter, or the named one, as a PEFT directory. Defined in lora/peft/checkpoint.hpp.
   void save(const std::filesystem::path& directory) const;
   void save(const std::filesystem::path& directory, const std::string& adapter) const;
+  void save_all(const std::filesystem::path& directory) const;
 
  private:
   struct Frozen {
@@ -337,6 +345,7 @@ class Adapters {
   }
 
   void freeze() {
+    if (!while_adapted_) while_adapted_ = model_->while_adapted();
     if (frozen_.empty()) remember_parameters();
     for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(false);
   }
@@ -344,6 +353,7 @@ class Adapters {
   void thaw() {
     for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(parameter.requires_grad);
     frozen_.clear();
+    while_adapted_.reset();
   }
 
   /// Lets go of everything but the adapters that layers have of their own.
@@ -382,6 +392,7 @@ class Adapters {
 
   void check_finite(const std::string& adapter) const {
     for (const auto& full : full_[adapter]) {
+      full.place.slot->check_replaceable(full.place.name);
       TORCH_CHECK(!full.value.is_floating_point() || at::isfinite(full.value).all().item<bool>(),
                   "lora::merge: ", full.place.name, ": what was trained in its place is not finite (NaN or infinity); ",
                   "nothing was merged");
@@ -474,6 +485,7 @@ class Adapters {
   std::vector<std::shared_ptr<AdaptedLayer>> layers_;
   torch::OrderedDict<std::string, LoRAConfig> configs_{"Adapter"};
   std::vector<Frozen> frozen_;
+  std::shared_ptr<const void> while_adapted_;
   torch::OrderedDict<std::string, std::vector<FullTensor>> full_{"Adapter"};
   std::vector<std::pair<std::shared_ptr<detail::WeightSlot>, detail::WeightSlot::Handles>> replaced_;  // while merged
   std::string own_;     // name of the adapter that is the layers' own, empty when there is none
@@ -500,7 +512,7 @@ inline void Adapters::adopt() {
     TORCH_CHECK(method.info().name == first.info().name, "lora::adapters_of: ", found.front().name, " has a ",
                 first.info().name, ", ", target.name, " a ", method.info().name, "; one adapter is of one method");
     names.push_back(target.name);
-    detail::note_options(config, target.name, method.options());
+    detail::note_options(config, target.name, method.options(), LoRAOptions(config));
   }
   config.target_modules(names);
   remember_parameters();

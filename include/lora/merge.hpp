@@ -10,8 +10,14 @@ namespace lora {
 
 namespace detail {
 
-/// Merges `adapters` into every target, or, when an update is not finite, into none.
+/// Throws when a weight cannot be replaced; changes nothing.
+inline void check_replaceable(const std::vector<Target>& targets) {
+  for (const auto& target : targets) target.slot->check_replaceable(target.name);
+}
+
+/// Merges `adapters` into every target, or, when an update is not finite or a weight cannot be replaced, into none.
 inline void merge(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
+  check_replaceable(targets);
   std::vector<at::Tensor> merged;
   for (const auto& target : targets)
     merged.push_back(target.site->merged_weight(target.slot->read(), adapters, target.name));
@@ -27,8 +33,9 @@ inline void unmerge(const std::vector<Target>& targets) {
   for (const auto& target : targets) target.site->unmerge(*target.slot);
 }
 
-/// Throws when an update is not finite; changes nothing.
+/// Throws where `merge` would; changes nothing.
 inline void check_mergeable(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
+  check_replaceable(targets);
   for (const auto& target : targets) target.site->merged_weight(target.slot->read(), adapters, target.name);
 }
 

@@ -51,6 +51,8 @@ class Model {
   virtual bool is_gone() const = 0;
   /// Whether TorchScript runs it, whose optimizer has to be kept from replacing autograd.
   virtual bool is_script() const { return false; }
+  /// What is to live as long as the model has adapters, if anything is.
+  virtual std::shared_ptr<const void> while_adapted() const { return nullptr; }
 };
 
 /// A model of torch::nn modules.
@@ -84,10 +86,12 @@ class ModuleModel final : public Model {
 
   std::vector<ModelTensor> tensors() const override {
     std::vector<ModelTensor> tensors;
-    for (const auto& item : model_->named_modules("", /*include_self=*/true)) {
-      auto& module = *item.value();
-      const auto prefix = item.key().empty() ? "" : item.key() + ".";
-      const auto known = item.key().empty() ? std::vector<Target>() : adaptable_weights(item.key(), item.value());
+    for (const auto& [name, owner] : modules()) {
+      auto& module = *owner;
+      const auto prefix = name.empty() ? "" : name + ".";
+      const auto known = name.empty()
+                             ? std::vector<Target>()
+                             : adaptable_weights(name, std::shared_ptr<torch::nn::Module>(owner->shared_from_this()));
       for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
         ModelTensor tensor{prefix + parameter.key(), std::make_shared<detail::ParameterSlot>(module, parameter.key())};
         for (const auto& target : known) {
@@ -108,8 +112,8 @@ class ModuleModel final : public Model {
   Target parameter_target(const std::string& name) const override {
     const auto dot = name.rfind('.');
     const auto owner = dot == std::string::npos ? std::string() : name.substr(0, dot);
-    for (const auto& item : model_->named_modules("", /*include_self=*/true)) {
-      if (item.key() == owner) return parameter_of(*item.value(), name, name.substr(dot + 1));
+    for (const auto& [module_name, module] : modules()) {
+      if (module_name == owner) return parameter_of(*module, name, name.substr(dot + 1));
     }
     TORCH_CHECK(false, "lora::attach: no module has the parameter \"", name, "\"");
   }
@@ -117,21 +121,31 @@ class ModuleModel final : public Model {
   bool is_gone() const override { return is_held_ && alive_.expired(); }
 
  private:
-  /// Through the slot of the layer the parameter belongs to, where the library knows that layer.
+  /// Every module by name, the model itself first; that one may be held by no shared_ptr.
+  std::vector<std::pair<std::string, torch::nn::Module*>> modules() const {
+    std::vector<std::pair<std::string, torch::nn::Module*>> modules{{"", model_}};
+    for (const auto& item : model_->named_modules("", /*include_self=*/false))
+      modules.emplace_back(item.key(), item.value().get());
+    return modules;
+  }
+
+  /// In whatever layer it is used: all that are tied to it get its merged values.
   Target parameter_of(torch::nn::Module& module, const std::string& name, const std::string& parameter) const {
-    const auto tensor = detail::Registry::parameters(module)[parameter];
+    const auto registered = detail::Registry::parameters(module)[parameter];
     std::shared_ptr<detail::WeightSlot> slot = std::make_shared<detail::ParameterSlot>(module, parameter);
     for (const auto& part : parts()) {
       for (const auto& target : part.targets) {
-        if (target.slot->read().is_same(tensor)) slot = target.slot;
+        const bool is_it = target.slot->handles().registered.is_same(registered);
+        if (is_it) slot = std::make_shared<detail::TensorSlot>(target.slot->read());  // what its layer computes with
       }
     }
+    auto view = layers::parameter_view(name, slot->read());
     return {name,
             name,
             "Parameter",
             [module = &module] { return module->is_training(); },
             std::move(slot),
-            std::make_shared<Site>(layers::parameter_view(name, tensor)),
+            std::make_shared<Site>(std::move(view)),
             detail::Use::kAny};
   }
 

@@ -53,8 +53,9 @@ class Site {
     auto output = product.output;
     int64_t applied = 0;
     for (const auto& adapter : adapters) {
-      if (!acts(adapter)) continue;
-      auto updated = at(adapter).forward(product);
+      const auto* method = acting(adapter);
+      if (method == nullptr) continue;
+      auto updated = method->forward(product);
       output = applied++ == 0 ? updated : output + (updated - product.output);
     }
     return output;
@@ -67,9 +68,10 @@ class Site {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     at::Tensor sum;
     for (const auto& adapter : adapters) {
-      if (!acts(adapter)) continue;
-      auto delta = at(adapter).delta(view_.matrix(weight));
-      const auto probability = at(adapter).options().dropout();
+      const auto* method = acting(adapter);
+      if (method == nullptr) continue;
+      auto delta = method->delta(view_.matrix(weight));
+      const auto probability = method->options().dropout();
       if (dropout && probability > 0 && !view_.shape().is_lookup)
         delta = delta * at::dropout(at::ones({view_.shape().in}, delta.options()), probability, /*train=*/true);
       sum = sum.defined() ? sum + delta : delta;
@@ -81,7 +83,7 @@ class Site {
   double dropout(const std::vector<std::string>& adapters) const {
     double largest = 0;
     for (const auto& adapter : adapters) {
-      if (acts(adapter)) largest = std::max(largest, at(adapter).options().dropout());
+      if (const auto* method = acting(adapter)) largest = std::max(largest, method->options().dropout());
     }
     return view_.shape().is_lookup ? 0 : largest;
   }
@@ -151,10 +153,13 @@ class Site {
     std::vector<std::string> adapters;
   };
 
-  bool acts(const std::string& adapter) const {
-    if (!contains(adapter)) return false;
-    return !merged_ ||
-           std::find(merged_->adapters.begin(), merged_->adapters.end(), adapter) == merged_->adapters.end();
+  /// The adapter's method, unless it is not on this weight or is in it already.
+  const AnyMethod* acting(const std::string& adapter) const {
+    const auto* method = methods_.find(adapter);
+    const auto is_in = [&](const Merged& merged) {
+      return std::find(merged.adapters.begin(), merged.adapters.end(), adapter) != merged.adapters.end();
+    };
+    return method == nullptr || (merged_ && is_in(*merged_)) ? nullptr : method->get();
   }
 
   static void check_finite(const at::Tensor& tensor, const std::string& layer, const std::string& what) {

@@ -59,7 +59,7 @@ struct Run {
   gpt::LanguageModel model = testing::tiny_llama();
   lora::Adapters adapters;
   gpt::Trainer trainer{*model, adapters, options()};
-  gpt::RunState state{adapters.named_parameters(), trainer.optimizer, torch::kCPU};
+  gpt::RunState state{adapters.named_parameters(), trainer.optimizer, testing::device()};
 };
 
 std::string content(const fs::path& path) {
@@ -115,7 +115,7 @@ TEST_CASE("A checkpoint holds a usable adapter, and the last two are kept", "[ex
 
   auto model = testing::tiny_llama();
   auto adapters = lora::load_adapter(*model, checkpoints[1].folder / "adapter");
-  const auto ids = torch::arange(8).view({2, 4});
+  const auto ids = torch::arange(8, testing::device()).view({2, 4});
   torch::NoGradGuard no_grad;
   run.model->eval();
   model->eval();

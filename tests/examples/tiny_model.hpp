@@ -20,6 +20,7 @@ inline gpt::LanguageModel tiny_llama(uint64_t seed = 1) {
   auto model = gpt::make_model(config);
   torch::manual_seed(seed);
   for (auto& parameter : model->parameters()) parameter.set_data(0.5 * torch::randn(parameter.sizes()));
+  model->to(device());
   return model;
 }
 

@@ -21,7 +21,7 @@ lora::Adapters attach(gpt::LanguageModelImpl& model) {
   torch::manual_seed(3);
   auto adapters = lora::attach(model, lora::LoRAConfig(3).alpha(4).target_modules({"q_proj", "v_proj", "lm_head"}));
   torch::NoGradGuard no_grad;
-  for (auto& parameter : adapters.parameters()) parameter.add_(0.1 * torch::randn(parameter.sizes()));
+  for (auto& parameter : adapters.parameters()) parameter.add_(0.1 * torch::randn_like(parameter));
   return adapters;
 }
 
@@ -40,7 +40,7 @@ TEST_CASE("The loss is the mean over the targets that count", "[examples][traine
   torch::Tensor scores;
   {
     auto active = adapters.activate();
-    scores = model->forward(batch.inputs).log_softmax(-1);
+    scores = model->forward(batch.inputs.to(testing::device())).log_softmax(-1);
   }
   double by_hand = 0;
   for (auto [row, column, target] : std::vector<std::array<int64_t, 3>>{{0, 0, 2}, {0, 2, 4}, {0, 3, 5}, {1, 2, 9}}) {

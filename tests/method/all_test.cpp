@@ -19,7 +19,7 @@ struct Fixture {
     adapters = std::make_unique<lora::Adapters>(
         lora::attach(*model, lora::LoRAConfig(2).alpha(5).method(method).target_modules({"fc"})));
     testing::randomize(adapters->parameters(), 0.3);
-    x = torch::randn({2, 3, 5}, torch::TensorOptions(type).device(testing::device()));
+    x = torch::randn({2, 3, 5}, testing::on_device(type));
   }
 
   torch::nn::LinearImpl& layer() { return *model->ptr(0)->as<torch::nn::Linear>(); }

@@ -11,7 +11,7 @@ namespace {
 struct Fixture {
   Fixture(int64_t out, int64_t in, const LoRAOptions& options) : method(options) {
     torch::manual_seed(0);
-    const auto type = torch::TensorOptions(torch::kDouble).device(testing::device());
+    const auto type = testing::on_device(torch::kDouble);
     weight = torch::randn({out, in}, type);
     bias = torch::randn({out}, type);
     method.allocate({{}, out, in}, type);

@@ -9,7 +9,7 @@ namespace {
 
 LowRank make(const LoRAOptions& options, int64_t out, int64_t in, torch::ScalarType type = torch::kFloat) {
   LowRank method(options);
-  method.allocate({{}, out, in}, torch::TensorOptions(type).device(testing::device()));
+  method.allocate({{}, out, in}, testing::on_device(type));
   return method;
 }
 

@@ -13,6 +13,7 @@ namespace {
 LoRALinear<> make_layer() {
   torch::manual_seed(0);
   LoRALinear<> layer(LoRALinearOptions(4, 3, LoRAOptions(2).alpha(6)));
+  layer->to(testing::device());
   torch::NoGradGuard no_grad;
   layer->lora_B().normal_();
   return layer;
@@ -30,7 +31,8 @@ TORCH_MODULE(Net);
 TEST_CASE("A wrapped Linear shares its tensors, freezes them and starts unchanged") {
   torch::manual_seed(0);
   torch::nn::Linear base(4, 3);
-  auto x = torch::randn({2, 5, 4});
+  base->to(testing::device());
+  auto x = torch::randn({2, 5, 4}, testing::device());
   auto before = base->forward(x);
   LoRALinear layer(base, LoRAOptions(2).alpha(6));
   CHECK(layer->weight.is_same(base->weight));
@@ -43,7 +45,7 @@ TEST_CASE("A wrapped Linear shares its tensors, freezes them and starts unchange
 TEST_CASE("The gradients of A and B agree with finite differences") {
   auto layer = make_layer();
   layer->to(torch::kDouble);
-  auto x = torch::randn({2, 5, 4}, torch::kDouble);
+  auto x = torch::randn({2, 5, 4}, testing::on_device(torch::kDouble));
   auto loss = [&] { return layer->forward(x).sin().sum(); };
   CHECK(testing::gradient_error(loss, {layer->lora_A(), layer->lora_B()}) < 1e-8);
 }
@@ -61,10 +63,11 @@ TEST_CASE("A layer built from sizes has the parameter names of torch::nn::Linear
 TEST_CASE("A copy is frozen, independent and gives the same output, merged or not, alone or inside a model") {
   const bool merged = GENERATE(false, true), inside = GENERATE(false, true);
   Net net;
+  net->to(testing::device());
   auto layer = net->fc;
   layer->lora_B().detach().normal_();
   auto pristine = layer->weight.clone();
-  auto x = torch::randn({2, 5, 4});
+  auto x = torch::randn({2, 5, 4}, testing::device());
   if (merged) layer->merge();
   auto expected = layer->forward(x);
   auto copy = inside ? std::dynamic_pointer_cast<NetImpl>(net->clone())->fc
@@ -82,9 +85,10 @@ TEST_CASE("A copy is frozen, independent and gives the same output, merged or no
 TEST_CASE("Saving and loading keeps the layer frozen and its output the same") {
   testing::TemporaryFolder folder;
   auto layer = make_layer();
-  auto x = torch::randn({2, 5, 4});
+  auto x = torch::randn({2, 5, 4}, testing::device());
   torch::save(layer, (folder / "layer.pt").string());
   LoRALinear<> loaded(LoRALinearOptions(4, 3, LoRAOptions(2).alpha(6)));
+  loaded->to(testing::device());
   torch::load(loaded, (folder / "layer.pt").string());
   CHECK(torch::equal(loaded->forward(x), layer->forward(x)));
   CHECK(lora::trainable_parameters(*loaded).size() == 2);
@@ -101,7 +105,7 @@ TEST_CASE("A merged layer is not saved, for its update would be added again on l
 
 TEST_CASE("A layer moved to another type computes in it, also between merge and unmerge") {
   auto layer = make_layer();
-  auto x = torch::randn({2, 5, 4});
+  auto x = torch::randn({2, 5, 4}, testing::device());
   auto before = layer->forward(x);
   layer->merge();
   layer->to(torch::kDouble);
@@ -117,7 +121,7 @@ TEST_CASE("LoRALinear says what it needed and what it got") {
   CHECK_THROWS_WITH(LoRALinear(base, LoRAOptions(0)), testing::contains("rank has to be at least 1, but got 0"));
   CHECK(base->weight.requires_grad());  // nothing was frozen
   CHECK_THROWS_WITH(LoRALinear<>(LoRALinearOptions(0, 3, LoRAOptions(2))), testing::contains("but got 0 and 3"));
-  CHECK_THROWS_WITH(layer->forward(torch::ones({2, 5})),
+  CHECK_THROWS_WITH(layer->forward(torch::ones({2, 5}, testing::device())),
                     testing::contains("has to be 4") && testing::contains("[2, 5]"));
   CHECK_THROWS_WITH(layer->unmerge(), testing::contains("not merged"));
   layer->merge();

@@ -161,6 +161,7 @@ TEST_CASE("all linear layers are written by name", "[peft_checkpoint]") {
 TEST_CASE("the projections of attention are written under PEFT's names", "[peft_checkpoint]") {
   testing::TemporaryFolder folder;
   torch::nn::TransformerEncoderLayer model(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  model->to(testing::device());
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"self_attn"}));
   for (auto& parameter : adapters.parameters()) torch::nn::init::normal_(parameter);
   adapters.save(folder.path());
@@ -170,6 +171,7 @@ TEST_CASE("the projections of attention are written under PEFT's names", "[peft_
   CHECK(tensors.at("base_model.model.self_attn.base_layer.out_proj.lora_B.weight").sizes() ==
         torch::IntArrayRef({8, 2}));
   torch::nn::TransformerEncoderLayer again(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  again->to(testing::device());
   const auto loaded = load_adapter(*again, folder.path());
   for (const auto& item : adapters.named_parameters()) {
     INFO(item.key());
@@ -438,4 +440,102 @@ TEST_CASE("one of several adapters is written by name", "[peft_checkpoint]") {
   const auto tensors = read_safetensors(folder / "adapter_model.safetensors");
   CHECK(tensors.size() == 2);
   CHECK(tensors.at("base_model.model.head.lora_A.weight").sizes() == torch::IntArrayRef({1, 8}));
+}
+
+TEST_CASE("the output projection of attention has the rank and alpha of its module", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  torch::nn::TransformerEncoderLayer model(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  const auto config = LoRAConfig(2).alpha(6).target_modules({"self_attn"});
+  const auto adapters =
+      lora::attach(*model, LoRAConfig(config).rank_pattern({{"self_attn", 4}}).alpha_pattern({{"self_attn", 10}}));
+  CHECK(adapters.scaling("self_attn") == 2.5);
+  CHECK(adapters.scaling("self_attn.out_proj") == 2.5);
+  torch::nn::TransformerEncoderLayer other(torch::nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+  CHECK_THROWS_WITH(lora::attach(*other, LoRAConfig(config).rank_pattern({{"self_attn.out_proj", 4}})),
+                    contains("no target matches \"self_attn.out_proj\" of rank_pattern"));
+}
+
+TEST_CASE("stacked ranks of a fused projection outrank the patterns", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  auto model = make_model();
+  auto config = mlp_config().target_modules({"fc1"}).rank_pattern({{"fc1", 1}}).alpha_pattern({{"fc1", 3}});
+  config.fused({{"fc1", {6, 6, 4}, {true, false, true}}});  // two parts of rank 1: in files rank 2, the others' rank
+  const auto adapters = trained(model, config);
+  adapters.save(folder.path());
+  auto again = make_model();
+  const auto loaded = load_adapter(*again, folder.path());
+  CHECK(loaded.scaling("fc1") == 3);
+  CHECK(testing::distance(adapted_output(again, loaded), adapted_output(model, adapters)) < 1e-5);
+}
+
+TEST_CASE("what PEFT writes without need is compared or left aside", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto file = folder / "adapter_model.safetensors";
+  const std::string prefix = "base_model.model.";
+  auto model = make_model();
+  const auto adapters = trained(model, mlp_config().bias(lora::Bias::kAll).modules_to_save({"head"}));
+  adapters.save(folder.path());
+  auto tensors = read_safetensors(file);
+  tensors[prefix + "head.original_module.bias"] = torch::ones({3});
+  tensors[prefix + "head.modules_to_save.bias"] = tensors.at(prefix + "head.bias").clone();
+  tensors[prefix + "fc1.base_layer.weight"] = model->fc1->weight.detach().cpu().to(torch::kBFloat16);
+  auto again = make_model();
+  SECTION("copies of biases, and a frozen weight that is the model's") {
+    write_safetensors(file, tensors);
+    CHECK(torch::equal(adapted_output(again, load_adapter(*again, folder.path())), adapted_output(model, adapters)));
+  }
+  SECTION("a frozen weight that is not") {
+    tensors[prefix + "fc1.base_layer.weight"].mul_(1.5);
+    write_safetensors(file, tensors);
+    CHECK_THROWS_WITH(load_adapter(*again, folder.path()),
+                      contains("unexpected: \"base_model.model.fc1.base_layer.weight\" [16, 8] (a frozen weight, and "
+                               "not the model's own)"));
+  }
+  SECTION("a copy of something else") {
+    tensors[prefix + "norm.original_module.bias"] = torch::ones({3});
+    write_safetensors(file, tensors);
+    CHECK_THROWS_WITH(load_adapter(*again, folder.path()),
+                      contains("unexpected: \"base_model.model.norm.original_module.bias\" [3]"));
+  }
+}
+
+TEST_CASE("counts of batches come in another type than in a converted model", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto make = [](torch::ScalarType type) {
+    torch::nn::Sequential model;
+    model->push_back("fc", torch::nn::Linear(4, 4));
+    model->push_back("norm", torch::nn::BatchNorm1d(4));
+    model->to(testing::device(), type);
+    return model;
+  };
+  const auto config = LoRAConfig(2).alpha(6).target_modules({"fc"}).modules_to_save({"norm"});
+  auto model = make(torch::kFloat), converted = make(torch::kDouble);
+  lora::attach(*model, config).save(folder.path());
+  auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  tensors["base_model.model.norm.num_batches_tracked"] = torch::tensor(7, torch::kLong);
+  write_safetensors(folder / "adapter_model.safetensors", tensors);
+  auto loaded = load_adapter(*converted, folder.path());
+  loaded.merge();
+  CHECK(converted[1]->named_buffers()["num_batches_tracked"].item<double>() == 7);
+}
+
+TEST_CASE("PEFT saves every module whose name ends in the letters of an entry", "[peft_checkpoint]") {
+  testing::TemporaryFolder folder;
+  const auto make = [] {
+    torch::manual_seed(0);
+    torch::nn::Sequential model;
+    model->push_back("fc", torch::nn::Linear(4, 4));
+    model->push_back("pre_head", torch::nn::Linear(4, 4));
+    model->push_back("head", torch::nn::Linear(4, 2));
+    model->to(testing::device());
+    return model;
+  };
+  auto model = make(), other = make();
+  lora::attach(*model, LoRAConfig(2).target_modules({"fc"}).modules_to_save({"head"})).save(folder.path());
+  const auto tensors = read_safetensors(folder / "adapter_model.safetensors");
+  CHECK(tensors.size() == 6);
+  CHECK(torch::equal(tensors.at("base_model.model.pre_head.weight"), model[1]->named_parameters()["weight"].cpu()));
+  const auto loaded = load_adapter(*other, folder.path());
+  CHECK(loaded.config("default").modules_to_save() == std::vector<std::string>{"head", "pre_head"});
+  CHECK(loaded.named_parameters().contains("pre_head.bias"));
 }

@@ -160,6 +160,22 @@ TEST_CASE("a configuration survives the file", "[peft_config]") {
   CHECK(other.method().info().name == "LowRank");
   CHECK(other.init() == lora::Init::kGaussian);
   CHECK(round_trip(LoRAConfig(2).target_modules(lora::all_linear)).target_modules().is_all_linear());
+  const auto full = round_trip(LoRAConfig(2)
+                                   .target_modules({"q"})
+                                   .target_parameters({"experts.up"})
+                                   .modules_to_save({"head", "norm"})
+                                   .bias(lora::Bias::kAdaptedOnly));
+  CHECK(full.target_parameters() == std::vector<std::string>{"experts.up"});
+  CHECK(full.modules_to_save() == std::vector<std::string>{"head", "norm"});
+  CHECK(full.bias() == lora::Bias::kAdaptedOnly);
+  CHECK(round_trip(LoRAConfig(2).target_modules({"q"}).bias(lora::Bias::kAll)).bias() == lora::Bias::kAll);
+}
+
+TEST_CASE("no target module is written as an empty list, since PEFT chooses some itself for null", "[peft_config]") {
+  testing::TemporaryFolder folder;
+  write_adapter_config(folder / "c", LoRAConfig(3).target_parameters({"experts.up"}));
+  CHECK_THAT(read_text(folder / "c"), testing::contains("\"target_modules\": [],"));
+  CHECK(read_adapter_config(folder / "c").target_modules().empty());
 }
 
 TEST_CASE("read_adapter_config takes PEFT's defaults and all its spellings", "[peft_config]") {
@@ -186,7 +202,6 @@ TEST_CASE("read_adapter_config refuses what would change the result", "[peft_con
   const auto [field, value] = GENERATE(table<std::string, std::string>({
       {"alora_invocation_tokens", "[1,2]"},
       {"arrow_config", R"({"top_k":3})"},
-      {"bias", "\"all\""},
       {"ensure_weight_tying", "true"},
       {"init_lora_weights", "\"pissa\""},
       {"init_lora_weights", "\"pissa_niter_16\""},
@@ -199,8 +214,6 @@ TEST_CASE("read_adapter_config refuses what would change the result", "[peft_con
       {"layer_replication", "[[0,4]]"},
       {"lora_bias", "true"},
       {"megatron_config", R"({"a":1})"},
-      {"modules_to_save", R"(["head"])"},
-      {"target_parameters", R"(["w"])"},
       {"trainable_token_indices", "[7]"},
       {"use_bdlora", R"({"nblocks":2})"},
       {"use_qalora", "true"},
@@ -241,6 +254,8 @@ TEST_CASE("read_adapter_config says which field is wrong", "[peft_config]") {
       {R"("layers_to_transform":["a"])", "\"layers_to_transform\" has to be given by numbers"},
       {R"("layers_pattern":3)", "\"layers_pattern\" has to be a list of strings"},
       {R"("exclude_modules":[1])", "\"exclude_modules\" has to be a list of strings"},
+      {R"("bias":"some")", "\"bias\" has to be \"none\", \"all\" or \"lora_only\", but is \"some\""},
+      {R"("modules_to_save":[1])", "\"modules_to_save\" has to be a list of strings"},
       {R"("task_type":1)", "\"task_type\" has to be a string"},
       {R"("r":1,"r":2)", "the key \"r\" appears twice"},
   }));

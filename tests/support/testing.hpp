@@ -44,11 +44,19 @@ inline std::string error_of(const std::function<void()>& call) {
   return "";
 }
 
-/// The device the suite runs on: LORA_TEST_DEVICE, else the CPU.
+/// The device the suite runs on: LORA_TEST_DEVICE ("cuda", or "fake" for that of second_device.cpp), else the CPU.
 inline torch::Device device() {
-  const char* name = std::getenv("LORA_TEST_DEVICE");
-  return torch::Device(name == nullptr ? "cpu" : name);
+  static const auto device = [] {
+    const char* name = std::getenv("LORA_TEST_DEVICE");
+    const torch::Device named(name == nullptr ? "cpu" : name);
+    if (named.is_cuda()) at::globalContext().setAllowTF32CuDNN(false);  // convolutions with all digits of a float
+    return named.is_cpu() || named.has_index() ? named : torch::Device(named.type(), 0);  // as tensors report it
+  }();
+  return device;
 }
+
+/// Numbers of a type on that device.
+inline torch::TensorOptions on_device(torch::ScalarType type) { return torch::TensorOptions(type).device(device()); }
 
 /// An empty folder of its own for one test, removed with everything in it at the end.
 class TemporaryFolder {

@@ -2,6 +2,8 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_convolution.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/dropout.h>
@@ -15,6 +17,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <lora/detail/fused_attention.hpp>
 #include <lora/detail/weight_table.hpp>
 
 #include <optional>
@@ -59,7 +62,7 @@ at::Tensor adapt_multiplication(const at::Tensor& operand, std::optional<Part> w
                                 const at::Tensor& bias, bool in_backward_too, const Run& run) {
   const auto matches = find_matches(operand, Use::kProduct, in_backward_too);
   if (matches.empty()) return run(x, operand, bias);
-  if (whole && matches.are_products(*whole)) {
+  if (whole && matches.can_add(*whole, Use::kProduct)) {
     auto y = run(x, operand, bias);
     for (const auto& match : matches) y = match.handler->adapt(x, y, bias, {});
     return y;
@@ -113,16 +116,35 @@ inline at::Tensor mm_kernel(const at::Tensor& x, const at::Tensor& matrix) {
       [](const at::Tensor& x, const at::Tensor& m, const at::Tensor& /*bias*/) { return at::mm(x, m); });
 }
 
+/// `run(x, weight, bias)` convolves.
+template <class Run>
+at::Tensor adapt_convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             const Run& run) {
+  BelowInterception guard;
+  return adapt_multiplication(weight, std::nullopt, x, bias.value_or(at::Tensor()), true,
+                              [&](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) {
+                                return run(x, w, b.defined() ? std::optional<at::Tensor>(b) : std::nullopt);
+                              });
+}
+
 inline at::Tensor convolution_kernel(const at::Tensor& x, const at::Tensor& weight,
                                      const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                                      at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                                      at::IntArrayRef output_padding, int64_t groups) {
-  BelowInterception guard;
-  return adapt_multiplication(weight, std::nullopt, x, bias.value_or(at::Tensor()), true,
-                              [&](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) {
-                                return at::convolution(x, w, b.defined() ? std::optional<at::Tensor>(b) : std::nullopt,
-                                                       stride, padding, dilation, transposed, output_padding, groups);
-                              });
+  return adapt_convolution(x, weight, bias, [&](const auto& x, const auto& w, const auto& b) {
+    return at::convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups);
+  });
+}
+
+/// What the TorchScript tracer writes down for a convolution.
+template <class... Flags>
+at::Tensor traced_convolution_kernel(const at::Tensor& x, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                                     at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                     at::IntArrayRef output_padding, int64_t groups, Flags... flags) {
+  return adapt_convolution(x, weight, bias, [&](const auto& x, const auto& w, const auto& b) {
+    return at::_convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups, flags...);
+  });
 }
 
 /// The limit on the norm of its entries that the next lookup in an adapted table has to keep. A frozen table is not
@@ -161,7 +183,7 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
     return at::embedding(matrix.t(), x, padding_idx, scale_grad_by_freq, /*sparse=*/false);
   };
   at::Tensor entries;
-  if (matches.are_products(Part::kWhole)) {
+  if (matches.can_add(Part::kWhole, Use::kLookup)) {
     entries = at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
     for (const auto& match : matches) entries = match.handler->adapt(indices, entries, {}, lookup);
   } else {
@@ -179,7 +201,7 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   BelowInterception guard;
   const auto bag = [&](const at::Tensor& entries, bool sparse) {
     auto weights = per_sample_weights;
-    if (weights) weights = weights->to(entries.scalar_type());
+    if (weights && weights->defined()) weights = weights->to(entries.scalar_type());
     return at::embedding_bag(entries, indices, offsets, scale_grad_by_freq, mode, sparse, weights, include_last_offset,
                              padding_idx);
   };
@@ -187,7 +209,7 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   if (matches.empty()) return bag(table, sparse);
   const auto limit = std::exchange(NormLimit::pending(), std::nullopt);
   constexpr int64_t kMax = 2;
-  if (limit || mode == kMax || !matches.are_products(Part::kWhole)) {  // not linear in the entries
+  if (limit || mode == kMax || !matches.can_add(Part::kWhole, Use::kLookup)) {  // not linear in the entries
     auto entries = substituted(table, matches, false, true);
     return bag(limit ? limit->apply(entries) : entries, false);
   }
@@ -220,34 +242,50 @@ void substituting_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack
   op.callBoxed(stack);
 }
 
+/// A cast that TorchScript writes down where a function switches autocast on: W' is cast in place of W.
+inline void cast_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  BelowInterception guard;
+  const auto operand = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();
+  const auto matches = find_matches(operand, Use::kProduct, true);
+  op.callBoxed(stack);
+  const auto cast = stack->back().toTensor();
+  if (matches.empty() || cast.is_alias_of(operand)) return;  // one that changes nothing is seen in the product
+  stack->back() = substituted(operand, matches, false, /*drop_features=*/true).to(cast.scalar_type());
+}
+
+/// An operator without a derivative: where one is needed, `unfused` computes it from the stack in operators that have
+/// one, whose weights are adapted in turn.
+template <void (*unfused)(torch::jit::Stack&)>
+void fused_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  bool adapted = false, needs_gradient = false, is_nested = false;
+  for_each_operand(op, *stack, [&](const at::Tensor& operand) {
+    if (!operand.defined()) return operand;
+    adapted = adapted || !find_matches(operand, Use::kProduct, true).empty();
+    needs_gradient = needs_gradient || operand.requires_grad();
+    is_nested = is_nested || operand.is_nested();
+    return operand;
+  });
+  if (!at::GradMode::is_enabled() || !(adapted || needs_gradient)) return substituting_kernel<true>(op, stack);
+  TORCH_CHECK(!is_nested, "lora: ", op.operator_name(), " has no gradient for nested tensors, so nothing can be ",
+              "trained through it. Run the module in training mode, or without gradient (torch::NoGradGuard), or ",
+              "export it with enable_nested_tensor=False");
+  unfused(*stack);
+}
+
 /// Operators that take weights in other ways than the kernels above.
-inline constexpr const char* kWholeWeightOperators[] = {"bilinear",
-                                                        "conv_tbc",
-                                                        "lstm.input",
-                                                        "lstm.data",
-                                                        "gru.input",
-                                                        "gru.data",
-                                                        "rnn_tanh.input",
-                                                        "rnn_tanh.data",
-                                                        "rnn_relu.input",
-                                                        "rnn_relu.data",
-                                                        "lstm_cell",
-                                                        "gru_cell",
-                                                        "rnn_tanh_cell",
-                                                        "rnn_relu_cell",
-                                                        "_native_multi_head_attention",
-                                                        "_transformer_encoder_layer_fwd"};
+inline constexpr const char* kWholeWeightOperators[] = {
+    "bilinear",      "conv_tbc",       "lstm.input",    "lstm.data", "gru.input", "gru.data",      "rnn_tanh.input",
+    "rnn_tanh.data", "rnn_relu.input", "rnn_relu.data", "lstm_cell", "gru_cell",  "rnn_tanh_cell", "rnn_relu_cell"};
 /// Those that autograd's backward uses too.
 inline constexpr const char* kProductOperators[] = {"bmm", "baddbmm", "addbmm", "mv", "addmv", "_grouped_mm"};
 
-template <bool in_backward_too, size_t count>
-void register_substitution(torch::Library& library, const char* const (&names)[count]) {
-  for (const char* name : names) {
-    const std::string text(name), base = text.substr(0, text.find('.'));
-    const auto overload = base.size() < text.size() ? text.substr(base.size() + 1) : "";
-    if (!c10::Dispatcher::singleton().findSchema({"aten::" + base, overload})) continue;  // another LibTorch
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&substituting_kernel<in_backward_too>>());
-  }
+/// Registers a kernel for an operator, given as "name.overload", unless this LibTorch has none of that name.
+template <c10::BoxedKernel::BoxedKernelFunction* kernel>
+void register_boxed(torch::Library& library, const char* name) {
+  const std::string text(name), base = text.substr(0, text.find('.'));
+  const auto overload = base.size() < text.size() ? text.substr(base.size() + 1) : "";
+  if (c10::Dispatcher::singleton().findSchema({"aten::" + base, overload}))
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<kernel>());
 }
 
 /// Registers the kernels once in the process. Only one fallback may be registered for a key, so it is done when the
@@ -267,12 +305,18 @@ __attribute__((visibility("default"))) inline void register_kernels() {
     aten.impl("matmul", &matmul_kernel);
     aten.impl("mm", &mm_kernel);
     aten.impl("convolution", &convolution_kernel);
+    aten.impl("_convolution", &traced_convolution_kernel<bool, bool, bool, bool>);
+    aten.impl("_convolution.deprecated", &traced_convolution_kernel<bool, bool, bool>);
     aten.impl("embedding", &embedding_kernel);
     aten.impl("embedding_renorm_", &embedding_renorm_kernel);
     aten.impl("embedding_bag", &old_embedding_bag_kernel);
     aten.impl("embedding_bag.padding_idx", &embedding_bag_kernel);
-    register_substitution<true>(aten, kWholeWeightOperators);
-    register_substitution<false>(aten, kProductOperators);
+    register_boxed<&cast_kernel>(aten, "_autocast_to_reduced_precision");
+    register_boxed<&cast_kernel>(aten, "_autocast_to_full_precision");
+    register_boxed<&fused_kernel<&unfused_attention>>(aten, "_native_multi_head_attention");
+    register_boxed<&fused_kernel<&unfused_encoder_layer>>(aten, "_transformer_encoder_layer_fwd");
+    for (const char* name : kWholeWeightOperators) register_boxed<&substituting_kernel<true>>(aten, name);
+    for (const char* name : kProductOperators) register_boxed<&substituting_kernel<false>>(aten, name);
     return made;
   }();
   (void)libraries;

@@ -229,7 +229,9 @@ class Selection {
                 list(adaptable_));
     for (const auto& target : part.targets) {
       const bool excluded = target.name != part.name && is_excluded(target.name);  // one that comes with its parent
-      if (!excluded && taken_.insert(target.name).second) targets_.push_back(target);
+      if (excluded || !taken_.insert(target.name).second) continue;
+      targets_.push_back(target);
+      if (target.file_name != target.name) modules_[target.name] = part.name;
     }
   }
 
@@ -355,9 +357,11 @@ class Selection {
     const auto alpha_expressions = compile_patterns(config_.alpha_pattern());
     std::vector<Layer> layers;
     for (auto& target : targets_) {
+      const auto module = modules_.find(target.name);
+      const auto& name = module == modules_.end() ? target.name : module->second;
       LoRAOptions options(config_);
-      options.rank(pattern_value(config_.rank_pattern(), rank_expressions, target.name, config_.rank(), ranks));
-      options.alpha(pattern_value(config_.alpha_pattern(), alpha_expressions, target.name, config_.alpha(), alphas));
+      options.rank(pattern_value(config_.rank_pattern(), rank_expressions, name, config_.rank(), ranks));
+      options.alpha(pattern_value(config_.alpha_pattern(), alpha_expressions, name, config_.alpha(), alphas));
       options.validate("lora::LoRAConfig");
       check_rank(target, options.rank());
       layers.push_back({target, options});
@@ -404,6 +408,7 @@ class Selection {
   std::vector<ModelPart> parts_;
   std::vector<std::string> adaptable_;  // names of what `parts_` have to adapt
   std::vector<Target> targets_;
+  std::map<std::string, std::string> modules_;  // whose rank and alpha a target has that PEFT keeps inside of another
   std::set<std::string> taken_, matched_targets_, matched_excludes_;
   std::set<int64_t> present_layers_;
   std::optional<std::regex> target_regex_;

@@ -28,6 +28,8 @@ class WeightSlot {
   virtual at::Tensor read() const = 0;
   virtual Handles handles() const = 0;
   virtual void set(const Handles& handles) const = 0;
+  /// Throws when forward passes would not see what is put here; `layer` is for the error.
+  virtual void check_replaceable(const std::string& /*layer*/) const {}
   /// Whether `weight` is what was put here last.
   virtual bool holds(const at::Tensor& weight) const { return read().is_same(weight); }
   /// Lets the weight that is here now stay for good, trainable if `former` was.

@@ -32,8 +32,9 @@ class WeightHandler {
   virtual ~WeightHandler() = default;
   virtual bool accepts(Use use) const = 0;
   virtual void count_use() = 0;
-  /// Whether the update can be added to a product with the whole weight; else W' has to be formed.
-  virtual bool adds_to_products() const = 0;
+  /// Whether the update can be added to a product with the whole weight, or to a lookup in it; else W' has to be
+  /// formed.
+  virtual bool adds_to(Use use) const = 0;
   /// Given y = x W^T + bias (bias may be undefined), computed with the whole weight, returns the adapted output.
   virtual at::Tensor adapt(const at::Tensor& x, const at::Tensor& y, const at::Tensor& bias, Multiply multiply) = 0;
   /// W' - W in the layout of W, or undefined when nothing is to be added.
@@ -136,10 +137,10 @@ struct Match {
 
 class Matches : public std::vector<Match> {
  public:
-  /// Whether each is the whole weight, lying as `part` says, and its update can be added to a product with it.
-  bool are_products(Part part) const {
+  /// Whether each is the whole weight, lying as `part` says, and its update can be added to what is done with it.
+  bool can_add(Part part, Use use) const {
     return std::all_of(begin(), end(),
-                       [&](const Match& match) { return match.part == part && match.handler->adds_to_products(); });
+                       [&](const Match& match) { return match.part == part && match.handler->adds_to(use); });
   }
 };
 

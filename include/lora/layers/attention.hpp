@@ -8,7 +8,8 @@ namespace lora::layers {
 
 /// The projections of a torch::nn::MultiheadAttention of width E: the packed one of query, key and value (3 E, E), or
 /// those of keys and values that have a width of their own, and the output projection (E, E). As in PEFT they are
-/// adapted together, and the files name the last one "<name>.base_layer.out_proj".
+/// adapted together, with one rank and alpha, and the files name the last one "<name>.base_layer.out_proj".
+/// PEFT up to 0.21.2 adds the update of the output projection twice when it runs or merges such an adapter.
 inline std::vector<Target> find_attention(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
   auto* layer = module->as<torch::nn::MultiheadAttentionImpl>();
   if (layer == nullptr) return {};

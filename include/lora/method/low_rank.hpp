@@ -64,16 +64,21 @@ struct LowRank {
   /// The input of A: x in the adapter's type, with dropout in training mode. Numbers of columns stay as they are.
   at::Tensor dropped(const FrozenProduct& product) const {
     if (is_lookup) return product.input;
-    auto x = product.input.to(lora_A.scalar_type());
+    auto x = in_type(product.input, lora_A.scalar_type());
     return options.dropout() > 0 ? at::dropout(x, options.dropout(), product.training) : x;
   }
 
   /// y + s x A^T B^T from x A^T (..., rank), computed in the adapter's type and returned in that of y.
   at::Tensor add_update(const at::Tensor& y, const at::Tensor& projected) const {
-    auto p = projected.reshape({-1, projected.size(-1)});            // (rows, rank)
-    auto rows = y.reshape({-1, y.size(-1)}).to(p.scalar_type());     // (rows, out)
-    auto sum = at::addmm(rows, p, lora_B.t(), /*beta=*/1, scaling);  // the scale costs no pass of its own
-    return sum.view(y.sizes()).to(y.scalar_type());
+    const auto type = projected.scalar_type();
+    if (y.dim() == 2) return in_type(add_rows(in_type(y, type), projected), y.scalar_type());
+    auto sum = add_rows(in_type(y.reshape({-1, y.size(-1)}), type), projected.reshape({-1, projected.size(-1)}));
+    return in_type(sum.view(y.sizes()), y.scalar_type());
+  }
+
+  /// y (rows, out) + s p B^T for p (rows, rank); the scale costs no pass of its own.
+  at::Tensor add_rows(const at::Tensor& y, const at::Tensor& p) const {
+    return at::addmm(y, p, lora_B.t(), /*beta=*/1, scaling);
   }
 
   LoRAOptions options;

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/TensorOptions.h>
 
 #include <lora/options.hpp>
@@ -56,9 +57,15 @@ struct FrozenProduct {
   std::function<at::Tensor(const at::Tensor& x, const at::Tensor& matrix)> multiply = {};
 
   at::Tensor times(const at::Tensor& x, const at::Tensor& matrix) const {
-    return multiply ? multiply(x, matrix) : at::linear(x, matrix);
+    if (multiply) return multiply(x, matrix);
+    return x.dim() == 2 ? at::mm(x, matrix.t()) : at::linear(x, matrix);
   }
 };
+
+/// `tensor.to(type)`, without the call where there is nothing to do: for small products calls are what costs.
+inline at::Tensor in_type(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
 
 /// How a method is named.
 struct MethodInfo {

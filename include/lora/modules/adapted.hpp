@@ -101,7 +101,7 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   void initialize_adapter() { method().initialize(site_->view().matrix(weight)); }
 
   /// Whether the layer's own adapter is to be added to what the frozen layer computed.
-  bool adds_own() const { return !is_merged() && !detail::is_in_scope(weight); }
+  bool adds_own() const { return site_->contains(kAdapter) && !is_merged() && !detail::is_in_scope(weight); }
 
   /// x W'^T + b from x W^T + b.
   at::Tensor add_own(const at::Tensor& x, const at::Tensor& y,

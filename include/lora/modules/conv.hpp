@@ -1,11 +1,18 @@
 #pragma once
 
+#include <ATen/ops/convolution.h>
 #include <ATen/ops/dropout.h>
+#include <ATen/ops/pad.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/pimpl.h>
 
 #include <lora/layers/convolution.hpp>
 #include <lora/modules/adapted.hpp>
+
+#include <array>
+#include <string>
+#include <variant>
+#include <vector>
 
 namespace lora {
 namespace detail {
@@ -16,14 +23,44 @@ using StockConv = std::conditional_t<D == 1, torch::nn::Conv1dImpl,
 
 /// What a stock convolution computes, for any kernel.
 template <size_t D>
-class Convolution final : public StockConv<D> {
+class Convolution {
  public:
-  explicit Convolution(const torch::nn::ConvOptions<D>& options) : StockConv<D>(options) {}
-
-  at::Tensor run(const at::Tensor& x, const at::Tensor& kernel, const at::Tensor& with_bias) {
-    this->bias = with_bias;
-    return this->_conv_forward(x, kernel);
+  explicit Convolution(const torch::nn::ConvOptions<D>& options)
+      : stride_(*options.stride()), dilation_(*options.dilation()), groups_(options.groups()) {
+    for (size_t i = 0; i < D; ++i) {
+      const auto total = dilation_[i] * ((*options.kernel_size())[i] - 1);  // what keeps the size
+      if (std::holds_alternative<torch::enumtype::kSame>(options.padding())) {
+        before_[i] = total / 2;
+        after_[i] = total - before_[i];
+      } else if (const auto* padding = std::get_if<torch::ExpandingArray<D>>(&options.padding())) {
+        before_[i] = after_[i] = (**padding)[i];
+      }
+    }
+    if (std::holds_alternative<torch::enumtype::kReflect>(options.padding_mode())) mode_ = "reflect";
+    if (std::holds_alternative<torch::enumtype::kReplicate>(options.padding_mode())) mode_ = "replicate";
+    if (std::holds_alternative<torch::enumtype::kCircular>(options.padding_mode())) mode_ = "circular";
   }
+
+  /// conv(x, kernel) + bias for x (batch, in, ...), or (in, ...); the bias may be undefined.
+  at::Tensor run(const at::Tensor& x, const at::Tensor& kernel, const at::Tensor& bias) const {
+    if (x.dim() == D + 1) return run(x.unsqueeze(0), kernel, bias).squeeze(0);
+    const bool inside = before_ == after_ && std::string(mode_) == "constant";  // the operator can pad
+    static constexpr std::array<int64_t, D> none{};
+    return at::convolution(inside ? x : padded(x), kernel,
+                           bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt, stride_,
+                           inside ? before_ : none, dilation_, /*transposed=*/false, none, groups_);
+  }
+
+ private:
+  at::Tensor padded(const at::Tensor& x) const {
+    std::vector<int64_t> sides;  // of the last dimension first
+    for (size_t i = D; i-- > 0;) sides.insert(sides.end(), {before_[i], after_[i]});
+    return at::pad(x, sides, mode_);
+  }
+
+  std::array<int64_t, D> stride_, dilation_, before_{}, after_{};
+  int64_t groups_;
+  const char* mode_ = "constant";
 };
 
 }  // namespace detail
@@ -66,7 +103,6 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
   LoRAConvImpl(torch::nn::ModuleHolder<detail::StockConv<D>> base, LoRAOptions adapter)
       : options(options_of(base->options), std::move(adapter)) {
     validate();
-    make_stock();
     this->build(base->weight, base->bias);
     this->initialize_adapter();
   }
@@ -76,7 +112,6 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
     const auto like = weight.defined() ? weight.options().requires_grad(false) : at::TensorOptions();
     detail::StockConv<D> fresh(options.conv());  // has the values a stock layer starts with
     fresh.to(like.device(), c10::typeMetaToScalarType(like.dtype()));
-    make_stock();
     this->build(fresh.weight.detach(), fresh.bias.defined() ? fresh.bias.detach() : at::Tensor());
     this->initialize_adapter();
   }
@@ -89,13 +124,13 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
   }
 
   at::Tensor forward(const at::Tensor& input) {
-    if (!this->adds_own()) return stock_->run(input, weight, bias);
+    const detail::Convolution<D> frozen(options.conv());
+    if (!this->adds_own()) return frozen.run(input, weight, bias);
     const auto delta = this->own_delta();
     const auto dropout = this->is_training() ? options.adapter().dropout() : 0;
-    if (dropout == 0)
-      return stock_->run(input, (weight.to(delta.scalar_type()) + delta).to(weight.scalar_type()), bias);
-    const auto update = stock_->run(at::dropout(input, dropout, /*train=*/true), delta.to(input.scalar_type()), {});
-    return stock_->run(input, weight, bias) + update;
+    if (dropout == 0) return frozen.run(input, (weight.to(delta.scalar_type()) + delta).to(weight.scalar_type()), bias);
+    const auto update = frozen.run(at::dropout(input, dropout, /*train=*/true), delta.to(input.scalar_type()), {});
+    return frozen.run(input, weight, bias) + update;
   }
 
   MatrixView view() const { return MatrixView::kernel(weight.sizes(), options.conv().groups(), false); }
@@ -123,16 +158,6 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
     TORCH_CHECK_VALUE(groups > 0 && rank % groups == 0, "lora::", kName, ": the rank is divided among the groups, so ",
                       "it has to be a multiple of their number, but rank is ", rank, " and groups ", groups);
   }
-
-  /// Only what it says about padding is used; it keeps no kernel.
-  void make_stock() {
-    auto small = options.conv();
-    const auto groups = small.groups();
-    stock_ = std::make_shared<detail::Convolution<D>>(small.in_channels(groups).out_channels(groups).bias(false));
-    stock_->options.in_channels(options.conv().in_channels()).out_channels(options.conv().out_channels());
-  }
-
-  std::shared_ptr<detail::Convolution<D>> stock_;
 };
 
 #define LORA_CONV(D)                                                                            \

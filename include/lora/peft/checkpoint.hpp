@@ -2,12 +2,15 @@
 
 #include <lora/adapters.hpp>
 #include <lora/peft/config.hpp>
+#include <lora/peft/load_options.hpp>
+#include <lora/peft/pickled.hpp>
 #include <lora/peft/safetensors.hpp>
 
 #include <cmath>
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <regex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,13 +24,14 @@ namespace detail {
 
 inline constexpr const char* kAdapterConfig = "adapter_config.json";
 inline constexpr const char* kAdapterTensors = "adapter_model.safetensors";
+inline constexpr const char* kLegacyTensors = "adapter_model.bin";
 
 inline constexpr const char* kPrefix = "base_model.model.";
 
-/// The name of a tensor in adapter_model.safetensors.
+/// The name of a tensor in adapter_model.safetensors, without the prefix.
 inline std::string peft_key(const Target& target, const NamedTensor& tensor) {
   const auto name = target.files.name ? target.files.name(tensor) : tensor.file_name;
-  return kPrefix + target.file_name + "." + name;
+  return target.file_name + "." + name;
 }
 
 /// A tensor of a layer as PEFT's file keeps it.
@@ -36,26 +40,131 @@ inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
   return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
 }
 
-/// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
-class PeftTensorReader {
- public:
-  explicit PeftTensorReader(const std::filesystem::path& path) : path_(path), content_(read_safetensors(path)) {}
-
-  void fill(AdapterPlan& plan) {
-    for (auto& layer : plan.layers) {
-      for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
+/// The module that PEFT saves in full and that is `name` or has it inside; empty when there is none. Unlike here any
+/// name that ends in an entry of modules_to_save is meant there: with "classifier" also "pre_classifier".
+inline std::string saved_by_peft(const LoRAConfig& config, std::string name) {
+  for (auto dot = name.size(); dot != std::string::npos; dot = name.rfind('.')) {
+    name.resize(dot);
+    for (const auto& entry : config.modules_to_save()) {
+      if (ends_with(name, entry)) return name;
     }
-    for (auto& full : plan.full) match(kPrefix + full.file_name, full.value, full.value.sizes(), {});
-    for (const auto& [key, tensor] : content_) unexpected_.push_back(quoted(key) + " " + c10::str(tensor.sizes()));
-    report();
-    at::NoGradGuard no_grad;
-    for (auto& [target, source] : copies_) target.copy_(source);
+  }
+  return "";
+}
+
+/// The name of the module that has a tensor.
+inline std::string owner_of(const std::string& tensor) {
+  const auto dot = tensor.rfind('.');
+  return dot == std::string::npos ? "" : tensor.substr(0, dot);
+}
+
+/// The tensors of an adapter file, by their names in the model at hand.
+class PeftTensors {
+ public:
+  PeftTensors(const std::filesystem::path& directory, const LoadOptions& options) : options_(options) {
+    const auto newer = directory / kAdapterTensors, older = directory / kLegacyTensors;
+    path_ = !std::filesystem::exists(newer) && std::filesystem::exists(older) ? older : newer;
+    for (const auto& [pattern, replacement] : options.key_mapping())
+      mapping_.emplace_back(compile(pattern, pattern), replacement);
+    for (auto& [key, tensor] : path_ == older ? read_pickled_tensors(path_) : read_safetensors(path_))
+      take(key, tensor);
+  }
+
+  const std::filesystem::path& path() const { return path_; }
+  std::map<std::string, at::Tensor>& content() { return content_; }
+  /// Those without the prefix.
+  const std::map<std::string, at::Tensor>& foreign() const { return foreign_; }
+
+  /// The configuration with the modules that the file has in full though their names only end in an entry's letters.
+  LoRAConfig with_saved(LoRAConfig config) const {
+    auto saved = config.modules_to_save();
+    for (const auto& [key, tensor] : content_) {
+      const auto name = saved_by_peft(config, owner_of(key));
+      const auto means = [&](const std::string& entry) { return is_or_ends_with(name, entry); };
+      if (!name.empty() && std::none_of(saved.begin(), saved.end(), means)) saved.push_back(name);
+    }
+    return config.modules_to_save(std::move(saved));
+  }
+
+  /// The configuration with the layers of the file, under their names here; for when there is a mapping.
+  LoRAConfig mapped(LoRAConfig config) const {
+    std::vector<std::string> names;
+    std::vector<std::pair<std::string, int64_t>> ranks;
+    std::vector<std::pair<std::string, double>> alphas;
+    const auto rank_expressions = compile_patterns(config.rank_pattern());
+    const auto alpha_expressions = compile_patterns(config.alpha_pattern());
+    std::vector<bool> unused_ranks(config.rank_pattern().size()), unused_alphas(config.alpha_pattern().size());
+    for (const auto& [name, python_name] : layers_) {
+      names.push_back(name);
+      ranks.emplace_back("^" + escaped(name), pattern_value(config.rank_pattern(), rank_expressions, python_name,
+                                                            config.rank(), unused_ranks));
+      alphas.emplace_back("^" + escaped(name), pattern_value(config.alpha_pattern(), alpha_expressions, python_name,
+                                                             config.alpha(), unused_alphas));
+    }
+    config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
+    return config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
   }
 
  private:
-  static std::string quoted(const std::string& key) { return "\"" + key + "\""; }
+  void take(const std::string& key, const at::Tensor& tensor) {
+    const auto& prefix = options_.prefix();
+    if (key.compare(0, prefix.size(), prefix) != 0) {
+      foreign_.emplace(key, tensor);
+      return;
+    }
+    const auto name = key.substr(prefix.size());
+    auto here = name;
+    for (const auto& [expression, replacement] : mapping_) {
+      if (!std::regex_search(here, expression)) continue;
+      here = std::regex_replace(here, expression, replacement, std::regex_constants::format_first_only);
+      break;
+    }
+    const auto adapter = name.find(".lora_"), adapter_here = here.find(".lora_");
+    const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
+    if (is_layer && here.find(".base_layer.") == std::string::npos)
+      layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
+    if (!content_.emplace(here, tensor).second)
+      throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
+  }
 
+  LoadOptions options_;
+  std::filesystem::path path_;
+  std::vector<std::pair<std::regex, std::string>> mapping_;
+  std::map<std::string, at::Tensor> content_;  // without the prefix
+  std::map<std::string, at::Tensor> foreign_;
+  std::map<std::string, std::string> layers_;  // name here -> name in the file
+};
+
+/// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
+class PeftTensorReader {
+ public:
+  PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
+      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {
+    for (const auto& [key, tensor] : tensors.foreign()) report_.unexpected.push_back(shown(key, tensor.sizes()));
+  }
+
+  LoadReport fill(AdapterPlan& plan) {
+    for (auto& layer : plan.layers) {
+      for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
+    }
+    for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
+    for (const auto& layer : plan.layers) match_base(layer.target);
+    drop_copies(plan);
+    for (const auto& [name, tensor] : content_) report_.unexpected.push_back(shown(in_file(name), tensor.sizes()));
+    if (options_.strict()) refuse();
+    if (!report_.missing.empty()) plan.initialize();
+    at::NoGradGuard no_grad;
+    for (auto& [target, source] : copies_) copy(*target, source);
+    return std::move(report_);
+  }
+
+ private:
   using FromFile = std::function<at::Tensor(const at::Tensor& stored)>;
+
+  static std::string shown(const std::string& key, at::IntArrayRef sizes) {
+    return "\"" + key + "\" " + c10::str(sizes);
+  }
+  std::string in_file(const std::string& name) const { return options_.prefix() + name; }
 
   void match(const Target& target, const NamedTensor& tensor) {
     FromFile from_file;
@@ -65,29 +174,60 @@ class PeftTensorReader {
   }
 
   /// Finds the tensor `key`, which has to have the sizes `stored_sizes` in the file, for `target`.
-  void match(const std::string& key, const at::Tensor& target, at::IntArrayRef stored_sizes,
-             const FromFile& from_file) {
+  void match(const std::string& key, at::Tensor& target, at::IntArrayRef stored_sizes, const FromFile& from_file) {
     const auto found = content_.find(key);
     if (found == content_.end()) {
-      missing_.push_back(quoted(key) + " " + c10::str(stored_sizes));
+      report_.missing.push_back(shown(in_file(key), stored_sizes));
       return;
     }
     const auto& source = found->second;
     if (source.sizes() != stored_sizes) {
-      misshapen_.push_back(quoted(key) + " is " + c10::str(source.sizes()) + ", not " + c10::str(stored_sizes));
-    } else if (target.is_floating_point() && !source.is_floating_point()) {
-      misshapen_.push_back(quoted(key) + " holds " + c10::str(source.scalar_type()));
+      report_.misshapen.push_back("\"" + in_file(key) + "\" is " + c10::str(source.sizes()) + ", not " +
+                                  c10::str(stored_sizes));
+    } else if (target.requires_grad() && !source.is_floating_point()) {  // a buffer may count in any type
+      report_.misshapen.push_back("\"" + in_file(key) + "\" holds " + c10::str(source.scalar_type()));
     } else {
-      copies_.emplace_back(target, from_file ? from_file(source) : source);
+      copies_.emplace_back(&target, from_file ? from_file(source) : source);
     }
     content_.erase(found);
   }
 
-  void report() const {
+  /// PEFT writes the frozen tables of adapted embeddings along, in case the vocabulary grew.
+  void match_base(const Target& target) {
+    const auto found = content_.find(target.file_name + ".base_layer.weight");
+    if (found == content_.end()) return;
+    const auto& theirs = found->second;
+    const auto own = target.site->pristine(*target.slot).to(theirs.device());
+    const bool is_same = theirs.sizes() == own.sizes() &&
+                         (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
+    if (!is_same)
+      report_.unexpected.push_back(shown(in_file(found->first), theirs.sizes()) +
+                                   " (a frozen weight, and not the model's own)");
+    content_.erase(found);
+  }
+
+  /// With "bias": "all" PEFT writes the biases inside of modules_to_save two times more, under names of its wrapper.
+  void drop_copies(const AdapterPlan& plan) {
+    for (const auto& full : plan.full) {
+      const auto& name = full.file_name;
+      for (auto dot = name.find('.'); dot != std::string::npos; dot = name.find('.', dot + 1)) {
+        for (const auto* wrapper : {".original_module", ".modules_to_save"})
+          content_.erase(name.substr(0, dot) + wrapper + name.substr(dot));
+      }
+    }
+  }
+
+  void copy(at::Tensor& target, const at::Tensor& source) const {
+    const auto type = options_.keep_dtype() ? source.scalar_type() : options_.dtype().value_or(target.scalar_type());
+    if (type != target.scalar_type() && target.is_floating_point()) target.set_data(target.detach().to(type));
+    target.copy_(source);
+  }
+
+  void refuse() const {
     std::string text;
-    for (const auto& [what, names] : {std::pair("missing: ", &missing_),
-                                      {"unexpected: ", &unexpected_},
-                                      {"not of the shape or type that rank and layer give: ", &misshapen_}}) {
+    for (const auto& [what, names] : {std::pair("missing: ", &report_.missing),
+                                      {"unexpected: ", &report_.unexpected},
+                                      {"not of the shape or type that rank and layer give: ", &report_.misshapen}}) {
       if (!names->empty()) text += (text.empty() ? "" : "; ") + (what + list(*names));
     }
     if (!text.empty()) throw CheckpointError(path_, "does not fit the model and ", kAdapterConfig, ": ", text);
@@ -95,19 +235,22 @@ class PeftTensorReader {
 
   const std::filesystem::path path_;
   std::map<std::string, at::Tensor> content_;  // what no layer has claimed yet
-  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
-  std::vector<std::string> missing_, unexpected_, misshapen_;
+  LoadOptions options_;
+  std::vector<std::pair<at::Tensor*, at::Tensor>> copies_;
+  LoadReport report_;
 };
 
 /// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
-inline AdapterPlan read_plan(const Adapters& adapters, const std::filesystem::path& directory) {
+inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
+                                                    const LoadOptions& options) {
   const FolderLock lock(directory, LOCK_SH);  // so that both files are of one save
-  const auto config = read_adapter_config(directory / kAdapterConfig);
-  PeftTensorReader tensors(directory / kAdapterTensors);
+  auto config = read_adapter_config(directory / kAdapterConfig);
+  PeftTensors tensors(directory, options);
   try {
-    auto plan = adapters.plan(config);
-    tensors.fill(plan);
-    return plan;
+    if (!options.key_mapping().empty()) config = tensors.mapped(std::move(config));
+    auto plan = adapters.plan(tensors.with_saved(std::move(config)));
+    auto report = PeftTensorReader(tensors, options).fill(plan);
+    return {std::move(plan), std::move(report)};
   } catch (CheckpointError&) {
     throw;
   } catch (c10::Error& error) {
@@ -123,7 +266,8 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
     const auto& options = target.site->at(adapter).options();
     const auto parts = static_cast<double>(target.site->view().shape().batch.front());
     const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(parts) : parts);
-    note_options(config, target.name, LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha));
+    const auto stacked = LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha);
+    note_options(config, target.name, stacked, options);
   }
   const bool by_blocks = !config.layers_to_transform().empty();
   const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
@@ -151,9 +295,13 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
   std::map<std::string, at::Tensor> tensors;
   for (const auto& target : targets) {
     for (const auto& item : target.site->at(adapter).tensors())
-      tensors[detail::peft_key(target, item)] = detail::to_file(target, item);
+      tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item);
   }
   for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
+  for (const auto& tensor : model_->tensors()) {  // PEFT fails without those that only it saves
+    if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
+      tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
+  }
   const auto config_path = directory / detail::kAdapterConfig;
   const auto written = detail::written_config(configs_[adapter], targets, adapter);
   const auto text = detail::PeftConfigWriter(config_path, written).text();
@@ -167,8 +315,17 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
                         [&](auto& writer) { writer.finish_with(config); });
 }
 
-inline void Adapters::load(const std::string& name, const std::filesystem::path& directory) {
-  add(name, detail::read_plan(*this, directory));
+inline LoadReport Adapters::load(const std::string& name, const std::filesystem::path& directory,
+                                 const LoadOptions& options) {
+  auto [plan, report] = detail::read_plan(*this, directory, options);
+  add(name, std::move(plan));
+  return report;
+}
+
+/// Writes every adapter: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT
+/// does. Errors: as for `save`; those written before the one that fails are there.
+inline void Adapters::save_all(const std::filesystem::path& directory) const {
+  for (const auto& name : names()) save(name == "default" ? directory : directory / name, name);
 }
 
 /// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"
@@ -179,9 +336,37 @@ inline void Adapters::load(const std::string& name, const std::filesystem::path&
 /// Errors: CheckpointError if a file is missing or damaged, asks for what is not supported, or if a tensor is missing,
 /// unexpected or of another shape than rank and layer give; c10::Error if the configuration names layers that the model
 /// does not have. The model is unchanged then.
-inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory) {
+inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
+                             const LoadOptions& options = {}, LoadReport* report = nullptr) {
   Adapters adapters(model);
-  adapters.load("default", directory);
+  auto found = adapters.load("default", directory, options);
+  if (report != nullptr) *report = std::move(found);
+  return adapters;
+}
+
+/// Loads every adapter below a directory that `Adapters::save_all` or PEFT's save_pretrained wrote: the one in it is
+/// "default", those in its subdirectories have their names. Errors: as for `load_adapter`; CheckpointError when there
+/// is none. The model is unchanged then.
+inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
+                              const LoadOptions& options = {}) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
+    if (std::filesystem::exists(entry.path() / detail::kAdapterConfig))
+      names.push_back(entry.path().filename().string());
+  }
+  if (error) throw CheckpointError(directory, "cannot be read: ", error.message());
+  std::sort(names.begin(), names.end());
+  const bool has_default = std::filesystem::exists(directory / detail::kAdapterConfig);
+  if (names.empty() && !has_default) throw CheckpointError(directory, "holds no ", detail::kAdapterConfig);
+  Adapters adapters(model);
+  try {
+    if (has_default) adapters.load("default", directory, options);
+    for (const auto& name : names) adapters.load(name, directory / name, options);
+  } catch (...) {
+    adapters.detach();
+    throw;
+  }
   return adapters;
 }
 

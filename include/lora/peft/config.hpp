@@ -227,7 +227,10 @@ class PeftConfigWriter {
     fields["target_modules"] = selector(config_.target_modules());
     fields["bias"] = config_.bias() == Bias::kNone ? "none" : config_.bias() == Bias::kAll ? "all" : "lora_only";
     if (!config_.modules_to_save().empty()) fields["modules_to_save"] = config_.modules_to_save();
-    if (!config_.target_parameters().empty()) fields["target_parameters"] = config_.target_parameters();
+    if (!config_.target_parameters().empty()) {
+      fields["target_parameters"] = config_.target_parameters();
+      if (config_.target_modules().empty()) fields["target_modules"] = PeftJson::array();  // null asks PEFT to choose
+    }
     fields["exclude_modules"] = selector(config_.exclude_modules());
     if (!config_.layers_to_transform().empty()) fields["layers_to_transform"] = config_.layers_to_transform();
     if (!config_.layers_pattern().empty()) fields["layers_pattern"] = config_.layers_pattern();

@@ -1,0 +1,27 @@
+#!/bin/sh
+# sh tests/sanitize.sh [address | thread] [REGEX]: builds the tests whose file names match REGEX (default: all) with
+# AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer, and runs them. LibTorch itself is not
+# instrumented: what is looked at is this library and what it does with LibTorch's memory.
+set -eu
+cd "$(dirname "$0")/.."
+. tests/setup.sh
+
+kind=${1:-address}
+files=${2:-.}
+case $kind in
+  address) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined" ;;
+  thread) flags="-fsanitize=thread" ;;
+  *) fail "sanitize.sh knows \"address\" and \"thread\", not \"$kind\"" ;;
+esac
+install_packages
+choose_python
+build=build/sanitize-$kind
+CMAKE_ARGS="${CMAKE_ARGS:-} -DLORA_BUILD_EXAMPLES=OFF -DLORA_TEST_FILES=$files"
+CXXFLAGS="$flags -fno-omit-frame-pointer" configure
+build lora_tests
+
+# Leaks are looked for where this library allocates; LibTorch keeps its registries until the process ends.
+export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=1}" LSAN_OPTIONS="suppressions=$PWD/tests/support/leaks.txt:print_suppressions=0"
+# LibTorch is not instrumented, so ThreadSanitizer does not see its locks; races inside of it are not this library's.
+export TSAN_OPTIONS="suppressions=$PWD/tests/support/races.txt:ignore_noninstrumented_modules=1"
+OMP_NUM_THREADS=1 exec "$build/programs/lora_tests"
