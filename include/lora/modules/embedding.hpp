@@ -4,6 +4,7 @@
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/pimpl.h>
 
+#include <lora/detail/interception.hpp>
 #include <lora/layers/embedding.hpp>
 #include <lora/modules/adapted.hpp>
 
