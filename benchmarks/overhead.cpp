@@ -93,7 +93,7 @@ BENCHMARK(product)->Arg(0)->Arg(1);
 BENCHMARK(opening);
 
 int main(int argc, char** argv) {
-  std::vector<std::string> defaults{"overhead", "--benchmark_repetitions=25", "--benchmark_min_time=0.05",
+  std::vector<std::string> defaults{"overhead", "--benchmark_repetitions=101", "--benchmark_min_time=0.02",
                                     "--benchmark_enable_random_interleaving=true",
                                     "--benchmark_report_aggregates_only=true"};
   std::vector<char*> arguments;
@@ -103,6 +103,7 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&count, arguments.data());
   if (benchmark::ReportUnrecognizedArguments(count, arguments.data())) return 2;
   at::set_num_threads(1);
+  setup();  // not within the first measurement, from which the number of repetitions is estimated
   Medians medians;
   benchmark::RunSpecifiedBenchmarks(&medians);
   medians.print();

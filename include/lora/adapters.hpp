@@ -323,6 +323,10 @@ class Adapters {
   void save(const std::filesystem::path& directory, const std::string& adapter) const;
   void save_all(const std::filesystem::path& directory) const;
 
+  /// Writes the model with the only adapter, or the named one, merged in. Defined in lora/peft/checkpoint.hpp.
+  void save_merged(const std::filesystem::path& file);
+  void save_merged(const std::filesystem::path& file, const std::string& adapter);
+
  private:
   struct Frozen {
     at::Tensor tensor;

@@ -6,6 +6,7 @@
 #include <lora/adapters.hpp>
 #include <lora/attach.hpp>
 #include <lora/config.hpp>
+#include <lora/extract.hpp>
 #include <lora/matrix_view.hpp>
 #include <lora/merge.hpp>
 #include <lora/method/all.hpp>
@@ -17,6 +18,7 @@
 #include <lora/options.hpp>
 #include <lora/peft/checkpoint.hpp>
 #include <lora/peft/config.hpp>
+#include <lora/peft/convert.hpp>
 #include <lora/peft/safetensors.hpp>
 #include <lora/replace.hpp>
 #include <lora/report.hpp>

@@ -4,6 +4,7 @@
 //   model    the description
 //   tensors  file of the model's tensors, the "input", and the "target" of training
 //   adapter  folder to load, or
+//   trained  folder to make the former from, with `start`
 //   config   file to attach, with random values; `fused` its parts of fused projections; `second` file of one more
 //   steps    of training, with the rate `lr`
 //   save     folder for the adapters
@@ -230,6 +231,10 @@ void run(const json& job) {
   const auto input = tensors.at("input");
   torch::manual_seed(1);
   auto model = make_model(job, tensors);
+  if (job.contains("trained")) {
+    const auto trained = job["trained"].get<std::string>(), start = job.at("start").get<std::string>();
+    lora::subtract_start(trained, start, job.at("adapter").get<std::string>());
+  }
   auto adapters = adapt(*model, job);
   std::map<std::string, Tensor> output;
   if (job.contains("steps")) output["losses"] = train(*model, adapters, job, input, tensors.at("target"));

@@ -48,7 +48,7 @@ torch::Tensor numbered(torch::ScalarType dtype, int64_t rows) {
 
 bool same_bytes(const torch::Tensor& a, const torch::Tensor& b) {
   return a.dtype() == b.dtype() && a.sizes() == b.sizes() && a.is_contiguous() && b.is_contiguous() &&
-         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+         (a.nbytes() == 0 || std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0);
 }
 
 }  // namespace

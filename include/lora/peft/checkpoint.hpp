@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <optional>
 #include <regex>
 #include <string>
 #include <utility>
@@ -279,6 +280,18 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
   return config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
 }
 
+/// Writes both files of an adapter's directory, which is made when it does not exist.
+inline void write_adapter(const std::filesystem::path& directory, const std::string& config,
+                          const std::map<std::string, at::Tensor>& tensors) {
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
+  AtomicFile config_file(directory / kAdapterConfig);
+  config_file.write_at(0, config);
+  write_tensors(directory / kAdapterTensors, tensors, {{"format", "pt"}},
+                [&](auto& writer) { writer.finish_with(config_file); });
+}
+
 }  // namespace detail
 
 /// Writes the only adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
@@ -302,17 +315,27 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
     if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
       tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
   }
-  const auto config_path = directory / detail::kAdapterConfig;
   const auto written = detail::written_config(configs_[adapter], targets, adapter);
-  const auto text = detail::PeftConfigWriter(config_path, written).text();
-  std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
+  const auto text = detail::PeftConfigWriter(directory / detail::kAdapterConfig, written).text();
+  detail::write_adapter(directory, text, tensors);
+}
 
-  detail::AtomicFile config(config_path);
-  config.write_at(0, text);
-  detail::write_tensors(directory / detail::kAdapterTensors, tensors, {{"format", "pt"}},
-                        [&](auto& writer) { writer.finish_with(config); });
+/// Writes every parameter and buffer of the model under its name, with the only adapter merged in, as a safetensors
+/// file. It is what `merge` makes of the model, which is as before when the file is written; a forward pass on another
+/// thread meanwhile would see the merged weights.
+///
+/// Errors: those of `merge`; CheckpointError with the path and the reason of the operating system.
+inline void Adapters::save_merged(const std::filesystem::path& file) { save_merged(file, only()); }
+
+/// The same for one adapter among several.
+inline void Adapters::save_merged(const std::filesystem::path& file, const std::string& adapter) {
+  std::optional<MergeGuard<Adapters>> merged;
+  if (merged_ != known(adapter)) merged.emplace(*this, adapter);
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& tensor : model_->tensors()) {
+    if (const auto value = tensor.slot->read(); value.defined()) tensors.emplace(tensor.name, value);
+  }
+  write_safetensors(file, tensors);
 }
 
 inline LoadReport Adapters::load(const std::string& name, const std::filesystem::path& directory,

@@ -113,7 +113,7 @@ class PeftConfigReader {
     if (!harmless)
       fail("init_lora_weights", "is ", init.dump(),
            ", which means that training began by changing the frozen weights; ",
-           "convert the adapter to a plain one first (in PEFT: path_initial_model_for_weight_conversion)");
+           "convert the adapter to a plain one first (lora::subtract_start)");
     return Init::kKaiming;
   }
 

@@ -1,0 +1,24 @@
+// usage: load_adapter MODEL_DIR ADAPTER_DIR COUNT
+// Loads an adapter into a model COUNT times, each time under another name and beside all the others, and prints the
+// microseconds of each in a line. load_vs_peft.py runs it.
+#include <torch/torch.h>
+
+#include <lora/lora.hpp>
+
+#include <chrono>
+#include <iostream>
+
+#include "checkpoint.hpp"
+
+int main(int argc, char** argv) {
+  if (argc != 4) return std::cerr << "usage: load_adapter MODEL_DIR ADAPTER_DIR COUNT\n", 2;
+  const auto model = gpt::load_model(argv[1], torch::kFloat, torch::kCPU);
+  lora::Adapters adapters(*model);
+  const int count = std::stoi(argv[3]);
+  for (int i = 0; i < count; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    adapters.load("adapter_" + std::to_string(i), argv[2]);
+    const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
+    std::cout << time.count() << "\n";
+  }
+}

@@ -1,0 +1,191 @@
+#pragma once
+
+#include <ATen/ops/linalg_svd.h>
+#include <ATen/ops/linalg_vector_norm.h>
+
+#include <lora/adapters.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lora {
+
+/// How ranks are chosen when an adapter is extracted.
+struct ExtractOptions {
+  /// Gives each layer the smallest rank that keeps this share, in (0, 1], of the energy ||W_tuned - W||^2, in place of
+  /// the ranks of the configuration. As in PEFT's convert_to_lora. Default: the ranks of the configuration.
+  TORCH_ARG(std::optional<double>, energy) = std::nullopt;
+};
+
+/// What an extracted adapter keeps of the fine-tuned weights, and what it leaves out.
+struct ExtractReport {
+  struct Layer {
+    std::string name;
+    int64_t rank;
+    double energy;  ///< ||s B A||^2 / ||W_tuned - W||^2; 1 where nothing changed
+  };
+
+  std::vector<Layer> layers;
+  /// Names of the model's tensors that differ in the fine-tuned model and that the adapter does not hold: biases and
+  /// norms, for example, and whatever is no target. `modules_to_save` and `bias` take them in.
+  std::vector<std::string> left_out;
+};
+
+namespace detail {
+
+/// Fills a planned adapter with the best approximation of a fine-tuned model.
+class Extraction {
+ public:
+  Extraction(const Model& model, const std::map<std::string, at::Tensor>& finetuned, const ExtractOptions& options)
+      : model_tensors_(model.tensors()), finetuned_(finetuned), options_(options) {
+    const auto energy = options.energy().value_or(1);
+    TORCH_CHECK_VALUE(energy > 0 && energy <= 1, "lora::extract: energy has to be in (0, 1], but got ", energy);
+  }
+
+  ExtractReport fill(AdapterPlan& plan) {
+    at::NoGradGuard no_grad;
+    for (auto& layer : plan.layers) fill(layer, plan.config);
+    for (auto& full : plan.full) {
+      full.value.copy_(tuned(full.place.name, full.value.sizes()));
+      held_.push_back(full.place.name);
+    }
+    for (const auto& tensor : model_tensors_) {
+      const bool is_held = std::find(held_.begin(), held_.end(), tensor.name) != held_.end();
+      if (!is_held && differs(tensor)) report_.left_out.push_back(tensor.name);
+    }
+    return std::move(report_);
+  }
+
+ private:
+  void fill(AdapterPlan::Layer& layer, LoRAConfig& config) {
+    const auto& [name, weight] = tensor_of(layer.target);
+    held_.push_back(name);
+    const auto type = adapter_dtype(weight.scalar_type());
+    const auto difference = tuned(name, weight.sizes()).to(weight.device(), type) - weight.to(type);
+    TORCH_CHECK(at::isfinite(difference).all().item<bool>(), "lora::extract: \"", name,
+                "\" is not finite (NaN or infinity) in one of the two models");
+    const auto& view = layer.target.site->view();
+    const auto [u, s, v] = at::linalg_svd(view.matrix(difference), /*full_matrices=*/false);
+    if (options_.energy()) choose_rank(layer, s, config);
+
+    auto* method = dynamic_cast<MethodOf<LowRank>*>(layer.method.get());
+    TORCH_CHECK(method != nullptr, "lora::extract: a difference of weights is extracted as LowRank, not as ",
+                layer.method->info().name);
+    auto &a = method->value.lora_A, &b = method->value.lora_B;
+    const auto rank = std::min(a.size(-2), s.size(-1));  // further rows and columns stay zero
+    a.zero_();
+    b.zero_();
+    a.narrow(-2, 0, rank).copy_(v.narrow(-2, 0, rank));
+    b.narrow(-1, 0, rank).copy_((u * s.unsqueeze(-2) / method->scaling()).narrow(-1, 0, rank));
+
+    const auto total = energy(s);
+    report_.layers.push_back(
+        {layer.target.name, method->options().rank(), total > 0 ? energy(s.narrow(-1, 0, rank)) / total : 1});
+  }
+
+  static double energy(const at::Tensor& singular_values) {
+    return singular_values.to(at::kDouble).square().sum().item<double>();
+  }
+
+  /// Plans the layer anew with the smallest rank that keeps enough of the singular values.
+  void choose_rank(AdapterPlan::Layer& layer, const at::Tensor& singular_values, LoRAConfig& config) const {
+    auto energies = singular_values.to(at::kDouble).square();
+    if (energies.dim() > 1) energies = energies.flatten(0, -2).sum(0);
+    const auto kept = energies.cumsum(0);
+    const auto enough = kept.ge(*options_.energy() * kept[-1]);
+    const auto rank = enough.logical_not().sum().item<int64_t>() + 1;
+
+    const auto& shape = layer.target.site->view().shape();
+    const auto tensor_options = layer.method->tensors().front().tensor->options().requires_grad(false);
+    const auto chosen = LoRAOptions(layer.method->options()).rank(std::min(rank, kept.size(0)) * shape.rank_shares);
+    note_options(config, layer.target.name, chosen, layer.method->options());
+    layer.method = config.method().make(chosen, shape, tensor_options);
+  }
+
+  /// The model's tensor that a target adapts; of tied ones that of the target's own module.
+  std::pair<std::string, at::Tensor> tensor_of(const Target& target) const {
+    const auto weight = target.slot->read();
+    const ModelTensor* found = nullptr;
+    for (const auto& tensor : model_tensors_) {
+      if (!tensor.slot->read().is_same(weight)) continue;
+      const bool is_own = tensor.name == target.name || tensor.name.rfind(target.name + ".", 0) == 0;
+      if (found == nullptr || is_own) found = &tensor;
+    }
+    TORCH_INTERNAL_ASSERT(found != nullptr, target.name);
+    return {found->name, weight};
+  }
+
+  const at::Tensor& tuned(const std::string& name, at::IntArrayRef sizes) const {
+    const auto found = finetuned_.find(name);
+    TORCH_CHECK(found != finetuned_.end(), "lora::extract: the fine-tuned model has no \"", name, "\";",
+                did_you_mean(name, names()), " It has ", finetuned_.size(), " tensors");
+    TORCH_CHECK(found->second.sizes() == sizes, "lora::extract: \"", name, "\" is ", sizes, " in the model, but ",
+                found->second.sizes(), " in the fine-tuned one");
+    return found->second;
+  }
+
+  std::vector<std::string> names() const {
+    std::vector<std::string> names;
+    for (const auto& item : finetuned_) names.push_back(item.first);
+    return names;
+  }
+
+  bool differs(const ModelTensor& tensor) const {
+    const auto found = finetuned_.find(tensor.name);
+    if (found == finetuned_.end()) return false;
+    const auto own = tensor.slot->read();
+    return found->second.sizes() != own.sizes() || !found->second.to(own.device(), own.scalar_type()).equal(own);
+  }
+
+  const std::vector<ModelTensor> model_tensors_;
+  const std::map<std::string, at::Tensor>& finetuned_;
+  const ExtractOptions options_;
+  std::vector<std::string> held_;
+  ExtractReport report_;
+};
+
+}  // namespace detail
+
+/// The adapter that comes nearest to a full fine-tune of a model. Of each layer that `config` selects, the difference
+/// is cut off after the largest singular values, which is the best matrix of that rank:
+///
+///   W_tuned - W = U S V^T,   A = V_r^T,   B = U_r S_r / s
+///
+/// Shapes: as for `LowRank`; where the rank exceeds what the layer has, the rest is zero. `finetuned` are the tensors
+/// of the other model under the names that they have in this one, as `read_safetensors` gives them. What
+/// `modules_to_save` and `bias` name is taken over as it is. The model is adapted as by `attach`, and otherwise as it
+/// was.
+///
+///   auto adapters = lora::extract(*base, lora::read_safetensors("tuned.safetensors"),
+///                                 lora::LoRAConfig(16).target_modules(lora::all_linear));
+///   adapters.save("adapter");
+///
+/// Errors: c10::Error that names a tensor which is missing, of another shape or not finite; for another method than
+/// LowRank; for an energy out of (0, 1]; and those of `attach`. The model is unchanged then.
+/// Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at::Tensor>& finetuned,
+                        const LoRAConfig& config, const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
+  const auto model = std::make_shared<ModuleModel>(base);
+  Adapters adapters(model);
+  auto plan = adapters.plan(config);
+  auto found = detail::Extraction(*model, finetuned, options).fill(plan);
+  adapters.add("default", std::move(plan));
+  if (report != nullptr) *report = std::move(found);
+  return adapters;
+}
+
+/// The same for a model of the same structure.
+inline Adapters extract(torch::nn::Module& base, const torch::nn::Module& finetuned, const LoRAConfig& config,
+                        const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& item : finetuned.named_parameters()) tensors.emplace(item.key(), item.value());
+  for (const auto& item : finetuned.named_buffers()) tensors.emplace(item.key(), item.value());
+  return extract(base, tensors, config, options, report);
+}
+
+}  // namespace lora
