@@ -4,6 +4,7 @@ set(LORA_PUBLIC_HEADERS
   adapters.hpp
   attach.hpp
   config.hpp
+  extract.hpp
   lora.hpp
   matrix_view.hpp
   merge.hpp
@@ -36,6 +37,7 @@ set(LORA_PUBLIC_HEADERS
   modules/linear.hpp
   peft/checkpoint.hpp
   peft/config.hpp
+  peft/convert.hpp
   peft/error.hpp
   peft/load_options.hpp
   peft/pickled.hpp

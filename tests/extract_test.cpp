@@ -143,11 +143,16 @@ TEST_CASE("What an adapter cannot hold is named, or taken over in full") {
   auto adapters = lora::extract(*pair.base, *pair.tuned, pair.config(2), {}, &report);
   CHECK(report.left_out == std::vector<std::string>{"0.bias"});
   adapters.detach();
-  adapters = lora::extract(*pair.base, *pair.tuned, pair.config(2).bias(lora::Bias::kAll), {}, &report);
-  CHECK(report.left_out.empty());
-  auto x = torch::randn({2, 6}, testing::device());
-  auto active = adapters.activate();
-  CHECK(testing::distance(pair.base->forward(x), pair.tuned->forward(x)) < 1e-5);
+  for (const auto& config : {pair.config(2).bias(lora::Bias::kAll), pair.config(2).lora_bias(true)}) {
+    adapters = lora::extract(*pair.base, *pair.tuned, config, {}, &report);
+    CHECK(report.left_out.empty());
+    auto x = torch::randn({2, 6}, testing::device());
+    {
+      auto active = adapters.activate();
+      CHECK(testing::distance(pair.base->forward(x), pair.tuned->forward(x)) < 1e-5);
+    }
+    adapters.detach();
+  }
 }
 
 TEST_CASE("What cannot be extracted is an error that says why, and leaves the model alone") {

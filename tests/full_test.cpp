@@ -144,6 +144,58 @@ TEST_CASE("Biases are trained where they are asked for") {
   CHECK(testing::distance(model->forward(x), adapted) < 1e-5);
 }
 
+TEST_CASE("lora_bias gives the update a bias, scaled as the update is") {
+  torch::manual_seed(0);
+  const auto type = GENERATE(torch::kDouble, torch::kBFloat16);
+  const auto tolerance = type == torch::kDouble ? 1e-12 : 0.05;
+  Net model;
+  model->to(type);
+  model->eval();
+  const auto before = snapshot(*model);
+  auto adapters = lora::attach(
+      *model,
+      config().target_modules({"body", "head"}).alpha_pattern({{"head", 5}}).rank_stabilized(true).lora_bias(true));
+  CHECK(adapters.named_parameters().keys() == std::vector<std::string>{"body.lora_A", "body.lora_B", "head.lora_A",
+                                                                       "head.lora_B", "body.lora_B.bias",
+                                                                       "head.lora_B.bias"});
+  CHECK(adapters.report().trainable == 2 * 11 + 2 * 9 + 6 + 3);
+  auto x = torch::randn({2, 8, 5}, testing::device()).to(type).flatten(0, 1);
+  const auto base = model->forward(x);
+  const auto run = [&] {
+    auto active = adapters.activate();
+    return model->forward(x);
+  };
+  CHECK(torch::equal(run(), base));
+  testing::randomize(adapters.parameters(), 0.5);
+  auto named = adapters.named_parameters();
+  CHECK(named["body.lora_B.bias"].scalar_type() == lora::adapter_dtype(type));
+  const auto layer = [&](const torch::Tensor& x, const std::string& name, torch::nn::Linear& linear) {
+    const auto bias = linear->bias + adapters.scaling(name) * named[name + ".lora_B.bias"];
+    const auto wide = bias.scalar_type();
+    return torch::linear(x.to(wide), linear->weight.to(wide) + adapters.delta("default", name), bias);
+  };
+  const auto expected =
+      layer(model->norm(model->xhead(layer(x, "body", model->body).tanh().to(type))), "head", model->head);
+  const auto adapted = run();
+  CHECK(testing::distance(adapted, expected) < tolerance);
+  CHECK(testing::distance(adapted, base) > 0.5);
+  if (type == torch::kDouble) {
+    CHECK(testing::gradient_error([&] { return run().sin().sum(); }, adapters.parameters()) < 1e-7);
+    auto active = adapters.activate();  // an optimizer's step within a scope is seen in it
+    torch::NoGradGuard no_grad;
+    named["head.lora_B.bias"].add_(1);
+    CHECK(testing::distance(model->forward(x), adapted + adapters.scaling("head")) < tolerance);
+    named["head.lora_B.bias"].sub_(1);
+  }
+  adapters.merge();
+  CHECK(testing::distance(model->forward(x), adapted) < tolerance);
+  CHECK(testing::distance(run(), adapted) < tolerance);
+  adapters.unmerge();
+  CHECK(is_untouched(*model, before));
+  adapters.merge_and_unload();
+  CHECK(testing::distance(model->forward(x), adapted) < tolerance);
+}
+
 TEST_CASE("What modules_to_save and fused name has to be there") {
   Net model;
   const auto fails = [&](const lora::LoRAConfig& config) {
@@ -151,10 +203,16 @@ TEST_CASE("What modules_to_save and fused name has to be there") {
   };
   CHECK_THAT(fails(config().modules_to_save({"haed"})),
              testing::contains("no module with parameters matches \"haed\"") && testing::contains("\"head\""));
+  CHECK_THAT(fails(config().lora_bias(true).bias(lora::Bias::kAll)), testing::contains("either `bias` trains"));
+  CHECK_THAT(fails(config().lora_bias(true).method(lora::DoRA())), testing::contains("for LowRank, not for DoRA"));
   CHECK_THAT(fails(config().fused({{"bodi", {3, 3}, {true, true}}})), testing::contains("\"bodi\" of fused"));
   CHECK_THAT(fails(config().fused({{"body", {3, 4}, {true, true}}})), testing::contains("together 7"));
   CHECK_THAT(fails(config().fused({{"body", {3, 3}, {false, false}}})), testing::contains("0 of them true"));
   CHECK(model->body->weight.requires_grad());
+  torch::nn::Sequential unbiased(torch::nn::Linear(torch::nn::LinearOptions(2, 2).bias(false)));
+  CHECK_THAT(
+      testing::error_of([&] { lora::attach(*unbiased, lora::LoRAConfig(2).target_modules({"0"}).lora_bias(true)); }),
+      testing::contains("lora_bias adds to the biases of the adapted layers, but \"0\" (Linear) has none"));
 }
 
 TEST_CASE("Parts of a fused projection have an A and a B each, and the other parts stay as they are") {

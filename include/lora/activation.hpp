@@ -7,6 +7,7 @@
 #include <lora/detail/usage.hpp>
 
 #include <exception>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -53,8 +54,9 @@ class LayerHandler final : public WeightHandler {
 
 /// A tensor of the model and what stands in for it in a scope: the copy of it that an adapter trains.
 struct Replacement {
-  at::Tensor original, trained;
+  at::Tensor original;
   Use use;
+  std::function<at::Tensor(const at::Tensor& original)> substitute;
 };
 
 /// The scope of one `Adapters::activate`.
@@ -100,9 +102,10 @@ class AdapterScope final : public Scope {
     const bool is_lookup = op.operator_name().name.rfind("aten::embedding", 0) == 0;
     for_each_operand(op, stack, [&](const at::Tensor& operand) {
       if (!operand.defined() || !operand.has_storage()) return operand;
-      for (const auto& [original, trained, use] : replacements_) {
+      for (const auto& [original, use, substitute] : replacements_) {
         if (!operand.is_alias_of(original) || !part_of(original, operand)) continue;
-        if (overlap(use, is_lookup ? Use::kLookup : Use::kProduct)) return same_part(trained, original, operand);
+        if (overlap(use, is_lookup ? Use::kLookup : Use::kProduct))
+          return same_part(substitute(original), original, operand);
       }
       return operand;
     });

@@ -7,9 +7,12 @@
 #include <lora/peft/load_options.hpp>
 #include <lora/report.hpp>
 
+#include <ATen/ops/zeros_like.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -20,9 +23,16 @@ namespace lora {
 /// A parameter of the model that an adapter trains in full, or a buffer that goes with one. The model keeps its own;
 /// in a scope, and when merged, the adapter's stands in for it.
 struct FullTensor {
-  ModelTensor place;      ///< in the model
-  std::string file_name;  ///< in PEFT's files
-  at::Tensor value;       ///< the adapter's own
+  ModelTensor place;                             ///< in the model
+  std::string name;                              ///< among the adapter's tensors
+  std::string file_name;                         ///< in PEFT's files
+  at::Tensor value;                              ///< the adapter's own
+  std::optional<double> scaling = std::nullopt;  ///< s, where `value` is b in bias + s b (`lora_bias`)
+
+  /// What stands in for `original`, differentiable.
+  at::Tensor substitute(const at::Tensor& original) const {
+    return scaling ? (original + *scaling * value).to(original.scalar_type()) : value;
+  }
 };
 
 /// An adapter that is worked out for a model but not part of it yet: its layers and its tensors, without values.
@@ -34,7 +44,7 @@ struct AdapterPlan {
 
   LoRAConfig config;
   std::vector<Layer> layers;
-  std::vector<FullTensor> full;  ///< for modules_to_save and biases; with the values of the model
+  std::vector<FullTensor> full;  ///< for modules_to_save and biases; with the values of the model, or zero
 
   /// Gives every tensor its first values.
   void initialize() {
@@ -136,9 +146,18 @@ class Adapters {
       plan.layers.push_back({selected.target, config.method().make(selected.options, shape, options)});
     }
     for (auto& full : selection.full()) {
-      const auto original = full.tensor.slot->read();
-      const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();
-      plan.full.push_back({full.tensor, full.file_name, original.detach().clone().requires_grad_(is_trained)});
+      const auto original = full.tensor.slot->read().detach();
+      if (full.biased.empty()) {
+        const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();
+        plan.full.push_back(
+            {full.tensor, full.tensor.name, full.file_name, original.clone().requires_grad_(is_trained)});
+      } else {
+        const auto is_it = [&](const AdapterPlan::Layer& layer) { return layer.target.name == full.biased; };
+        const auto layer = std::find_if(plan.layers.begin(), plan.layers.end(), is_it);
+        const auto bias = at::zeros_like(original, adapter_dtype(original.scalar_type())).requires_grad_(true);
+        plan.full.push_back(
+            {full.tensor, full.biased + ".lora_B.bias", full.file_name, bias, layer->method->scaling()});
+      }
     }
     return plan;
   }
@@ -179,7 +198,7 @@ class Adapters {
       }
     }
     for (const auto& full : full_[adapter]) {
-      if (!full.place.is_buffer) all.insert(full.place.name, full.value);
+      if (!full.place.is_buffer) all.insert(full.name, full.value);
     }
     return all;
   }
@@ -215,7 +234,8 @@ class Adapters {
     std::vector<detail::Replacement> replacements;
     if (!is_merged()) {
       for (const auto& full : full_[adapter])
-        replacements.push_back({full.place.slot->read(), full.value, full.place.use});
+        replacements.push_back({full.place.slot->read(), full.place.use,
+                                [full](const at::Tensor& original) { return full.substitute(original); }});
     }
     return Activation(
         std::make_shared<detail::AdapterScope>(usage_, layers_of(adapter), names, std::move(replacements)),
@@ -407,7 +427,8 @@ class Adapters {
   void put_full(const std::string& adapter) {
     for (const auto& full : full_[adapter]) {
       replaced_.emplace_back(full.place.slot, full.place.slot->handles());
-      const auto value = full.value.detach().clone();
+      at::NoGradGuard no_grad;
+      const auto value = full.substitute(full.place.slot->read()).detach().clone();
       full.place.slot->set({value, value});
     }
   }

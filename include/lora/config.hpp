@@ -91,6 +91,9 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   LORA_ARG(std::vector<std::string>, modules_to_save);
   /// Biases that are trained in full. Default: none.
   LORA_ARG(Bias, bias) = Bias::kNone;
+  /// Gives the update a bias of its own, which starts at zero: y += s b, and when merged bias += s b. Each adapted
+  /// layer has to have a bias; for LowRank, and not together with `bias`. Default: false.
+  LORA_ARG(bool, lora_bias) = false;
   /// The blocks to adapt, by the first number in a module's name; for targets given as a list. Default: all.
   LORA_ARG(std::vector<int64_t>, layers_to_transform);
   /// Names of the lists whose numbers `layers_to_transform` means, e.g. {"layers"}. Default: any list.

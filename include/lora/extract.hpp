@@ -32,7 +32,7 @@ struct ExtractReport {
 
   std::vector<Layer> layers;
   /// Names of the model's tensors that differ in the fine-tuned model and that the adapter does not hold: biases and
-  /// norms, for example, and whatever is no target. `modules_to_save` and `bias` take them in.
+  /// norms, for example, and whatever is no target. `modules_to_save`, `bias` and `lora_bias` take them in.
   std::vector<std::string> left_out;
 };
 
@@ -51,7 +51,13 @@ class Extraction {
     at::NoGradGuard no_grad;
     for (auto& layer : plan.layers) fill(layer, plan.config);
     for (auto& full : plan.full) {
-      full.value.copy_(tuned(full.place.name, full.value.sizes()));
+      const auto& wanted = tuned(full.place.name, full.value.sizes());
+      if (full.scaling) {
+        const auto type = full.value.options();
+        full.value.copy_((wanted.to(type) - full.place.slot->read().to(type)) / *full.scaling);
+      } else {
+        full.value.copy_(wanted);
+      }
       held_.push_back(full.place.name);
     }
     for (const auto& tensor : model_tensors_) {

@@ -45,8 +45,9 @@ auto content(const lora::ModuleSelector& selector) {
 auto content(const lora::LoRAConfig& c) {
   return std::make_tuple(c.method().info().name, c.rank(), c.alpha(), c.dropout(), c.rank_stabilized(), c.init(),
                          content(c.target_modules()), content(c.exclude_modules()), c.target_parameters(),
-                         c.modules_to_save(), c.bias(), c.layers_to_transform(), c.layers_pattern(), c.rank_pattern(),
-                         c.alpha_pattern(), c.fan_in_fan_out(), c.base_model_name_or_path(), c.task_type());
+                         c.modules_to_save(), c.bias(), c.lora_bias(), c.layers_to_transform(), c.layers_pattern(),
+                         c.rank_pattern(), c.alpha_pattern(), c.fan_in_fan_out(), c.base_model_name_or_path(),
+                         c.task_type());
 }
 
 std::string written(const lora::LoRAConfig& config) { return lora::detail::PeftConfigWriter("output", config).text(); }

@@ -54,9 +54,10 @@ def config_files():
     yield "blocks", small | {"layers_to_transform": [0, 2], "layers_pattern": "layers", "use_rslora": True}
     yield "block", small | {"layers_to_transform": 1, "layers_pattern": ["layers", "h"]}
     yield "parameters", small | {"target_modules": [], "target_parameters": ["head.weight"]}
+    yield "bias", small | {"lora_bias": True}
     yield "embedding", small | {"target_modules": ["embed_tokens"], "init_lora_weights": "gaussian"}
     yield "information", small | {"base_model_name_or_path": "\u00e9", "task_type": "CAUSAL_LM", "revision": None, "unknown": [{}]}
-    yield "unsupported", small | {"lora_bias": True, "init_lora_weights": "pissa"}
+    yield "unsupported", small | {"use_qalora": True, "init_lora_weights": "pissa"}
     yield "full", small | {"auto_mapping": None, "fan_in_fan_out": True, "inference_mode": True, "loftq_config": {}, "peft_version": "0.21.2"}
 
 

@@ -251,8 +251,8 @@ TEST_CASE("load_adapter changes nothing when something is wrong", "[peft_checkpo
     fails("no module matches \"fc7\" of target_modules");
   }
   SECTION("what is not supported") {
-    edit(config, "\"lora_bias\": false", "\"lora_bias\": true");
-    fails("adapter_config.json: \"lora_bias\" is true, which is not supported");
+    edit(config, "\"use_qalora\": false", "\"use_qalora\": true");
+    fails("adapter_config.json: \"use_qalora\" is true, which is not supported");
   }
   SECTION("a model of another width") {
     torch::nn::Sequential other;

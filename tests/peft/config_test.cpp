@@ -212,7 +212,6 @@ TEST_CASE("read_adapter_config refuses what would change the result", "[peft_con
       {"init_lora_weights", "\"unheard_of\""},
       {"kasa_config", R"({"beta":0.1})"},
       {"layer_replication", "[[0,4]]"},
-      {"lora_bias", "true"},
       {"megatron_config", R"({"a":1})"},
       {"trainable_token_indices", "[7]"},
       {"use_bdlora", R"({"nblocks":2})"},

@@ -129,6 +129,7 @@ PATTERNS = {
     "rank_pattern": {r"^model\.layers\.0\..*q_proj": 2, "q_proj": 3},
     "alpha_pattern": {"self_attn.v_proj": 9, r"layers\.2\..*": 5},
 }
+BIASED = {"rank_pattern": {"fc1": 2}, "alpha_pattern": {"head": 5}}
 GROUPS = {"merges": False, "warning": "groups > 1", "refused": "reads inputs of other groups"}
 GPT = {"fan_in_fan_out": True}
 QK, KV, QV = [True, True, False], [False, True, True], [True, False, True]
@@ -162,6 +163,11 @@ CASES = [
     case("all biases", "mlp", ["fc1", "fc2"], bias="all", steps=STEPS),
     case("biases of adapted layers", "mlp", ["fc1", "fc2"], bias="lora_only", steps=STEPS),
     case("biases of blocks", "text", ["k_proj", "fc1", "fc2"], bias="lora_only"),
+    case("biases of the update", "mlp", ["fc1", "head"], lora_bias=True, steps=STEPS),
+    case("biases of the update, rsLoRA, ranks by patterns", "mlp", ["fc1", "head"], lora_bias=True, **RSLORA, **BIASED),
+    case("biases of the update, bfloat16", "mlp", ["fc1", "head"], lora_bias=True, dtype="bfloat16"),
+    case("biases of the update, and a module in full", "mlp", ["fc1"], lora_bias=True, modules_to_save=["head"]),
+    case("biases of the update of a convolution", "conv2d", ["conv1", "conv2"], lora_bias=True, steps=STEPS),
     case("DoRA and biases", "mlp", ["fc1", "head"], bias="lora_only", **DORA),
     case("a head in full", "mlp", ["fc1"], modules_to_save=["head"], steps=STEPS),
     case("head and norm in full", "mlp", ["fc1", "fc2"], modules_to_save=["head", "norm"]),

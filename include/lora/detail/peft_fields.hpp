@@ -50,7 +50,7 @@ inline constexpr std::array<PeftField, 41> kPeftFields = {{
     {"layers_to_transform", "null", PeftEffect::kRead},
     {"loftq_config", "{}", PeftEffect::kNone},
     {"lora_alpha", "8", PeftEffect::kRead},
-    {"lora_bias", "false", PeftEffect::kUnsupported},
+    {"lora_bias", "false", PeftEffect::kRead},
     {"lora_dropout", "0.0", PeftEffect::kRead},
     {"lora_ga_config", "null", PeftEffect::kNone},
     {"megatron_config", "null", PeftEffect::kUnsupported},

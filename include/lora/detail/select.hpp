@@ -52,10 +52,11 @@ class Selection {
     }
   }
 
-  /// A parameter or buffer that is trained in full.
+  /// A parameter or buffer that is trained in full, or to which the adapter of a layer adds a bias of its own.
   struct Full {
     ModelTensor tensor;
     std::string file_name;
+    std::string biased = "";  // the layer whose update has the bias
   };
 
   std::vector<Layer> run() {
@@ -84,8 +85,11 @@ class Selection {
         found.push_back({tensor, tensor.name});
       } else if (!tensor.is_buffer && is_trained_bias(tensor.name, owner)) {
         found.push_back({tensor, file_name_of_bias(tensor.name, owner)});
+      } else if (config_.lora_bias() && tensor.name == owner + ".bias" && target_named(owner) != nullptr) {
+        found.push_back({tensor, target_named(owner)->file_name + ".lora_B.bias", owner});
       }
     }
+    check_biases(found);
     for (const auto& entry : config_.modules_to_save()) {
       TORCH_CHECK(saved.count(entry) > 0, "lora::attach: no module with parameters matches \"", entry,
                   "\" of modules_to_save;", did_you_mean(entry, with_last_parts(part_names())),
@@ -120,6 +124,21 @@ class Selection {
   std::string file_name_of_bias(const std::string& name, const std::string& owner) const {
     const auto* target = target_named(owner);
     return target == nullptr ? name : target->file_name + ".base_layer.bias";
+  }
+
+  void check_biases(const std::vector<Full>& full) const {
+    if (!config_.lora_bias()) return;
+    TORCH_CHECK_VALUE(config_.bias() == Bias::kNone,
+                      "lora::LoRAConfig: either `bias` trains the layers' own biases, or ",
+                      "`lora_bias` gives the updates biases, not both");
+    TORCH_CHECK_VALUE(config_.method().info().name == all_methods().front().info().name,
+                      "lora::LoRAConfig: lora_bias is for ", all_methods().front().info().name, ", not for ",
+                      config_.method().info().name);
+    for (const auto& target : targets_) {
+      const auto is_its = [&](const Full& item) { return item.biased == target.name; };
+      TORCH_CHECK(std::any_of(full.begin(), full.end(), is_its), "lora::attach: lora_bias adds to the biases of the ",
+                  "adapted layers, but \"", target.name, "\" (", target.kind, ") has none");
+    }
   }
 
   std::vector<std::string> part_names() const {

@@ -33,6 +33,7 @@ class PeftConfigReader {
     config.layers_to_transform(layers()).layers_pattern(names("layers_pattern"));
     config.rank_pattern(ranks()).alpha_pattern(alphas());
     config.target_parameters(names("target_parameters")).modules_to_save(names("modules_to_save")).bias(read_bias());
+    config.lora_bias(flag("lora_bias"));
     config.base_model_name_or_path(text("base_model_name_or_path")).task_type(text("task_type"));
     check_ranges(config);
     return config;
@@ -222,7 +223,9 @@ class PeftConfigWriter {
     fields["lora_alpha"] = short_number(config_.alpha());
     fields["lora_dropout"] = config_.dropout();
     fields["use_rslora"] = config_.rank_stabilized();
-    if (config_.init() == Init::kGaussian) fields["init_lora_weights"] = "gaussian";
+    // PEFT refuses the combination with lora_bias, and how an adapter began does not matter any more.
+    if (config_.init() == Init::kGaussian && !config_.lora_bias()) fields["init_lora_weights"] = "gaussian";
+    fields["lora_bias"] = config_.lora_bias();
     fields["fan_in_fan_out"] = config_.fan_in_fan_out();
     fields["target_modules"] = selector(config_.target_modules());
     fields["bias"] = config_.bias() == Bias::kNone ? "none" : config_.bias() == Bias::kAll ? "all" : "lora_only";
