@@ -199,10 +199,14 @@ TEST_CASE("lora_bias gives the update a bias, scaled as the update is") {
 TEST_CASE("What modules_to_save and fused name has to be there") {
   Net model;
   const auto fails = [&](const lora::LoRAConfig& config) {
-    return testing::error_of([&] { lora::attach(*model, config); });
+    return testing::error_of([&] { lora::attach(*model, config).detach(); });
   };
   CHECK_THAT(fails(config().modules_to_save({"haed"})),
              testing::contains("no module with parameters matches \"haed\"") && testing::contains("\"head\""));
+  CHECK_THAT(fails(config().fan_in_fan_out(true).modules_to_save({"xhead"})),
+             testing::contains("\"xhead.weight\" of modules_to_save is square"));
+  CHECK(fails(config().modules_to_save({"xhead"})).empty());
+  CHECK(fails(config().fan_in_fan_out(true).modules_to_save({"norm", "head"})).empty());
   CHECK_THAT(fails(config().lora_bias(true).bias(lora::Bias::kAll)), testing::contains("either `bias` trains"));
   CHECK_THAT(fails(config().lora_bias(true).method(lora::DoRA())), testing::contains("for LowRank, not for DoRA"));
   CHECK_THAT(fails(config().fused({{"bodi", {3, 3}, {true, true}}})), testing::contains("\"bodi\" of fused"));

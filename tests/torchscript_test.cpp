@@ -395,8 +395,23 @@ TEST_CASE("Adapters of a TorchScript module are saved and loaded") {
   adapters.save(folder.path());
   auto loaded = lora::load_adapter(other.module, folder.path());
   CHECK(loaded.targets() == adapters.targets());
-  auto active = loaded.activate();
-  CHECK(testing::distance(other.run(), net.by_hand(adapters)) < 1e-12);
+  {
+    auto active = loaded.activate();
+    CHECK(testing::distance(other.run(), net.by_hand(adapters)) < 1e-12);
+  }
+  loaded.detach();
+  loaded.add("other", config({"fc2"}));
+  loaded.save_all(folder.path());
+  loaded.detach();
+  auto both = lora::load_adapters(other.module, folder.path());
+  CHECK(both.names() == std::vector<std::string>{"default", "other"});
+  const auto base = other.run();
+  both.save_merged(folder / "merged.safetensors", "default");
+  CHECK(torch::equal(other.run(), base));
+  adapters.merge();
+  const auto written = lora::read_safetensors(folder / "merged.safetensors");
+  for (const auto& item : net.module.named_parameters())
+    CHECK(testing::distance(written.at(item.name), item.value) < 1e-12);
 }
 
 TEST_CASE("Biases and whole modules of a TorchScript module are trained in full") {

@@ -107,4 +107,10 @@ inline Adapters load_adapter(torch::jit::Module& model, const std::filesystem::p
   return adapters;
 }
 
+/// `load_adapters` for a TorchScript module.
+inline Adapters load_adapters(torch::jit::Module& model, const std::filesystem::path& directory,
+                              const LoadOptions& options = {}) {
+  return detail::load_all(Adapters(std::make_shared<ScriptModel>(model)), directory, options);
+}
+
 }  // namespace lora

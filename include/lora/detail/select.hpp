@@ -82,6 +82,7 @@ class Selection {
       const auto entry = saving_entry(owner);
       if (!entry.empty()) {
         saved.insert(entry);
+        check_layout(tensor, owner);
         found.push_back({tensor, tensor.name});
       } else if (!tensor.is_buffer && is_trained_bias(tensor.name, owner)) {
         found.push_back({tensor, file_name_of_bias(tensor.name, owner)});
@@ -124,6 +125,16 @@ class Selection {
   std::string file_name_of_bias(const std::string& name, const std::string& owner) const {
     const auto* target = target_named(owner);
     return target == nullptr ? name : target->file_name + ".base_layer.bias";
+  }
+
+  /// Of a square weight nobody would notice that Python keeps it as (in, out).
+  void check_layout(const ModelTensor& tensor, const std::string& owner) const {
+    const auto weight = tensor.slot->read();
+    const auto is_it = [&](const ModelPart& part) { return part.name == owner && part.is_linear; };
+    const bool is_square = weight.dim() == 2 && weight.size(0) == weight.size(1);
+    TORCH_CHECK(!config_.fan_in_fan_out() || !is_square || std::none_of(parts_.begin(), parts_.end(), is_it),
+                "lora::attach: \"", tensor.name, "\" of modules_to_save is square, and with fan_in_fan_out Python may ",
+                "keep it as (in, out) or as (out, in), which its file does not say; make the module a target instead");
   }
 
   void check_biases(const std::vector<Full>& full) const {

@@ -367,22 +367,19 @@ inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::pa
   return adapters;
 }
 
-/// Loads every adapter below a directory that `Adapters::save_all` or PEFT's save_pretrained wrote: the one in it is
-/// "default", those in its subdirectories have their names. Errors: as for `load_adapter`; CheckpointError when there
-/// is none. The model is unchanged then.
-inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
-                              const LoadOptions& options = {}) {
+namespace detail {
+
+/// Loads every adapter below a directory for a model that has none yet.
+inline Adapters load_all(Adapters adapters, const std::filesystem::path& directory, const LoadOptions& options) {
   std::vector<std::string> names;
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
-    if (std::filesystem::exists(entry.path() / detail::kAdapterConfig))
-      names.push_back(entry.path().filename().string());
+    if (std::filesystem::exists(entry.path() / kAdapterConfig)) names.push_back(entry.path().filename().string());
   }
   if (error) throw CheckpointError(directory, "cannot be read: ", error.message());
   std::sort(names.begin(), names.end());
-  const bool has_default = std::filesystem::exists(directory / detail::kAdapterConfig);
-  if (names.empty() && !has_default) throw CheckpointError(directory, "holds no ", detail::kAdapterConfig);
-  Adapters adapters(model);
+  const bool has_default = std::filesystem::exists(directory / kAdapterConfig);
+  if (names.empty() && !has_default) throw CheckpointError(directory, "holds no ", kAdapterConfig);
   try {
     if (has_default) adapters.load("default", directory, options);
     for (const auto& name : names) adapters.load(name, directory / name, options);
@@ -391,6 +388,16 @@ inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::p
     throw;
   }
   return adapters;
+}
+
+}  // namespace detail
+
+/// Loads every adapter below a directory that `Adapters::save_all` or PEFT's save_pretrained wrote: the one in it is
+/// "default", those in its subdirectories have their names. Errors: as for `load_adapter`; CheckpointError when there
+/// is none. The model is unchanged then.
+inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
+                              const LoadOptions& options = {}) {
+  return detail::load_all(Adapters(model), directory, options);
 }
 
 }  // namespace lora
