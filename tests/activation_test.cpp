@@ -193,16 +193,19 @@ TEST_CASE("diagnose tells every use of every adapted weight") {
   auto uses = adapters.diagnose([&] {
     model->forward(x);
     model->lm_head->weight.square().sum();
+    torch::linear(x.to(torch::kBFloat16), model->lm_head->weight.t().t().to(torch::kBFloat16));
+    model->lm_head->weight.to(torch::kFloat);  // the weight itself
   });
   const auto count = [&](const std::string& layer, const std::string& operation, bool adapted) {
     return std::count_if(uses.begin(), uses.end(), [&](const lora::WeightUse& use) {
       return use.layer == layer && use.operation == operation && use.adapted == adapted && use.count == 1;
     });
   };
-  CHECK(uses.size() == 3);
+  CHECK(uses.size() == 4);
   CHECK(count("layers.0.q_proj", "aten::addmm", true) == 1);
   CHECK(count("lm_head", "aten::matmul", true) == 1);
   CHECK(count("lm_head", "aten::square", false) == 1);
+  CHECK(count("lm_head", "aten::to", false) == 1);
 }
 
 TEST_CASE("A scope is carried to another thread, also after it was left here") {

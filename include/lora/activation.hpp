@@ -81,7 +81,7 @@ class AdapterScope final : public Scope {
     if (!replacements_.empty()) replace(op, stack);
     if (!usage_->is_watching()) return run();
     const auto used = used_by(op, stack);
-    usage_->watch(op, used, run);
+    usage_->watch(op, stack, used, run);
     if (!used.empty() && unreached().empty()) usage_->stop_watching();
   }
 

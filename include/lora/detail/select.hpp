@@ -75,6 +75,7 @@ class Selection {
   /// What is trained in full; for after `run`.
   std::vector<Full> full() const {
     std::vector<Full> found;
+    if (config_.modules_to_save().empty() && config_.bias() == Bias::kNone && !config_.lora_bias()) return found;
     std::set<std::string> saved;
     for (auto& tensor : model_.tensors()) {
       const auto dot = tensor.name.rfind('.');

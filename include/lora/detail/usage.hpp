@@ -42,14 +42,15 @@ class Usage {
   /// Whether operators are to be looked at.
   bool is_watching() const { return left_ > 0 || recording_ > 0; }
 
-  /// Runs an operator that has the weights of `layers` among its operands.
-  void watch(const c10::OperatorHandle& op, const std::vector<AdaptedLayer*>& layers,
+  /// Runs an operator that has the weights of `layers` among its operands and leaves what it returns on the stack.
+  void watch(const c10::OperatorHandle& op, const torch::jit::Stack& stack, const std::vector<AdaptedLayer*>& layers,
              const std::function<void()>& run) {
     if (left_ > 0) --left_;
-    if (layers.empty() || gives_views(op)) return run();
+    if (layers.empty()) return run();
     std::vector<int64_t> before;
     for (const auto* layer : layers) before.push_back(layer->uses);
     run();
+    if (may_give_views(op) && !gave_copy(stack, layers)) return;
     for (size_t i = 0; i < layers.size(); ++i) record(*layers[i], op, layers[i]->uses > before[i]);
   }
 
@@ -90,9 +91,17 @@ class Usage {
 
  private:
   /// Whether an operator computes nothing and only looks at its operand in another way, or writes to it.
-  static bool gives_views(const c10::OperatorHandle& op) {
+  static bool may_give_views(const c10::OperatorHandle& op) {
     const auto& returns = op.schema().returns();
     return std::all_of(returns.begin(), returns.end(), [](const auto& value) { return value.alias_info() != nullptr; });
+  }
+
+  /// Whether what such an operator returned is no view of the weights after all: w.to(dtype), where w has another type.
+  static bool gave_copy(const torch::jit::Stack& stack, const std::vector<AdaptedLayer*>& layers) {
+    if (stack.empty() || !stack.back().isTensor() || !stack.back().toTensor().has_storage()) return false;
+    return std::none_of(layers.begin(), layers.end(), [&](const AdaptedLayer* layer) {
+      return stack.back().toTensor().is_alias_of(layer->target.slot->read());
+    });
   }
 
   void record(const AdaptedLayer& layer, const c10::OperatorHandle& op, bool adapted) {
