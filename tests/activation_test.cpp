@@ -206,6 +206,12 @@ TEST_CASE("diagnose tells every use of every adapted weight") {
   CHECK(count("lm_head", "aten::matmul", true) == 1);
   CHECK(count("lm_head", "aten::square", false) == 1);
   CHECK(count("lm_head", "aten::to", false) == 1);
+  uses = adapters.diagnose([&] {
+    x.requires_grad_();
+    model->forward(x).sum().backward();  // which multiplies with the weights, too
+    torch::addmm(x, x, model->layers[0]->as<testing::Block>()->named_parameters()["q_proj.weight"].t(), 0);
+  });
+  CHECK(uses.size() == 2);
 }
 
 TEST_CASE("A scope is carried to another thread, also after it was left here") {

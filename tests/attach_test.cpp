@@ -143,6 +143,54 @@ TEST_CASE("Attention of LibTorch is adapted in self and cross attention, also in
   CHECK(testing::distance(base, adapted) > 0.01);
 }
 
+TEST_CASE("Encoders and decoders of LibTorch are adapted in every layer, trained and merged") {
+  using namespace torch::nn;
+  struct NetImpl : Module {
+    TransformerEncoder encoder =
+        register_module("encoder", TransformerEncoder(TransformerEncoderOptions(
+                                       TransformerEncoderLayerOptions(8, 2).dim_feedforward(6).dropout(0), 2)));
+    TransformerDecoder decoder =
+        register_module("decoder", TransformerDecoder(TransformerDecoderOptions(
+                                       TransformerDecoderLayerOptions(8, 2).dim_feedforward(6).dropout(0), 2)));
+    torch::Tensor forward(const torch::Tensor& x) { return decoder(x, encoder(x)); }
+  };
+  const auto type = GENERATE(torch::kDouble, torch::kBFloat16);
+  const auto tolerance = type == torch::kDouble ? 1e-10 : 0.6;  // of layer norms, in bfloat16
+  torch::manual_seed(0);
+  auto model = std::make_shared<NetImpl>();
+  model->to(testing::device(), type);
+  auto x = torch::randn({5, 2, 8}, testing::device()).to(type);
+  const auto base = model->forward(x);
+  auto adapters = lora::attach(
+      *model, LoRAConfig(2).alpha(6).target_modules({"self_attn", "multihead_attn", "linear1", "linear2"}));
+  CHECK(adapters.targets().size() == 2 * 4 + 2 * 6);
+  testing::randomize(adapters.parameters());
+  torch::Tensor adapted;
+  {
+    auto active = adapters.activate();
+    adapted = model->forward(x);
+    for (const auto& gradient : torch::autograd::grad({adapted.pow(2).sum()}, adapters.parameters()))
+      CHECK(gradient.abs().max().item<double>() > 0);
+    if (type == torch::kDouble) {
+      auto loss = [&] { return model->forward(x).sin().sum(); };
+      auto some = adapters.named_parameters();
+      CHECK(testing::gradient_error(loss, {some["encoder.layers.1.self_attn.lora_A"],
+                                           some["decoder.layers.0.multihead_attn.lora_B"]}) < 1e-6);
+    }
+    for (bool training : {false, true}) {
+      model->train(training);
+      torch::NoGradGuard no_grad;  // in eval mode the encoder may take its fused path
+      CHECK(testing::distance(model->forward(x), adapted) < tolerance);
+    }
+  }
+  CHECK(adapters.unreached().empty());
+  CHECK(testing::distance(adapted, base) > 1);
+  adapters.merge();
+  CHECK(testing::distance(model->forward(x), adapted) < tolerance);
+  adapters.detach();
+  CHECK(torch::equal(model->forward(x), base));
+}
+
 TEST_CASE("The embedding that a head is tied to keeps its values, merged or not, and what is saved is what runs") {
   torch::manual_seed(0);
   struct NetImpl : torch::nn::Module {

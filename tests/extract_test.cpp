@@ -136,6 +136,53 @@ TEST_CASE("A share of the energy chooses the rank of each layer, and files keep 
   CHECK(energy(adapters.delta("default", "0")) == 0);
 }
 
+TEST_CASE("Ranks that energy chooses come back from files, for parts of a module and for biases, too") {
+  torch::manual_seed(3);
+  for (const auto& config : {LoRAConfig(4).alpha(7).target_modules({"attention", "conv"}),
+                             LoRAConfig(4).alpha(7).target_modules({"fc", "conv"}).lora_bias(true)}) {
+    Layers tuned, base, other;
+    {
+      torch::NoGradGuard no_grad;
+      for (const auto& item : base->named_parameters()) {
+        for (auto& model : {tuned, other}) model->named_parameters()[item.key()].copy_(item.value());
+      }
+      for (auto& item : tuned->named_parameters()) item.value().add_(torch::randn_like(item.value()) * 0.2);
+    }
+    lora::ExtractReport report;
+    auto adapters = lora::extract(*base, *tuned, config, ExtractOptions().energy(0.7), &report);
+    testing::TemporaryFolder folder;
+    adapters.save(folder.path());
+    auto loaded = lora::load_adapter(*other, folder.path());
+    for (const auto& layer : report.layers) {
+      INFO(layer.name << " " << layer.rank);
+      CHECK(layer.energy >= 0.7 - 1e-6);
+      CHECK(testing::distance(loaded.delta("default", layer.name), adapters.delta("default", layer.name)) == 0);
+    }
+    adapters.merge();
+    loaded.merge();
+    for (const auto& item : base->named_parameters())
+      CHECK(testing::distance(other->named_parameters()[item.key()], item.value()) < 1e-6);
+    if (config.lora_bias())
+      CHECK(testing::distance(base->named_parameters()["fc.bias"], tuned->named_parameters()["fc.bias"]) < 1e-5);
+  }
+}
+
+TEST_CASE("Of a fine-tuned model whose head is tied to its embedding the head is what it computes with") {
+  struct TiedImpl : torch::nn::Module {
+    TiedImpl() {
+      head->weight = tokens->weight;
+      to(testing::device());
+    }
+    torch::nn::Embedding tokens = register_module("tokens", torch::nn::Embedding(7, 4));
+    torch::nn::Linear head = register_module("head", torch::nn::Linear(torch::nn::LinearOptions(4, 7).bias(false)));
+  };
+  auto base = std::make_shared<TiedImpl>(), tuned = std::make_shared<TiedImpl>();
+  lora::ExtractReport report;
+  auto adapters = lora::extract(*base, *tuned, LoRAConfig(4).target_modules({"head"}), {}, &report);
+  CHECK(testing::distance(adapters.delta("default", "head"), tuned->tokens->weight - base->tokens->weight) < 1e-5);
+  CHECK(report.left_out == std::vector<std::string>{"tokens.weight"});
+}
+
 TEST_CASE("What an adapter cannot hold is named, or taken over in full") {
   Pair pair({2, 1});
   testing::randomize({pair.tuned->named_parameters()["0.bias"]});

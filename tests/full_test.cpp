@@ -275,3 +275,77 @@ TEST_CASE("A parameter is adapted, and merged, in every layer that is tied to it
   adapters.unmerge();
   CHECK(torch::equal(model->forward(ids), base));
 }
+
+TEST_CASE("What is trained in full follows a model to another type, and says when it was moved to another device") {
+  torch::manual_seed(0);
+  Net model;
+  auto adapters = lora::attach(*model, config().modules_to_save({"head"}));
+  testing::randomize(adapters.parameters());
+  model->eval();
+  auto x = torch::randn({8, 5}, testing::device());
+  const auto run = [&](torch::ScalarType type) {
+    auto active = adapters.activate();
+    return model->forward(x.to(type));
+  };
+  const auto base = model->forward(x), adapted = run(torch::kFloat);
+  SECTION("before it is merged") {
+    model->to(torch::kBFloat16);
+    CHECK(testing::distance(run(torch::kBFloat16), adapted) < 0.1);
+    adapters.merge();
+    CHECK(model->head->weight.scalar_type() == torch::kBFloat16);
+    CHECK(testing::distance(model->forward(x.to(torch::kBFloat16)), adapted) < 0.1);
+  }
+  SECTION("between merging and unmerging") {
+    adapters.merge();
+    model->to(torch::kDouble);
+    adapters.unmerge();
+    for (const auto& parameter : model->parameters()) CHECK(parameter.scalar_type() == torch::kDouble);
+    CHECK(testing::distance(model->forward(x.to(torch::kDouble)), base) < 1e-5);
+  }
+  SECTION("to another device") {
+    if (testing::device().is_cpu()) return;
+    model->head->to(torch::kCPU);
+    CHECK_THROWS_WITH(adapters.activate(), testing::contains("moved after it was adapted: head.weight is on cpu"));
+    CHECK_THROWS_WITH(adapters.merge(), testing::contains("move the model first"));
+    model->to(torch::kCPU);
+    CHECK_THROWS_WITH(adapters.activate(), testing::contains("moved after it was adapted: body is on cpu"));
+  }
+}
+
+TEST_CASE("A bias that gets too large for its type is refused, and nothing is merged") {
+  Net model;
+  model->to(torch::kHalf);
+  const auto before = snapshot(*model);
+  auto adapters = lora::attach(*model, config().lora_bias(true));
+  torch::NoGradGuard no_grad;
+  adapters.named_parameters()["body.lora_B.bias"].fill_(1e6);
+  CHECK_THROWS_WITH(adapters.merge(), testing::contains("body.bias") && testing::contains("nothing was merged"));
+  CHECK(is_untouched(*model, before));
+}
+
+TEST_CASE("A backward pass in a scope that its forward pass was not in has the base model's gradient") {
+  torch::manual_seed(0);
+  Net model;
+  auto adapters = lora::attach(*model, config().modules_to_save({"head"}));
+  testing::randomize(adapters.parameters());
+  model->eval();
+  auto x = torch::randn({8, 5}, testing::device()).requires_grad_();
+  const auto expected = torch::autograd::grad({model->forward(x).sin().sum()}, {x})[0];
+  auto loss = model->forward(x).sin().sum();
+  auto active = adapters.activate();
+  CHECK(torch::equal(torch::autograd::grad({loss}, {x})[0], expected));
+  CHECK(testing::distance(torch::autograd::grad({model->forward(x).sin().sum()}, {x})[0], expected) > 0.01);
+}
+
+TEST_CASE("An adapter that is added while another one is merged begins with the model's own values") {
+  torch::manual_seed(0);
+  Net model;
+  const auto head = model->head->weight.detach().clone();
+  lora::Adapters adapters(*model);
+  adapters.add("a", config().modules_to_save({"norm", "head"}));
+  testing::randomize(adapters.parameters("a"));
+  adapters.merge("a");
+  adapters.add("b", config().modules_to_save({"head"}));
+  CHECK(torch::equal(adapters.named_parameters("b")["head.weight"], head));
+  CHECK_FALSE(torch::equal(model->head->weight, head));
+}

@@ -164,3 +164,18 @@ TEST_CASE("Names that would collide, and models without such layers, are refused
   testing::Stack plain(1);
   CHECK_THROWS_WITH(lora::adapters_of(*plain), testing::contains("lora::attach"));
 }
+
+TEST_CASE("A written model with its adapters merged is a file of plain weights") {
+  testing::TemporaryFolder folder;
+  auto model = make_written();
+  const auto expected = model->forward(ids());
+  auto adapters = lora::adapters_of(*model);
+  adapters.save_merged(folder / "merged.safetensors");
+  CHECK(torch::equal(model->forward(ids()), expected));
+  adapters.merge();
+  for (const auto& [name, tensor] : lora::read_safetensors(folder / "merged.safetensors")) {
+    INFO(name);
+    CHECK(name.find("lora_") == std::string::npos);
+    CHECK(testing::distance(tensor, model->named_parameters()[name]) == 0);
+  }
+}

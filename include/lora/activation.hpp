@@ -80,7 +80,7 @@ class AdapterScope final : public Scope {
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack, const std::function<void()>& run) override {
     if (!replacements_.empty()) replace(op, stack);
     if (!usage_->is_watching()) return run();
-    const auto used = used_by(op, stack);
+    const auto used = is_in_backward() ? std::vector<AdaptedLayer*>() : used_by(op, stack);
     usage_->watch(op, stack, used, run);
     if (!used.empty() && unreached().empty()) usage_->stop_watching();
   }
@@ -97,8 +97,10 @@ class AdapterScope final : public Scope {
   Usage& usage() const { return *usage_; }
 
  private:
-  /// Puts the trained copies in the places of the tensors they are copies of.
+  /// Puts the trained copies in the places of the tensors they are copies of. Autograd's own backward, which computes
+  /// without gradients, has what it needs from the forward pass.
   void replace(const c10::OperatorHandle& op, torch::jit::Stack& stack) const {
+    if (is_in_backward()) return;
     const bool is_lookup = op.operator_name().name.rfind("aten::embedding", 0) == 0;
     for_each_operand(op, stack, [&](const at::Tensor& operand) {
       if (!operand.defined() || !operand.has_storage()) return operand;
@@ -109,6 +111,12 @@ class AdapterScope final : public Scope {
       }
       return operand;
     });
+  }
+
+  /// Whether autograd computes a derivative in a pass that began after the scope; what is recomputed in it is another
+  /// forward pass.
+  bool is_in_backward() const {
+    return backward_pass != torch::autograd::get_current_graph_task_id() && !at::GradMode::is_enabled();
   }
 
   /// The layers whose weights are among the operands.

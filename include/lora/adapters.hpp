@@ -31,7 +31,7 @@ struct FullTensor {
 
   /// What stands in for `original`, differentiable.
   at::Tensor substitute(const at::Tensor& original) const {
-    return scaling ? (original + *scaling * value).to(original.scalar_type()) : value;
+    return (scaling ? original + *scaling * value : value).to(original.scalar_type());
   }
 };
 
@@ -40,6 +40,7 @@ struct AdapterPlan {
   struct Layer {
     Target target;
     std::shared_ptr<AnyMethod> method;
+    std::string module;  ///< by whose name it has its rank and alpha; that of the target, but for parts of a module
   };
 
   LoRAConfig config;
@@ -143,10 +144,10 @@ class Adapters {
       const auto weight = selected.target.slot->read();
       const auto options = weight.options().dtype(adapter_dtype(weight.scalar_type())).requires_grad(false);
       const auto& shape = selected.target.site->view().shape();
-      plan.layers.push_back({selected.target, config.method().make(selected.options, shape, options)});
+      plan.layers.push_back({selected.target, config.method().make(selected.options, shape, options), selected.module});
     }
     for (auto& full : selection.full()) {
-      const auto original = full.tensor.slot->read().detach();
+      const auto original = original_of(full.tensor).detach();
       if (full.biased.empty()) {
         const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();
         plan.full.push_back(
@@ -258,7 +259,7 @@ class Adapters {
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: nothing is merged");
     detail::unmerge(targets_of(merged_));
-    for (const auto& [slot, handles] : replaced_) slot->set(handles);
+    for (const auto& [slot, handles] : replaced_) detail::put_back(*slot, handles);
     replaced_.clear();
     merged_.clear();
   }
@@ -356,16 +357,30 @@ class Adapters {
   /// Remembers which of the model's parameters were trainable; adapters' tensors, which layers of this library register
   /// too, are none of them.
   void remember_parameters() {
+    const auto adapters = own_tensors();
+    for (const auto& parameter : model_->parameters()) {
+      if (adapters.count(parameter.tensor.unsafeGetTensorImpl()) == 0)
+        frozen_.push_back({parameter.tensor, parameter.tensor.requires_grad()});
+    }
+  }
+
+  /// The tensors of adapters that layers of this library have registered as parameters.
+  std::set<const c10::TensorImpl*> own_tensors() const {
     std::set<const c10::TensorImpl*> adapters;
     for (const auto& part : model_->parts()) {
       for (const auto& target : part.targets) {
         for (const auto& tensor : target.site->tensors()) adapters.insert(tensor.unsafeGetTensorImpl());
       }
     }
-    for (const auto& parameter : model_->parameters()) {
-      if (adapters.count(parameter.tensor.unsafeGetTensorImpl()) == 0)
-        frozen_.push_back({parameter.tensor, parameter.tensor.requires_grad()});
+    return adapters;
+  }
+
+  /// The model's own tensor, also while another one is merged in its place.
+  at::Tensor original_of(const ModelTensor& tensor) const {
+    for (size_t i = 0; i < replaced_.size(); ++i) {
+      if (full_[merged_][i].place.name == tensor.name) return replaced_[i].second.member;
     }
+    return tensor.slot->read();
   }
 
   void freeze() {
@@ -417,7 +432,8 @@ class Adapters {
   void check_finite(const std::string& adapter) const {
     for (const auto& full : full_[adapter]) {
       full.place.slot->check_replaceable(full.place.name);
-      TORCH_CHECK(!full.value.is_floating_point() || at::isfinite(full.value).all().item<bool>(),
+      const auto value = full.substitute(full.place.slot->read()).detach();
+      TORCH_CHECK(!value.is_floating_point() || at::isfinite(value).all().item<bool>(),
                   "lora::merge: ", full.place.name, ": what was trained in its place is not finite (NaN or infinity); ",
                   "nothing was merged");
     }
@@ -492,6 +508,13 @@ class Adapters {
                     ", its ", item.name, " on ", item.tensor->device(),
                     "; move the model first, then attach or load the adapter");
       }
+    }
+    for (const auto& full : full_[adapter]) {
+      const auto device = full.place.slot->read().device();
+      TORCH_CHECK(full.value.device() == device,
+                  "lora::Adapters: the model was moved after it was adapted: ", full.place.name, " is on ", device,
+                  ", what the adapter trains in its place on ", full.value.device(),
+                  "; move the model first, then attach or load the adapter");
     }
   }
 

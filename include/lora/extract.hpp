@@ -49,8 +49,16 @@ class Extraction {
 
   ExtractReport fill(AdapterPlan& plan) {
     at::NoGradGuard no_grad;
-    for (auto& layer : plan.layers) fill(layer, plan.config);
+    for (auto first = plan.layers.begin(); first != plan.layers.end();) {
+      const auto last =
+          std::find_if(first, plan.layers.end(), [&](auto& layer) { return layer.module != first->module; });
+      fill_module({first, last}, plan.config);
+      first = last;
+    }
     for (auto& full : plan.full) {
+      for (const auto& layer : plan.layers) {  // whose rank may have been chosen only now
+        if (full.scaling && full.name == layer.target.name + ".lora_B.bias") full.scaling = layer.method->scaling();
+      }
       const auto& wanted = tuned(full.place.name, full.value.sizes());
       if (full.scaling) {
         const auto type = full.value.options();
@@ -68,17 +76,45 @@ class Extraction {
   }
 
  private:
-  void fill(AdapterPlan::Layer& layer, LoRAConfig& config) {
+  using LayerIterator = std::vector<AdapterPlan::Layer>::iterator;
+
+  struct Factors {
+    at::Tensor u, s, v;
+  };
+
+  /// Fills the layers of one module, which in files have one rank.
+  void fill_module(std::pair<LayerIterator, LayerIterator> layers, LoRAConfig& config) {
+    std::vector<Factors> factors;
+    for (auto layer = layers.first; layer != layers.second; ++layer) factors.push_back(factorized(*layer));
+    if (options_.energy()) {
+      int64_t rank = 1;
+      for (const auto& of_layer : factors) rank = std::max(rank, enough_rank(of_layer.s));
+      const auto& planned = *layers.first->method;
+      const auto shares = layers.first->target.site->view().shape().rank_shares;
+      const auto chosen = LoRAOptions(planned.options()).rank(rank * shares);
+      note_options(config, layers.first->module, chosen, planned.options());
+      for (auto layer = layers.first; layer != layers.second; ++layer) {
+        const auto tensor_options = layer->method->tensors().front().tensor->options().requires_grad(false);
+        layer->method = config.method().make(chosen, layer->target.site->view().shape(), tensor_options);
+      }
+    }
+    for (auto layer = layers.first; layer != layers.second; ++layer)
+      fill(*layer, factors[static_cast<size_t>(layer - layers.first)]);
+  }
+
+  Factors factorized(const AdapterPlan::Layer& layer) {
     const auto& [name, weight] = tensor_of(layer.target);
     held_.push_back(name);
     const auto type = adapter_dtype(weight.scalar_type());
     const auto difference = tuned(name, weight.sizes()).to(weight.device(), type) - weight.to(type);
     TORCH_CHECK(at::isfinite(difference).all().item<bool>(), "lora::extract: \"", name,
                 "\" is not finite (NaN or infinity) in one of the two models");
-    const auto& view = layer.target.site->view();
-    const auto [u, s, v] = at::linalg_svd(view.matrix(difference), /*full_matrices=*/false);
-    if (options_.energy()) choose_rank(layer, s, config);
+    auto [u, s, v] = at::linalg_svd(layer.target.site->view().matrix(difference), /*full_matrices=*/false);
+    return {u, s, v};
+  }
 
+  void fill(AdapterPlan::Layer& layer, const Factors& factors) {
+    const auto& [u, s, v] = factors;
     auto* method = dynamic_cast<MethodOf<LowRank>*>(layer.method.get());
     TORCH_CHECK(method != nullptr, "lora::extract: a difference of weights is extracted as LowRank, not as ",
                 layer.method->info().name);
@@ -98,19 +134,13 @@ class Extraction {
     return singular_values.to(at::kDouble).square().sum().item<double>();
   }
 
-  /// Plans the layer anew with the smallest rank that keeps enough of the singular values.
-  void choose_rank(AdapterPlan::Layer& layer, const at::Tensor& singular_values, LoRAConfig& config) const {
+  /// The smallest rank that keeps enough of the singular values.
+  int64_t enough_rank(const at::Tensor& singular_values) const {
     auto energies = singular_values.to(at::kDouble).square();
     if (energies.dim() > 1) energies = energies.flatten(0, -2).sum(0);
     const auto kept = energies.cumsum(0);
     const auto enough = kept.ge(*options_.energy() * kept[-1]);
-    const auto rank = enough.logical_not().sum().item<int64_t>() + 1;
-
-    const auto& shape = layer.target.site->view().shape();
-    const auto tensor_options = layer.method->tensors().front().tensor->options().requires_grad(false);
-    const auto chosen = LoRAOptions(layer.method->options()).rank(std::min(rank, kept.size(0)) * shape.rank_shares);
-    note_options(config, layer.target.name, chosen, layer.method->options());
-    layer.method = config.method().make(chosen, shape, tensor_options);
+    return std::min(enough.logical_not().sum().item<int64_t>() + 1, kept.size(0));
   }
 
   /// The model's tensor that a target adapts; of tied ones that of the target's own module.
@@ -186,11 +216,10 @@ inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at:
 }
 
 /// The same for a model of the same structure.
-inline Adapters extract(torch::nn::Module& base, const torch::nn::Module& finetuned, const LoRAConfig& config,
+inline Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, const LoRAConfig& config,
                         const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
   std::map<std::string, at::Tensor> tensors;
-  for (const auto& item : finetuned.named_parameters()) tensors.emplace(item.key(), item.value());
-  for (const auto& item : finetuned.named_buffers()) tensors.emplace(item.key(), item.value());
+  for (const auto& tensor : ModuleModel(finetuned).tensors()) tensors.emplace(tensor.name, tensor.slot->read());
   return extract(base, tensors, config, options, report);
 }
 

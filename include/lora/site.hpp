@@ -119,13 +119,7 @@ class Site {
 
   /// Puts the kept weight back. When the module was moved to another device or type meanwhile, the weight follows.
   void unmerge(const detail::WeightSlot& slot) {
-    const auto options = slot.read().options();
-    for (auto* handle : {&merged_->pristine.member, &merged_->pristine.registered}) {
-      if (handle->device() != options.device() || handle->dtype() != options.dtype()) {
-        handle->set_data(handle->detach().to(options.requires_grad(false)));
-      }
-    }
-    slot.set(merged_->pristine);
+    detail::put_back(slot, merged_->pristine);
     merged_.reset();
   }
 

@@ -81,6 +81,21 @@ TEST_CASE("The start is taken away: twice the rank, the same scaling, for weight
   }
 }
 
+TEST_CASE("A changed weight that lies beside the adapter is left out, and other tensors are kept") {
+  const Folders folders;
+  const std::string module = "base_model.model.";
+  for (auto name : {"start", "trained"}) {
+    folders.replace(name, module + "1.base_layer.weight", torch::ones({5, 6}));
+    folders.replace(name, module + "head.bias", torch::ones({3}));
+    folders.change(name, [](Json& json) { json["use_dora"] = nullptr; });
+  }
+  lora::subtract_start(folders.folder / "trained", folders.folder / "start", folders.folder / "plain");
+  const auto tensors = lora::read_safetensors(folders.folder / "plain" / kTensors);
+  CHECK(tensors.size() == 5);
+  CHECK(tensors.count(module + "1.base_layer.weight") == 0);
+  CHECK(tensors.at(module + "head.bias").equal(torch::ones({3})));
+}
+
 TEST_CASE("Two adapters that do not belong together are not converted, and nothing is written") {
   struct Row {
     std::function<void(const Folders&)> damage;
@@ -101,7 +116,18 @@ TEST_CASE("Two adapters that do not belong together are not converted, and nothi
       {[](auto& f) { std::filesystem::remove(f.folder / "start" / kTensors); }, kTensors},
       {[&](auto& f) { f.replace("start", layer + "lora_A.weight", {}); }, "lacks \"base_model.model.0.lora_A.weight\""},
       {[&](auto& f) { f.replace("trained", layer + "lora_B.weight", {}); },
-       "holds \"base_model.model.0.lora_B.weight\", which was not trained"},
+       "lacks \"base_model.model.0.lora_B.weight\""},
+      {[&](auto& f) {
+         f.replace("trained", layer + "lora_A.weight", {});
+         f.replace("trained", layer + "lora_B.weight", {});
+       },
+       "holds \"base_model.model.0.lora_A.weight\", which was not trained"},
+      {[&](auto& f) {
+         f.replace("trained", layer + "lora_B.weight", torch::ones({6, 1}));
+       },
+       "\"base_model.model.0.lora_A.weight\" is [2, 4] and \"base_model.model.0.lora_B.weight\" [6, 1], which are not"},
+      {[](auto& f) { f.change("trained", [](Json& json) { json["target_parameters"] = {"0.weight"}; }); },
+       "target_parameters is [\"0.weight\"]; only adapters of layers"},
       {[&](auto& f) {
          f.replace("start", layer + "lora_B.weight", torch::ones({6, 3}));
        },

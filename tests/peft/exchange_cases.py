@@ -224,6 +224,7 @@ CASES = [
     case("Conv3d, DoRA", "conv3d", ["conv1", "conv2"], **DORA),
     case("MultiheadAttention", "attention", ["attn"], steps=STEPS),
     case("MultiheadAttention by its full name", "attention", ["block.attn", "fc"], **RSLORA),
+    case("query and value of MultiheadAttention", "attention", ["attn"], **RSLORA, **parts("attn", [8, 8, 8], QV)),
     case("MultiheadAttention, ranks by patterns", "attention", ["attn"], **ATTENTION_PATTERNS),
     case("MultiheadAttention, all biases", "attention", ["attn"], bias="all"),
     case("MultiheadAttention, its biases", "attention", ["attn"], bias="lora_only"),

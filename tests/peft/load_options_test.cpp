@@ -118,6 +118,62 @@ TEST_CASE("What does not fit is an error, or is named and left out") {
   CHECK(named["layers.1.q_proj.lora_A"].isfinite().all().item<bool>());
 }
 
+TEST_CASE("What only has the wrong shape keeps the values an adapter starts with") {
+  testing::TemporaryFolder folder;
+  save_reference(folder.path());
+  std::map<std::string, torch::Tensor> changed;
+  for (const auto& [key, tensor] : lora::read_safetensors(folder / "adapter_model.safetensors"))
+    changed[key] = key.find("lora_B") == key.npos ? tensor.clone() : torch::ones({1, 1});
+  lora::write_safetensors(folder / "adapter_model.safetensors", changed);
+  auto model = std::make_shared<NamedImpl>("layers", "q_proj");
+  lora::LoadReport report;
+  auto adapters = lora::load_adapter(*model, folder.path(), LoadOptions().strict(false), &report);
+  CHECK((report.missing.empty() && report.misshapen.size() == 2));
+  for (const auto& item : adapters.named_parameters()) {
+    const bool is_b = item.key().find("lora_B") != std::string::npos;
+    CHECK(item.value().eq(0).all().item<bool>() == is_b);
+  }
+}
+
+TEST_CASE("key_mapping finds modules that were trained in full, and parameters") {
+  struct MixImpl : torch::nn::Module {
+    MixImpl(const std::string& experts, const std::string& head) {
+      torch::manual_seed(0);
+      auto inner = register_module(experts, std::make_shared<torch::nn::Module>());
+      for (auto name : {"up", "down"}) inner->register_parameter(name, torch::randn({2, 6, 6}));
+      for (const auto& name : {std::string("fc"), head}) register_module(name, torch::nn::Linear(6, 6));
+      to(testing::device());
+    }
+  };
+  testing::TemporaryFolder folder;
+  auto python = std::make_shared<MixImpl>("experts", "classifier"), here = std::make_shared<MixImpl>("moe", "head");
+  auto config = lora::LoRAConfig(2).alpha(6).target_modules({"fc"}).target_parameters({"experts.up", "experts.down"});
+  config.modules_to_save({"classifier"}).rank_pattern({{"experts.up", 3}}).bias(lora::Bias::kAdaptedOnly);
+  auto saved = lora::attach(*python, config);
+  testing::randomize(saved.parameters());
+  saved.save(folder.path());
+  auto options = LoadOptions().key_mapping({{"^experts", "moe"}, {"^classifier", "head"}});
+  auto loaded = lora::load_adapter(*here, folder.path(), options);
+  CHECK(loaded.targets() == std::vector<std::string>{"fc", "moe.down", "moe.up"});
+  saved.merge();
+  loaded.merge();
+  auto expected = python->named_parameters(), found = here->named_parameters();
+  for (const auto& [theirs, ours] :
+       std::vector<std::pair<std::string, std::string>>{{"experts.up", "moe.up"},
+                                                        {"experts.down", "moe.down"},
+                                                        {"fc.weight", "fc.weight"},
+                                                        {"fc.bias", "fc.bias"},
+                                                        {"classifier.weight", "head.weight"},
+                                                        {"classifier.bias", "head.bias"}}) {
+    INFO(theirs);
+    CHECK(torch::equal(expected[theirs], found[ours]));
+  }
+  loaded.detach();
+  config.modules_to_save({"missing"});
+  lora::write_adapter_config(folder / "adapter_config.json", config);
+  CHECK_THROWS_WITH(lora::load_adapter(*here, folder.path(), options), contains("\"missing\" of modules_to_save"));
+}
+
 TEST_CASE("Tensors take the type of an attached adapter, that of the file, or the one asked for") {
   testing::TemporaryFolder folder;
   auto expected = save_reference(folder.path());

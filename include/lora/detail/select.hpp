@@ -44,6 +44,7 @@ class Selection {
   struct Layer {
     Target target;
     LoRAOptions options;
+    std::string module;  // whose name patterns have to match
   };
 
   Selection(const Model& model, const LoRAConfig& config) : model_(model), config_(config), parts_(model.parts()) {
@@ -395,7 +396,7 @@ class Selection {
       options.alpha(pattern_value(config_.alpha_pattern(), alpha_expressions, name, config_.alpha(), alphas));
       options.validate("lora::LoRAConfig");
       check_rank(target, options.rank());
-      layers.push_back({target, options});
+      layers.push_back({target, options, name});
     }
     check_patterns(config_.rank_pattern(), ranks, "rank_pattern");
     check_patterns(config_.alpha_pattern(), alphas, "alpha_pattern");

@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -106,7 +107,7 @@ class Usage {
 
   void record(const AdaptedLayer& layer, const c10::OperatorHandle& op, bool adapted) {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto& use = uses_[{layer.target.name, op.operator_name().name}];
+    auto& use = uses_[{layer.target.name, op.operator_name().name, adapted}];
     use = {layer.target.name, op.operator_name().name, adapted, use.count + 1};
   }
 
@@ -116,7 +117,7 @@ class Usage {
   std::atomic<int> recording_{0};
   std::atomic<bool> warned_{false};
   std::mutex mutex_;
-  std::map<std::pair<std::string, std::string>, WeightUse> uses_;
+  std::map<std::tuple<std::string, std::string, bool>, WeightUse> uses_;
 };
 
 }  // namespace detail

@@ -97,4 +97,14 @@ class TensorSlot final : public WeightSlot {
   at::Tensor tensor_;
 };
 
+/// Puts back what was in a slot. When the module was moved to another device or type meanwhile, it follows.
+inline void put_back(const WeightSlot& slot, WeightSlot::Handles handles) {
+  const auto options = slot.read().options();
+  for (auto* handle : {&handles.member, &handles.registered}) {
+    if (handle->device() != options.device() || handle->dtype() != options.dtype())
+      handle->set_data(handle->detach().to(options.requires_grad(false)));
+  }
+  slot.set(handles);
+}
+
 }  // namespace lora::detail

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ATen/ops/constant_pad_nd.h>
+
 #include <lora/adapters.hpp>
 #include <lora/peft/config.hpp>
 #include <lora/peft/load_options.hpp>
@@ -12,6 +14,7 @@
 #include <map>
 #include <optional>
 #include <regex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -89,24 +92,59 @@ class PeftTensors {
 
   /// The configuration with the layers of the file, under their names here; for when there is a mapping.
   LoRAConfig mapped(LoRAConfig config) const {
-    std::vector<std::string> names;
+    std::vector<std::string> names, parameters;
     std::vector<std::pair<std::string, int64_t>> ranks;
     std::vector<std::pair<std::string, double>> alphas;
     const auto rank_expressions = compile_patterns(config.rank_pattern());
     const auto alpha_expressions = compile_patterns(config.alpha_pattern());
     std::vector<bool> unused_ranks(config.rank_pattern().size()), unused_alphas(config.alpha_pattern().size());
-    for (const auto& [name, python_name] : layers_) {
-      names.push_back(name);
+    for (const auto& [name, python_name] : layers_and_parameters(config)) {
+      (layers_.count(name) > 0 ? names : parameters).push_back(name);
       ranks.emplace_back("^" + escaped(name), pattern_value(config.rank_pattern(), rank_expressions, python_name,
                                                             config.rank(), unused_ranks));
       alphas.emplace_back("^" + escaped(name), pattern_value(config.alpha_pattern(), alpha_expressions, python_name,
                                                              config.alpha(), unused_alphas));
     }
     config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
+    config.target_parameters(std::move(parameters)).modules_to_save(mapped_saved(config));
     return config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
   }
 
  private:
+  /// What is adapted, under its names here and in the file, where parameters are named after their modules. An entry of
+  /// target_parameters of which the file has nothing stays as it is, and is an error later.
+  std::map<std::string, std::string> layers_and_parameters(const LoRAConfig& config) const {
+    auto names = layers_;
+    for (const auto& entry : config.target_parameters()) {
+      const auto parameter = entry.substr(owner_of(entry).size());  // ".weight"
+      bool found = false;
+      for (const auto& [name, python_name] : layers_) {
+        if (!is_or_ends_with(python_name, owner_of(entry))) continue;
+        names.erase(name);
+        names.emplace(name + parameter, python_name + parameter);
+        found = true;
+      }
+      if (!found) names.emplace(entry, entry);
+    }
+    return names;
+  }
+
+  /// The modules of modules_to_save under their names here; an entry of which the file has nothing stays as it is.
+  std::vector<std::string> mapped_saved(const LoRAConfig& config) const {
+    std::set<std::string> saved, missing(config.modules_to_save().begin(), config.modules_to_save().end());
+    for (const auto& [name, python_name] : others_) {
+      const auto module = saved_by_peft(config, owner_of(python_name));
+      const auto rest = module.empty() ? "" : python_name.substr(module.size());  // ".weight"
+      if (module.empty() || !ends_with(name, rest)) continue;
+      saved.insert(name.substr(0, name.size() - rest.size()));
+      for (const auto& entry : config.modules_to_save()) {
+        if (ends_with(module, entry)) missing.erase(entry);
+      }
+    }
+    saved.insert(missing.begin(), missing.end());
+    return {saved.begin(), saved.end()};
+  }
+
   void take(const std::string& key, const at::Tensor& tensor) {
     const auto& prefix = options_.prefix();
     if (key.compare(0, prefix.size(), prefix) != 0) {
@@ -124,6 +162,7 @@ class PeftTensors {
     const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
     if (is_layer && here.find(".base_layer.") == std::string::npos)
       layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
+    if (!is_layer) others_.emplace(here, name);
     if (!content_.emplace(here, tensor).second)
       throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
   }
@@ -133,7 +172,8 @@ class PeftTensors {
   std::vector<std::pair<std::regex, std::string>> mapping_;
   std::map<std::string, at::Tensor> content_;  // without the prefix
   std::map<std::string, at::Tensor> foreign_;
-  std::map<std::string, std::string> layers_;  // name here -> name in the file
+  std::map<std::string, std::string> layers_,
+      others_;  // of layers, and of other tensors: name here -> name in the file
 };
 
 /// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
@@ -153,7 +193,7 @@ class PeftTensorReader {
     drop_copies(plan);
     for (const auto& [name, tensor] : content_) report_.unexpected.push_back(shown(in_file(name), tensor.sizes()));
     if (options_.strict()) refuse();
-    if (!report_.missing.empty()) plan.initialize();
+    if (!report_.missing.empty() || !report_.misshapen.empty()) plan.initialize();
     at::NoGradGuard no_grad;
     for (auto& [target, source] : copies_) copy(*target, source);
     return std::move(report_);
@@ -280,6 +320,30 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
   return config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
 }
 
+/// The stacked ranks of modules of which only parts are adapted, by name.
+inline std::map<std::string, int64_t> ranks_of_modules(const std::vector<Target>& targets, const std::string& adapter) {
+  std::map<std::string, int64_t> ranks;
+  for (const auto& target : targets) {
+    const auto& view = target.site->view();
+    if (!view.part_rows().empty())
+      ranks[target.name] = view.shape().batch.front() * target.site->at(adapter).options().rank();
+  }
+  return ranks;
+}
+
+/// The same as `to_file`, filled up with zeros to the rank of the module that the target is an inner part of: in a file
+/// all of a module has one rank, and with it s stays.
+inline at::Tensor to_file(const Target& target, const NamedTensor& tensor,
+                          const std::map<std::string, int64_t>& ranks) {
+  const auto stored = to_file(target, tensor);
+  const auto module = ranks.find(owner_of(target.name));
+  const bool is_inside = target.file_name != target.name && module != ranks.end();
+  if (is_inside && tensor.name == "lora_A")
+    return at::constant_pad_nd(stored, {0, 0, 0, module->second - stored.size(0)});
+  if (is_inside && tensor.name == "lora_B") return at::constant_pad_nd(stored, {0, module->second - stored.size(1)});
+  return stored;
+}
+
 /// Writes both files of an adapter's directory, which is made when it does not exist.
 inline void write_adapter(const std::filesystem::path& directory, const std::string& config,
                           const std::map<std::string, at::Tensor>& tensors) {
@@ -306,9 +370,10 @@ inline void Adapters::save(const std::filesystem::path& directory) const { save(
 inline void Adapters::save(const std::filesystem::path& directory, const std::string& adapter) const {
   const auto targets = targets_of(known(adapter));
   std::map<std::string, at::Tensor> tensors;
+  const auto ranks = detail::ranks_of_modules(targets, adapter);
   for (const auto& target : targets) {
     for (const auto& item : target.site->at(adapter).tensors())
-      tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item);
+      tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item, ranks);
   }
   for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
   for (const auto& tensor : model_->tensors()) {  // PEFT fails without those that only it saves
@@ -332,8 +397,11 @@ inline void Adapters::save_merged(const std::filesystem::path& file, const std::
   std::optional<MergeGuard<Adapters>> merged;
   if (merged_ != known(adapter)) merged.emplace(*this, adapter);
   std::map<std::string, at::Tensor> tensors;
+  const auto adapters = own_tensors();
   for (const auto& tensor : model_->tensors()) {
-    if (const auto value = tensor.slot->read(); value.defined()) tensors.emplace(tensor.name, value);
+    const auto value = tensor.slot->read();
+    const bool is_adapter = adapters.count(value.unsafeGetTensorImpl()) > 0;
+    if (value.defined() && !is_adapter) tensors.emplace(tensor.name, value);
   }
   write_safetensors(file, tensors);
 }

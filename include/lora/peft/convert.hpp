@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <filesystem>
+#include <iterator>
 #include <map>
 #include <string>
 #include <string_view>
@@ -44,15 +45,35 @@ inline int64_t rank_dimension(const std::string& key) {
   return -1;
 }
 
+/// Throws unless A and B have the same rank. Those of a convolution of several groups have not: there the ranks are
+/// divided among the groups, and further ones cannot just be appended.
+inline void check_ranks(const std::filesystem::path& file, const std::map<std::string, at::Tensor>& tensors,
+                        const std::string& key) {
+  if (rank_dimension(key) != 0) return;
+  auto partner = key;
+  partner[partner.rfind("_A") + 1] = 'B';
+  const auto b = tensors.find(partner);
+  if (b == tensors.end()) throw CheckpointError(file, "lacks \"", partner, "\"");
+  const auto& a = tensors.at(key);
+  if (a.dim() < 2 || b->second.dim() < 2 || a.size(0) != b->second.size(1))
+    throw CheckpointError(file, "\"", key, "\" is ", a.sizes(), " and \"", partner, "\" ", b->second.sizes(),
+                          ", which are not of one rank");
+}
+
 /// The tensors of `trained` with those of `start` taken away.
 inline std::map<std::string, at::Tensor> subtracted(const StoredAdapter& trained, const StoredAdapter& start) {
   const auto start_file = start.path / kAdapterTensors;
+  const auto file = trained.path / kAdapterTensors;
   auto tensors = trained.tensors;
+  for (auto item = tensors.begin(); item != tensors.end();) {  // the changed weights of embeddings and heads
+    item = ends_with(item->first, ".base_layer.weight") ? tensors.erase(item) : std::next(item);
+  }
   for (auto& [key, tensor] : tensors) {
     const auto dimension = rank_dimension(key);
     if (dimension < 0 && key.find(".lora_") != key.npos)
-      throw CheckpointError(trained.path / kAdapterTensors, "holds \"", key, "\", which no plain LoRA has");
+      throw CheckpointError(file, "holds \"", key, "\", which no plain LoRA has");
     if (dimension < 0) continue;
+    check_ranks(file, trained.tensors, key);
     const auto found = start.tensors.find(key);
     if (found == start.tensors.end()) throw CheckpointError(start_file, "lacks \"", key, "\"");
     const auto& first = found->second;
@@ -81,7 +102,8 @@ inline std::map<std::string, at::Tensor> subtracted(const StoredAdapter& trained
 ///
 /// Arguments: directories that PEFT's save_pretrained wrote, `start` before the first step of training; `output` may be
 /// one of them. Errors: CheckpointError that names the file and the field or tensor in which the two do not belong
-/// together, or that is not of a LoRA (`use_dora`); nothing is written then.
+/// together, or that is not of a LoRA of whole layers (`use_dora`, `target_parameters`, convolutions of several
+/// groups); nothing is written then.
 inline void subtract_start(const std::filesystem::path& trained_directory, const std::filesystem::path& start_directory,
                            const std::filesystem::path& output) {
   at::NoGradGuard no_grad;
@@ -94,9 +116,12 @@ inline void subtract_start(const std::filesystem::path& trained_directory, const
   }
   for (const auto& method : all_methods()) {
     const std::string flag(method.info().peft_flag);
-    if (!flag.empty() && trained.config.value(flag, false))
+    if (!flag.empty() && trained.field(flag) == true)
       throw CheckpointError(config_path, flag, " is true; only a LoRA without it can be converted");
   }
+  if (const auto parameters = trained.field("target_parameters"); !parameters.empty())
+    throw CheckpointError(config_path, "target_parameters is ", parameters.dump(),
+                          "; only adapters of layers can be converted");
   const auto tensors = detail::subtracted(trained, start);
 
   auto config = trained.config;
