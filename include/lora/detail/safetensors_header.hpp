@@ -268,13 +268,14 @@ class SafetensorsHeaderReader {
     const auto* type = find_safetensors_type([&dtype = dtype](const auto& type) { return dtype == type.name; });
     check(type != nullptr, "tensor \"", name, "\" is ", dtype, ", which LibTorch does not have");
     const auto shown = c10::ArrayRef<uint64_t>(values);
-    TensorInfo info{name, type->dtype, {values.begin(), values.end()}};
+    auto elements = values;  // their numbers may fit where those of the values do not
     if (type->values_per_element > 1) {
-      check(!values.empty() && info.shape.back() % type->values_per_element == 0, "tensor \"", name, "\" of ",
-            type->name, " needs a last dimension that is a multiple of ", type->values_per_element, ", but has shape ",
-            shown);
-      info.shape.back() /= type->values_per_element;
+      const auto per_element = static_cast<uint64_t>(type->values_per_element);
+      check(!values.empty() && values.back() % per_element == 0, "tensor \"", name, "\" of ", type->name,
+            " needs a last dimension that is a multiple of ", type->values_per_element, ", but has shape ", shown);
+      elements.back() /= per_element;
     }
+    TensorInfo info{name, type->dtype, {elements.begin(), elements.end()}};
     int64_t bytes = 0;
     check(count_bytes(info, bytes), "tensor \"", name, "\": shape ", shown, " is too large");
     check(end >= begin && end - begin == static_cast<uint64_t>(bytes) && end >> 63 == 0, "tensor \"", name,
