@@ -6,11 +6,13 @@
 
 #include <CLI/CLI.hpp>
 
+#include <cmath>
 #include <exception>
+#include <limits>
 #include <string>
 #include <vector>
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 namespace gpt {
 
@@ -36,6 +38,19 @@ inline torch::ScalarType parse_dtype(const std::string& name) {
   if (name == "float32") return torch::kFloat;
   TORCH_CHECK_VALUE(name == "bfloat16", "dtype must be float32 or bfloat16, got \"", name, "\"");
   return torch::kBFloat16;
+}
+
+/// Finite numbers from `least` to `most`; the errors and --help are CLI11's, but without the limits of number types.
+inline CLI::Validator between(double least = -std::numeric_limits<double>::infinity(),
+                              double most = std::numeric_limits<double>::infinity()) {
+  auto check = [least, most](const std::string& text) -> std::string {
+    double value = 0;
+    if (CLI::detail::lexical_cast(text, value) && std::isfinite(value) && value >= least && value <= most) return "";
+    if (std::isinf(least)) return fmt::format("must be a finite number, got {}", text);
+    if (std::isinf(most)) return fmt::format("must be a number of at least {:g}, got {}", least, text);
+    return fmt::format("must be a number from {:g} to {:g}, got {}", least, most, text);
+  };
+  return CLI::Validator(check, "");
 }
 
 inline constexpr int kExitBadOptions = 2;

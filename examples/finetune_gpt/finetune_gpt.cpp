@@ -52,6 +52,9 @@ Dataset read_data(const Options& options, const Tokenizer& tokenizer, const Mode
   }
   const auto end = config.eos_token_ids.empty() ? std::nullopt : std::make_optional(config.eos_token_ids.front());
   auto dialogues = read_jsonl(options.jsonl, encode, end, options.block);
+  TORCH_CHECK_VALUE(!dialogues.is_chat || (tokenizer.token_id("<|im_start|>") && tokenizer.token_id("<|im_end|>")),
+                    "--jsonl holds conversations, which take a tokenizer with the tokens <|im_start|> and <|im_end|>; ",
+                    "this model's lacks them");
   auto data = split(std::move(dialogues.examples), options.validation_share, options.validation_blocks);
   data.shortened = dialogues.shortened;
   data.dropped = dialogues.dropped;

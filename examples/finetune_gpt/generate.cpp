@@ -50,13 +50,12 @@ void add_options(CLI::App& app, Options& options) {
   app.add_flag("--chat", options.chat, "the prompt is a user's message in ChatML, to be answered");
   app.add_option("--system", options.system, "message that precedes it")->needs("--chat")->type_name("TEXT");
   app.option_defaults()->always_capture_default();
-  app.add_option("--max-new-tokens", sampling.max_new_tokens, "end after this many tokens")->check(CLI::PositiveNumber);
+  app.add_option("--max-new-tokens", sampling.max_new_tokens, "end after this many tokens")->check(between(1));
   app.add_option("--temperature", sampling.temperature, "0: always the most likely token; 1: as the model says")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--top-k", sampling.top_k, "draw from this many of the most likely tokens; 0: all")
-      ->check(CLI::NonNegativeNumber);
+      ->check(between(0));
+  app.add_option("--top-k", sampling.top_k, "draw from this many of the most likely tokens; 0: all")->check(between(0));
   app.add_option("--top-p", sampling.top_p, "draw from the most likely tokens of this total probability")
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(between(0, 1));
   app.add_option("--seed", sampling.seed, "the same seed gives the same text");
   app.add_option("--device", options.device, "auto, cpu, cuda or cuda:N");
   app.add_option("--dtype", options.dtype, "float32 or bfloat16");

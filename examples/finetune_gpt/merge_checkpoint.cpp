@@ -43,35 +43,44 @@ Shards read_shards(const std::filesystem::path& base) {
 /// The merged tensors of a model, computed when they are asked for.
 class MergedWeights {
  public:
-  MergedWeights(const std::filesystem::path& base, const std::filesystem::path& adapter)
-      : model_(make_model(read_config(base))), adapters_(lora::load_adapter(*model_, adapter)) {
-    for (const auto& layer : adapters_.layers()) layers_[layer->target.name + ".weight"] = layer;
+  /// `found` are the tensors of the base under the names of the model.
+  MergedWeights(const std::filesystem::path& base, const TensorMap& found, const std::filesystem::path& adapter)
+      : model_(make_model(read_config(base))), adapters_(load_adapter(base, found, adapter)) {
+    for (const auto& layer : adapters_.layers()) {
+      for (const auto& name : parameters_of(layer->target)) layers_[name] = layer;
+    }
+    for (const auto& full : adapters_.full_tensors(adapters_.names().front())) full_.emplace(full.place.name, full);
   }
 
   const ModelConfig& config() const { return model_->config; }
-  size_t count() const { return layers_.size(); }
+  size_t count() const { return adapters_.layers().size(); }
 
-  /// An adapted head cannot stay tied: it gets a tensor of its own, made from the embedding's.
-  bool separates_head() const { return config().tie_word_embeddings && layers_.count(kHead) > 0; }
+  /// A head that is adapted or trained apart from the embedding, or not together with it, cannot stay tied: it gets a
+  /// tensor of its own, made from the embedding's.
+  bool separates_head() const {
+    if (!config().tie_word_embeddings) return false;
+    for (const auto& item : model_->named_parameters()) {
+      if (item.value().is_same(model_->embedding().weight) && changes_alone(item.key())) return true;
+    }
+    return false;
+  }
   bool is_embedding(const std::string& stored_name) const {
     const auto parameters = model_->named_parameters();
     const auto* weight = parameters.find(detail::parameter_name(config(), stored_name));
     return weight != nullptr && weight->is_same(model_->embedding().weight);
   }
 
-  /// Every adapted weight has to be in one of the files, in the model's shape.
-  void check(const std::filesystem::path& base, const Shards& shards) const {
-    TensorMap found;
-    for (const auto& [file, tensors] : shards) found.merge(detail::as_parameters(config(), tensors));
-    detail::check_fit(base, config(), detail::stored_parameters(*model_), found);
-  }
-
   /// The tensor as it is in the merged model, in the layout and type of the file.
   torch::Tensor at(const std::string& stored_name, const torch::Tensor& tensor) const {
     const auto name = detail::parameter_name(config(), stored_name);
+    const bool transposed = detail::is_stored_transposed(config(), name);
+    if (const auto full = full_.find(name); full != full_.end()) {
+      torch::NoGradGuard no_grad;
+      const auto trained = full->second.substitute(transposed ? tensor.t() : tensor);
+      return transposed ? trained.t() : trained;
+    }
     const auto layer = layers_.find(name);
     if (layer == layers_.end()) return tensor;
-    const bool transposed = detail::is_stored_transposed(config(), name);
     const auto& target = layer->second->target;
     const auto merged = target.site->merged_weight(transposed ? tensor.t() : tensor, adapters_.names(), target.name);
     return transposed ? merged.t() : merged;
@@ -80,9 +89,36 @@ class MergedWeights {
   static constexpr const char* kHead = "lm_head.weight";
 
  private:
-  LanguageModel model_;  // names and shapes only: its parameters have no memory
+  /// Gives the model the mapped tensors, of which nothing is read before it is used, and adapts it.
+  lora::Adapters load_adapter(const std::filesystem::path& base, const TensorMap& found,
+                              const std::filesystem::path& adapter) {
+    auto parameters = detail::stored_parameters(*model_);
+    detail::check_fit(base, config(), parameters, found);
+    for (auto& [name, parameter] : parameters) parameter.set_data(found.at(name));
+    return lora::load_adapter(*model_, adapter);
+  }
+
+  /// The names of what a target's merged weight stands for: its layer's own, or, for a parameter, all that are tied.
+  std::vector<std::string> parameters_of(const lora::Target& target) const {
+    if (!is_parameter(target)) return {target.name + ".weight"};
+    std::vector<std::string> names;
+    for (const auto& item : model_->named_parameters()) {
+      if (item.value().is_same(target.slot->read())) names.push_back(item.key());
+    }
+    return names;
+  }
+
+  static bool is_parameter(const lora::Target& target) { return target.kind == "Parameter"; }
+
+  bool changes_alone(const std::string& parameter) const {
+    const auto layer = layers_.find(parameter);
+    return full_.count(parameter) > 0 || (layer != layers_.end() && !is_parameter(layer->second->target));
+  }
+
+  LanguageModel model_;
   lora::Adapters adapters_;
   std::map<std::string, std::shared_ptr<lora::AdaptedLayer>> layers_;
+  std::map<std::string, lora::FullTensor> full_;
 };
 
 /// Adds a head of its own beside the embedding, and drops a redundant copy of the tied one.
@@ -128,9 +164,11 @@ void write_index(const std::filesystem::path& out, const nlohmann::json& index) 
 }
 
 void run(const Options& options) {
-  const MergedWeights merged(options.base, options.adapter);
   auto shards = read_shards(options.base);
-  merged.check(options.base, shards);
+  const auto model_config = read_config(options.base);
+  TensorMap found;
+  for (const auto& [file, tensors] : shards) found.merge(detail::as_parameters(model_config, tensors));
+  const MergedWeights merged(options.base, found, options.adapter);
   if (merged.separates_head()) separate_head(merged, shards);
 
   // No file appears under its name before all are written: an update that is not finite leaves nothing behind.

@@ -66,19 +66,6 @@ inline std::vector<std::string> method_names() {
   return names;
 }
 
-/// Finite numbers from `least` to `most`; the errors and --help are CLI11's, but without the limits of number types.
-inline CLI::Validator between(double least = -std::numeric_limits<double>::infinity(),
-                              double most = std::numeric_limits<double>::infinity()) {
-  auto check = [least, most](const std::string& text) -> std::string {
-    double value = 0;
-    if (CLI::detail::lexical_cast(text, value) && std::isfinite(value) && value >= least && value <= most) return "";
-    if (std::isinf(least)) return fmt::format("must be a finite number, got {}", text);
-    if (std::isinf(most)) return fmt::format("must be a number of at least {:g}, got {}", least, text);
-    return fmt::format("must be a number from {:g} to {:g}, got {}", least, most, text);
-  };
-  return CLI::Validator(check, "");
-}
-
 inline void add_data_options(CLI::App& app, Options& o) {
   const auto* group = "Model and data";
   app.add_option("--model", o.model, "Hugging Face directory: config.json, model.safetensors, tokenizer.json")

@@ -105,8 +105,14 @@ def adapters_for(name):
     if "one file" in name:
         kinds["LoRA"] = dict(common, **patterns)
         kinds["rank-stabilized LoRA"] = dict(common, use_rslora=True)
+        kinds["LoRA with all biases"] = dict(common, bias="all")
     if "llama tied" in name:
         kinds["LoRA on the head"] = dict(common, target_modules=targets + ["lm_head"])
+        kinds["LoRA on the embedding"] = dict(common, target_modules=["embed_tokens", "v_proj"])
+        kinds["LoRA, the head in full"] = dict(common, modules_to_save=["lm_head"])
+        kinds["LoRA of a parameter"] = dict(common, target_modules=[], target_parameters=["mlp.down_proj.weight"])
+    if "llama biased" in name:
+        kinds["LoRA with biases"] = dict(common, init_lora_weights=True, lora_bias=True)
     return kinds
 
 
@@ -122,7 +128,8 @@ def compare_adapted(comparison, print_logits, merge_checkpoint, name, folder, sc
                     parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
                 elif parameter.requires_grad:
                     parameter.normal_(0, 0.1)
-        adapted.save_pretrained(scratch / kind, save_embedding_layers=False)
+        with_table = "on the" in kind  # as peft by itself decides
+        adapted.save_pretrained(scratch / kind, save_embedding_layers=with_table)
         expected = logits_of(adapted, ids)
         run(print_logits, folder, scratch / "ids.safetensors", scratch / "logits.safetensors", "--adapter", scratch / kind)
         comparison.check(f"{name}, {kind} attached", load_file(scratch / "logits.safetensors")["logits"], expected)

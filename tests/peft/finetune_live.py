@@ -3,10 +3,12 @@
 For a Llama and a GPT-2, with LoRA and with DoRA: twenty steps, replayed by peft from the same initial tensors and
 batches (every loss within 1e-5); every adapter tensor must have trained in both; the adapter written must give peft the
 logits that it gives here; and the merged directories of finetune_gpt and of merge_checkpoint must load in transformers
-and give the logits of peft's merged model.
+and give the logits of peft's merged model. What generate says greedily, with that adapter or with it merged, is what
+peft's model says. A run in bfloat16 trains, and shows samples from before and after.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -19,7 +21,7 @@ import make_tiny_model
 import replay_run
 import torch
 from safetensors.torch import load_file, save_file
-from strict_peft import fail, largest_distance
+from strict_peft import fail, largest_distance, load_adapter, load_base
 
 LAYERS = 3  # of the tiny models
 RUNS = [  # architecture, adapted layers in a block, method, tensors of one adapted layer, data
@@ -27,7 +29,9 @@ RUNS = [  # architecture, adapted layers in a block, method, tensors of one adap
     ("llama", 2, "DoRA", 3, "--jsonl"),
     ("gpt2", 1, "LowRank", 2, "--text"),
     ("gpt2", 1, "DoRA", 3, "--text"),
+    ("llama", 2, "LowRank", 2, "conversations"),
 ]
+TOKENS = 16  # that generate writes
 
 
 def write_data(folder):
@@ -40,14 +44,23 @@ def write_data(folder):
         for i in range(len(words) - 8)
     ]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return {"--text": text, "--jsonl": pairs}
+    conversations = folder / "conversations.jsonl"
+    messages = [
+        [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": line["completion"]}]
+        for line in lines
+    ]
+    conversations.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in messages), encoding="utf-8")
+    return {"--text": ["--text", text], "--jsonl": ["--jsonl", pairs], "conversations": ["--jsonl", conversations]}
 
 
-def run(program, *arguments):
+def run(program, *arguments, said=""):
+    """What the program prints, given `said` on its standard input."""
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would only wait for each other in models this small
-    result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=one_thread)
+    command = [program, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, env=one_thread, input=said.encode())
     if result.returncode != 0:
-        fail(f"{program.name} ended with {result.returncode}: {result.stderr.strip() or result.stdout.strip()}")
+        fail(f"{program.name} ended with {result.returncode}: {(result.stderr.strip() or result.stdout.strip()).decode()}")
+    return result.stdout
 
 
 def fine_tune(programs, base, data, method, out):
@@ -88,6 +101,61 @@ def check_logits(programs, base, out):
     return adapter_logits.main([str(base), str(out / "adapter"), str(logits), *merged]) == 0
 
 
+def greedy_bytes(base, adapter, prompt):
+    """The bytes of what peft's model says after a prompt."""
+    from tokenizers import Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    model = load_adapter(load_base(base), adapter).eval()
+    ids, said = tokenizer.encode(prompt).ids, b""
+    with torch.no_grad():
+        for _ in range(TOKENS):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            if ids[-1] == model.config.eos_token_id:
+                break
+            said += bytes(byte_of[letter] for letter in tokenizer.id_to_token(ids[-1]))
+    return said
+
+
+def check_generate(programs, base, out):
+    prompt = "The river rises in"
+    options = ["--model", base, "--adapter", out / "adapter", "--temperature", 0, "--max-new-tokens", TOKENS]
+    generate = programs / "generate"
+    said = {
+        "adapted": run(generate, *options, "--prompt", prompt),
+        "merged": run(generate, *options, "--prompt", prompt, "--merge"),
+        "from standard input": run(generate, *options, said=prompt + "\n"),
+    }
+    expected = greedy_bytes(base, out / "adapter", prompt) + b"\n"
+    print(f"generate: {expected!r}")
+    different = [name for name, text in said.items() if text != expected]
+    chat = run(generate, *options, "--prompt", prompt, "--chat", "--system", "Answer.")
+    wrong = subprocess.run([generate, "--model", base, "--temperature", "-1"], capture_output=True, text=True)
+    print(f"generate --temperature -1: {wrong.stderr.strip()}")
+    refused = wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and len(wrong.stderr) < 200
+    if different:
+        print(f"generate says something else: {', '.join(f'{name} {said[name]!r}' for name in different)}")
+    return not different and refused and chat != said["adapted"] and len(expected) > TOKENS / 2
+
+
+def check_bfloat16(programs, base, data, out):
+    """That it trains; what it costs in digits is in the tests of the library."""
+    options = ["--model", base, *data, "--out", out, "--dtype", "bfloat16", "--lr", 2e-2, "--prompt", "The river"]
+    sizes = ["--steps", 20, "--warmup", 2, "--batch", 2, "--block", 32, "--rank", 4, "--eval-every", 20]
+    said = run(programs / "finetune_gpt", *options, *sizes, "--sample-tokens", 5, "--device", "cpu").decode(errors="replace")
+    samples = [line for line in said.splitlines() if line.startswith(("sample ", "  The river >>> "))]
+    with open(out / "metrics.csv", newline="") as file:
+        losses = [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
+    print(f"bfloat16: validation losses {losses}; {samples}")
+    load_base(out / "merged", "bfloat16")
+    shows_both = [line.split(" >>> ")[0] for line in samples] == [
+        "sample before training", "  The river", "sample after training", "  The river"
+    ]
+    return shows_both and losses[-1] < losses[0] - 0.1
+
+
 def check_same_files(out):
     """The model merged in memory and the one merged from file to file are one model."""
     ours, streamed = (load_file(out / name / "model.safetensors") for name in ("merged", "merged_from_files"))
@@ -109,21 +177,25 @@ def main():
         folder = Path(folder)
         data = write_data(folder)
         for architecture, layers_adapted, method, tensors, kind in RUNS:
-            base, out = folder / architecture, folder / f"{architecture}_{method}"
+            base, out = folder / architecture, folder / f"{architecture}_{method}_{kind}"
             if not base.exists():
                 make_tiny_model.main([str(base), "--architecture", architecture])
             print(f"\n{architecture}, {method}, {kind}")
-            fine_tune(programs, base, [kind, data[kind]], method, out)
+            fine_tune(programs, base, data[kind], method, out)
             checks = {
                 "trained": check_trained(out, LAYERS * layers_adapted * tensors),
                 "replay": check_replay(out),
                 "logits": check_logits(programs, base, out),
                 "files": check_same_files(out),
+                "generate": check_generate(programs, base, out),
             }
             count += len(checks)
             failed += [f"{architecture}, {method}: {name}" for name, passed in checks.items() if not passed]
+        count += 1
+        if not check_bfloat16(programs, folder / "llama", data["--text"], folder / "bfloat16"):
+            failed.append("bfloat16")
     print(f"\n{count} checks, {len(failed)} failed{': ' if failed else ''}{'; '.join(failed)}")
-    return int(bool(failed) or count != 4 * len(RUNS))
+    return int(bool(failed) or count != 5 * len(RUNS) + 1)
 
 
 if __name__ == "__main__":
