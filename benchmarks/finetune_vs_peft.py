@@ -6,8 +6,9 @@ Without options it takes what `sh examples/finetune_gpt/run.sh` has left in buil
 
 The default run (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj) with finetune_gpt, then in peft, each
 in a process of its own, from the same initial tensors, batches and learning rates. Prints the losses side by side, and
-the median time of a step and the peak memory of both processes as ratios. Exits with 1 when a loss is more than 0.02
-away from peft's.
+the median time of a step and the peak memory of both processes as ratios. The adapter that finetune_gpt wrote is then
+read by peft, which has to give the logits that are given here. Exits with 1 when a loss is more than 0.02 away from
+peft's, or a logit more than 1e-4.
 """
 
 import argparse
@@ -65,6 +66,19 @@ def measure(options, out):
     return ours, (json.loads(summary.read_text())["seconds_per_step"], peft_memory), status == 0
 
 
+def same_logits(options, out):
+    """Whether peft gives the logits that are given here, with the adapter of the run."""
+    ids, logits = out / "ids.safetensors", out / "logits.safetensors"
+    save_ids = "import sys, torch; from safetensors.torch import save_file; torch.manual_seed(0); "
+    save_ids += "save_file({'ids': torch.randint(0, int(sys.argv[2]), (2, 64))}, sys.argv[1])"
+    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    subprocess.run([sys.executable, "-c", save_ids, ids, str(vocabulary)], check=True)
+    program = [options.programs / "print_logits", options.model, ids, logits, "--adapter", out / "adapter"]
+    subprocess.run(program, check=True)
+    compare = ROOT / "tests" / "peft" / "adapter_logits.py"
+    return subprocess.run([sys.executable, compare, options.model, out / "adapter", logits]).returncode == 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of finetune_gpt")
@@ -76,14 +90,16 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     options.tokens_per_step = 4 * 128  # the defaults of finetune_gpt
-    for path in (options.programs / "finetune_gpt", options.model, options.text):
+    needed = [options.programs / "finetune_gpt", options.model, options.text, options.programs / "print_logits"]
+    for path, script in zip(needed, ["examples/finetune_gpt/run.sh"] * 3 + ["tests/run.sh"]):
         if not path.exists():
-            sys.exit(f"error: {path} is missing; sh examples/finetune_gpt/run.sh makes it")
+            sys.exit(f"error: {path} is missing; sh {script} makes it")
 
     with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
         ours, peft, agree = measure(options, out)
+        agree = same_logits(options, out) and agree
     print(f"\n{'':<28} {'here':>9} {'':<4} {'peft':>9} {'':<4} {'ratio':>7}   (threads: {options.threads})")
     print(table_row("median time of a step", ours[0], peft[0], "s"))
     print(table_row("peak memory of the process", ours[1] / GIBIBYTE, peft[1] / GIBIBYTE, "GiB"))

@@ -1,7 +1,7 @@
 #!/bin/sh
 # sh tests/cuda_wheel.sh: proves that the CUDA wheel of torch serves on a machine without the CUDA toolkit, where
 # find_package(Torch) would stop: finetune_gpt is configured, built and asked for a CUDA device. A toolkit that is here is
-# hidden. Not part of tests/run.sh, for the wheel and NVIDIA's libraries take 6 GB (build/cuda-venv).
+# hidden. On the CPU an example is run, too, since this LibTorch is another one than that of the tests. Not part of tests/run.sh, for the wheel and NVIDIA's libraries take 6 GB (build/cuda-venv).
 set -eu
 cd "$(dirname "$0")/.."
 . tests/setup.sh
@@ -41,8 +41,9 @@ configure
 expect "find_package(Torch) stops here for want of the toolkit" \
   grep -q 'cannot find the CUDA' "$build/lora_try_torch/log"
 expect "so the targets are lora's own" grep -q "(CUDA.*targets of lora's own" "$build.log"
-build finetune_gpt
+build finetune_gpt 02_six_lines
 
+expect "an example trains and merges with this LibTorch" "$build/programs/02_six_lines"
 program=$build/programs/finetune_gpt
 expect "finetune_gpt needs the CUDA library, though it uses no symbol of it" \
   sh -c "ldd $program | grep -q libtorch_cuda.so"

@@ -3,6 +3,9 @@
 # AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer, and runs them; by clang where there is one,
 # which takes half of g++'s time, unless CXX says otherwise. LibTorch itself is not instrumented: what is looked at is
 # this library and what it does with LibTorch's memory.
+#
+# Another compiler, standard or Catch2:
+#   CXX=clang++-14 CMAKE_ARGS="-DCMAKE_CXX_STANDARD=20 -DCatch2_DIR=DIR" sh tests/sanitize.sh
 set -eu
 cd "$(dirname "$0")/.."
 . tests/setup.sh

@@ -167,7 +167,7 @@ void print_sample(const char* when, const Options& options, LanguageModelImpl& m
   fmt::print("\nsample {} training\n  {} >>> {}\n\n", when, tokenizer.decode(prompt), tokenizer.decode(reply));
 }
 
-std::string format_loss(std::optional<double> loss) {
+std::string format_loss(const std::optional<double>& loss) {
   if (!loss) return "unknown";
   return fmt::format("{:.4f} (perplexity {:.2f})", *loss, std::exp(*loss));
 }
