@@ -105,7 +105,7 @@ BENCHMARK(product)->Arg(0)->Arg(1);
 BENCHMARK(opening);
 
 int main(int argc, char** argv) {
-  std::vector<std::string> defaults{"overhead", "--benchmark_repetitions=101", "--benchmark_min_time=0.02",
+  std::vector<std::string> defaults{"overhead", "--benchmark_repetitions=401", "--benchmark_min_time=0.004",
                                     "--benchmark_enable_random_interleaving=true",
                                     "--benchmark_report_aggregates_only=true"};
   std::vector<char*> arguments;
