@@ -13,7 +13,7 @@
 int main(int argc, char** argv) {
   if (argc != 4) return std::cerr << "usage: load_adapter MODEL_DIR ADAPTER_DIR COUNT\n", 2;
   const auto model = gpt::load_model(argv[1], torch::kFloat, torch::kCPU);
-  lora::Adapters adapters(*model);
+  auto adapters = lora::load_adapter(*model, argv[2]);  // in peft, too, one comes with the model
   const int count = std::stoi(argv[3]);
   for (int i = 0; i < count; ++i) {
     const auto start = std::chrono::steady_clock::now();

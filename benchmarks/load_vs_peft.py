@@ -3,8 +3,8 @@
 python load_vs_peft.py [--programs DIR] [--model DIR] [--count N] [--rounds N]
 
 A new adapter of 2 MB (rank 8 on q_proj and v_proj of SmolLM2-135M) is loaded into one model again and again, each time
-under another name. Processes of both take turns; the model is loaded before the clock starts. Prints the medians, over
-the rounds, of the first and of the last load, and of all.
+under another name. Processes of both take turns; the model is loaded, with one adapter, before the clock starts. Prints
+the medians, over the rounds, of the first and of the last load, and of all.
 """
 
 import argparse

@@ -500,22 +500,19 @@ class Adapters {
 
   /// An adapter is made where its weight is; a model that is moved later leaves it behind.
   void check_devices(const std::string& adapter) const {
-    for (const auto& layer : layers_of(adapter)) {
-      const auto device = layer->target.slot->read().device();
-      for (const auto& item : layer->target.site->at(adapter).tensors()) {
-        TORCH_CHECK(item.tensor->device() == device,
-                    "lora::Adapters: the model was moved after it was adapted: ", layer->target.name, " is on ", device,
-                    ", its ", item.name, " on ", item.tensor->device(),
-                    "; move the model first, then attach or load the adapter");
-      }
-    }
-    for (const auto& full : full_[adapter]) {
-      const auto device = full.place.slot->read().device();
-      TORCH_CHECK(full.value.device() == device,
-                  "lora::Adapters: the model was moved after it was adapted: ", full.place.name, " is on ", device,
-                  ", what the adapter trains in its place on ", full.value.device(),
+    const auto check = [](const std::string& name, const detail::WeightSlot& slot, const std::string& of_adapter,
+                          const at::Tensor& tensor) {
+      const auto device = slot.read().device();
+      TORCH_CHECK(tensor.device() == device, "lora::Adapters: the model was moved after it was adapted: ", name,
+                  " is on ", device, ", its ", of_adapter, " on ", tensor.device(),
                   "; move the model first, then attach or load the adapter");
+    };
+    for (const auto& layer : layers_of(adapter)) {
+      const auto& target = layer->target;
+      for (const auto& item : target.site->at(adapter).tensors())
+        check(target.name, *target.slot, item.name, *item.tensor);
     }
+    for (const auto& full : full_[adapter]) check(full.place.name, *full.place.slot, "trained copy", full.value);
   }
 
   static Report::Layer row(const AdaptedLayer& layer, AnyMethod& method) {

@@ -204,7 +204,7 @@ class SafetensorsEntryReader {
     const auto& others = kSafetensorsOtherTypes;
     const bool is_known = find_safetensors_type([&](const auto& type) { return name == type.name; }) != nullptr ||
                           std::find(others.begin(), others.end(), name) != others.end();
-    check(is_known, "tensor \"", name_, "\" has the unknown dtype ", dtype.dump());
+    if (!is_known) throw CheckpointError(path_, "tensor \"", name_, "\" has the unknown dtype ", dtype.dump());
     return name;
   }
 

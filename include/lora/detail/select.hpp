@@ -351,24 +351,25 @@ class Selection {
   /// Uses of a weight are known by its memory, so those of two layers with one weight can be told apart only where one
   /// multiplies with it and the other looks entries up.
   void check_shared_weights() {
-    for (auto& target : targets_) {
-      for (const auto& part : parts_) {
-        for (const auto& other : part.targets) check_shared_weight(target, other);
-      }
+    std::vector<std::pair<const Target*, at::Tensor>> others;  // each weight is read once: there are many pairs
+    for (const auto& part : parts_) {
+      for (const auto& other : part.targets) others.emplace_back(&other, other.slot->read());
     }
-    for (size_t i = 0; i < targets_.size(); ++i) {
-      for (size_t j = 0; j < i; ++j) {
-        TORCH_CHECK(
-            !targets_[i].slot->read().is_same(targets_[j].slot->read()) || !overlap(targets_[i].use, targets_[j].use),
-            "lora::attach: \"", targets_[j].name, "\" and \"", targets_[i].name,
-            "\" are the same weight; adapt one of them");
+    std::vector<at::Tensor> weights;
+    for (auto& target : targets_) {
+      const auto weight = target.slot->read();
+      for (const auto& [other, theirs] : others) check_shared_weight(target, weight, *other, theirs);
+      for (size_t i = 0; i < weights.size(); ++i) {
+        TORCH_CHECK(!weight.is_same(weights[i]) || !overlap(target.use, targets_[i].use), "lora::attach: \"",
+                    targets_[i].name, "\" and \"", target.name, "\" are the same weight; adapt one of them");
       }
+      weights.push_back(weight);
     }
   }
 
-  static void check_shared_weight(Target& target, const Target& other) {
-    const auto mine = target.slot->read(), theirs = other.slot->read();
-    const bool shared = other.name != target.name && mine.defined() && mine.is_alias_of(theirs) &&
+  static void check_shared_weight(Target& target, const at::Tensor& mine, const Target& other,
+                                  const at::Tensor& theirs) {
+    const bool shared = mine.defined() && mine.is_alias_of(theirs) && other.name != target.name &&
                         mine.stride(0) != 0 && mine.storage_offset() == theirs.storage_offset();
     if (!shared || target.use == Use::kAny) return;
     TORCH_CHECK(!overlap(target.use, other.use), "lora::attach: \"", target.name, "\" and \"", other.name,

@@ -26,11 +26,10 @@ struct StoredAdapter {
 
   /// The value of a field, or PEFT's default.
   PeftJson field(std::string_view name) const {
-    if (const auto found = config.find(std::string(name)); found != config.end()) return *found;
-    for (const auto& known : kPeftFields) {
-      if (known.name == name) return PeftJson::parse(known.standard);
-    }
-    return {};
+    const auto found = config.find(std::string(name));
+    if (found != config.end() && !found->is_null()) return *found;
+    const auto* known = peft_field(name);
+    return known == nullptr ? PeftJson() : PeftJson::parse(known->standard);
   }
 
   std::filesystem::path path;
