@@ -1,12 +1,12 @@
 #pragma once
 
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_svd.h>
-#include <ATen/ops/linalg_vector_norm.h>
 
 #include <lora/adapters.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <optional>
 #include <string>
@@ -47,27 +47,40 @@ class Extraction {
     TORCH_CHECK_VALUE(energy > 0 && energy <= 1, "lora::extract: energy has to be in (0, 1], but got ", energy);
   }
 
-  ExtractReport fill(AdapterPlan& plan) {
+  /// U, S and V^T of the difference of one layer's weights, without what an adapter does not take.
+  struct Factors {
+    at::Tensor u, s, v;
+  };
+
+  std::vector<Factors> factorize(const AdapterPlan& plan) {
     at::NoGradGuard no_grad;
-    for (auto first = plan.layers.begin(); first != plan.layers.end();) {
-      const auto last =
-          std::find_if(first, plan.layers.end(), [&](auto& layer) { return layer.module != first->module; });
-      fill_module({first, last}, plan.config);
-      first = last;
+    std::vector<Factors> factors;
+    for (const auto& layer : plan.layers) factors.push_back(factorized(layer));
+    return factors;
+  }
+
+  /// The configuration with the ranks that keep enough energy. The layers of one module have one rank in files.
+  LoRAConfig with_ranks(const AdapterPlan& plan, const std::vector<Factors>& factors) const {
+    std::map<std::string, int64_t> ranks;
+    for (size_t i = 0; i < factors.size(); ++i) {
+      const auto shares = plan.layers[i].target.site->view().shape().rank_shares;
+      auto& rank = ranks[plan.layers[i].module];
+      rank = std::max(rank, enough_rank(factors[i].s) * shares);
     }
-    for (auto& full : plan.full) {
-      for (const auto& layer : plan.layers) {  // whose rank may have been chosen only now
-        if (full.scaling && full.name == layer.target.name + ".lora_B.bias") full.scaling = layer.method->scaling();
-      }
-      const auto& wanted = tuned(full.place.name, full.value.sizes());
-      if (full.scaling) {
-        const auto type = full.value.options();
-        full.value.copy_((wanted.to(type) - full.place.slot->read().to(type)) / *full.scaling);
-      } else {
-        full.value.copy_(wanted);
-      }
-      held_.push_back(full.place.name);
+    auto config = plan.config;
+    for (const auto& layer : plan.layers) {
+      const auto rank = ranks.extract(layer.module);  // once for each module
+      if (rank.empty()) continue;
+      const auto& planned = layer.method->options();
+      note_options(config, layer.module, LoRAOptions(planned).rank(rank.mapped()), planned);
     }
+    return config;
+  }
+
+  ExtractReport fill(AdapterPlan& plan, const std::vector<Factors>& factors) {
+    at::NoGradGuard no_grad;
+    for (size_t i = 0; i < factors.size(); ++i) fill(plan.layers[i], factors[i]);
+    for (auto& full : plan.full) fill(full);
     for (const auto& tensor : model_tensors_) {
       const bool is_held = std::find(held_.begin(), held_.end(), tensor.name) != held_.end();
       if (!is_held && differs(tensor)) report_.left_out.push_back(tensor.name);
@@ -76,32 +89,6 @@ class Extraction {
   }
 
  private:
-  using LayerIterator = std::vector<AdapterPlan::Layer>::iterator;
-
-  struct Factors {
-    at::Tensor u, s, v;
-  };
-
-  /// Fills the layers of one module, which in files have one rank.
-  void fill_module(std::pair<LayerIterator, LayerIterator> layers, LoRAConfig& config) {
-    std::vector<Factors> factors;
-    for (auto layer = layers.first; layer != layers.second; ++layer) factors.push_back(factorized(*layer));
-    if (options_.energy()) {
-      int64_t rank = 1;
-      for (const auto& of_layer : factors) rank = std::max(rank, enough_rank(of_layer.s));
-      const auto& planned = *layers.first->method;
-      const auto shares = layers.first->target.site->view().shape().rank_shares;
-      const auto chosen = LoRAOptions(planned.options()).rank(rank * shares);
-      note_options(config, layers.first->module, chosen, planned.options());
-      for (auto layer = layers.first; layer != layers.second; ++layer) {
-        const auto tensor_options = layer->method->tensors().front().tensor->options().requires_grad(false);
-        layer->method = config.method().make(chosen, layer->target.site->view().shape(), tensor_options);
-      }
-    }
-    for (auto layer = layers.first; layer != layers.second; ++layer)
-      fill(*layer, factors[static_cast<size_t>(layer - layers.first)]);
-  }
-
   Factors factorized(const AdapterPlan::Layer& layer) {
     const auto& [name, weight] = tensor_of(layer.target);
     held_.push_back(name);
@@ -110,7 +97,8 @@ class Extraction {
     TORCH_CHECK(at::isfinite(difference).all().item<bool>(), "lora::extract: \"", name,
                 "\" is not finite (NaN or infinity) in one of the two models");
     auto [u, s, v] = at::linalg_svd(layer.target.site->view().matrix(difference), /*full_matrices=*/false);
-    return {u, s, v};
+    const auto rank = options_.energy() ? enough_rank(s) : std::min(layer.method->options().rank(), s.size(-1));
+    return {u.narrow(-1, 0, rank).clone(), s, v.narrow(-2, 0, rank).clone()};
   }
 
   void fill(AdapterPlan::Layer& layer, const Factors& factors) {
@@ -119,15 +107,26 @@ class Extraction {
     TORCH_CHECK(method != nullptr, "lora::extract: a difference of weights is extracted as LowRank, not as ",
                 layer.method->info().name);
     auto &a = method->value.lora_A, &b = method->value.lora_B;
-    const auto rank = std::min(a.size(-2), s.size(-1));  // further rows and columns stay zero
+    const auto rank = std::min(a.size(-2), u.size(-1));  // further rows and columns stay zero
     a.zero_();
     b.zero_();
+    const auto kept = s.narrow(-1, 0, rank);
     a.narrow(-2, 0, rank).copy_(v.narrow(-2, 0, rank));
-    b.narrow(-1, 0, rank).copy_((u * s.unsqueeze(-2) / method->scaling()).narrow(-1, 0, rank));
+    b.narrow(-1, 0, rank).copy_(u.narrow(-1, 0, rank) * kept.unsqueeze(-2) / method->scaling());
 
     const auto total = energy(s);
-    report_.layers.push_back(
-        {layer.target.name, method->options().rank(), total > 0 ? energy(s.narrow(-1, 0, rank)) / total : 1});
+    report_.layers.push_back({layer.target.name, method->options().rank(), total > 0 ? energy(kept) / total : 1});
+  }
+
+  void fill(FullTensor& full) {
+    held_.push_back(full.place.name);
+    const auto& wanted = tuned(full.place.name, full.value.sizes());
+    if (full.scaling) {
+      const auto type = full.value.options();
+      full.value.copy_((wanted.to(type) - full.place.slot->read().to(type)) / *full.scaling);
+    } else {
+      full.value.copy_(wanted);
+    }
   }
 
   static double energy(const at::Tensor& singular_values) {
@@ -194,8 +193,8 @@ class Extraction {
 ///
 /// Shapes: as for `LowRank`; where the rank exceeds what the layer has, the rest is zero. `finetuned` are the tensors
 /// of the other model under the names that they have in this one, as `read_safetensors` gives them. What
-/// `modules_to_save` and `bias` name is taken over as it is. The model is adapted as by `attach`, and otherwise as it
-/// was.
+/// `modules_to_save` and `bias` name is taken over as it is, and `lora_bias` holds the differences of the adapted
+/// layers' biases. The model is adapted as by `attach`, and otherwise as it was.
 ///
 ///   auto adapters = lora::extract(*base, lora::read_safetensors("tuned.safetensors"),
 ///                                 lora::LoRAConfig(16).target_modules(lora::all_linear));
@@ -209,7 +208,10 @@ inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at:
   const auto model = std::make_shared<ModuleModel>(base);
   Adapters adapters(model);
   auto plan = adapters.plan(config);
-  auto found = detail::Extraction(*model, finetuned, options).fill(plan);
+  detail::Extraction extraction(*model, finetuned, options);
+  const auto factors = extraction.factorize(plan);
+  if (options.energy()) plan = adapters.plan(extraction.with_ranks(plan, factors));
+  auto found = extraction.fill(plan, factors);
   adapters.add("default", std::move(plan));
   if (report != nullptr) *report = std::move(found);
   return adapters;

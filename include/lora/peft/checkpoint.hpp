@@ -172,8 +172,8 @@ class PeftTensors {
   std::vector<std::pair<std::regex, std::string>> mapping_;
   std::map<std::string, at::Tensor> content_;  // without the prefix
   std::map<std::string, at::Tensor> foreign_;
-  std::map<std::string, std::string> layers_,
-      others_;  // of layers, and of other tensors: name here -> name in the file
+  std::map<std::string, std::string> layers_;  // name here -> name in the file
+  std::map<std::string, std::string> others_;  // the same of tensors that are no layer's
 };
 
 /// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
@@ -299,16 +299,31 @@ inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, co
   }
 }
 
-/// The configuration as it is written: with the names of what was selected where PEFT would select something else. By
-/// "all linear layers" it means all but the head, and it wants a prefix before a list of blocks.
-inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets, const std::string& adapter) {
+/// The options, by name, of modules of which only parts are adapted, as files have them: with the ranks of all parts,
+/// and the same s.
+using StackedOptions = std::map<std::string, LoRAOptions>;
+
+inline StackedOptions stacked_options(const std::vector<Target>& targets, const std::string& adapter) {
+  StackedOptions stacked;
   for (const auto& target : targets) {
     if (target.site->view().part_rows().empty()) continue;
     const auto& options = target.site->at(adapter).options();
-    const auto parts = static_cast<double>(target.site->view().shape().batch.front());
-    const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(parts) : parts);
-    const auto stacked = LoRAOptions(options).rank(options.rank() * std::llround(parts)).alpha(alpha);
-    note_options(config, target.name, stacked, options);
+    const auto parts = target.site->view().shape().batch.front();
+    const auto factor = static_cast<double>(parts);
+    const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(factor) : factor);
+    stacked.emplace(target.name, LoRAOptions(options).rank(options.rank() * parts).alpha(alpha));
+  }
+  return stacked;
+}
+
+/// The configuration as it is written: with the names of what was selected where PEFT would select something else. By
+/// "all linear layers" it means all but the head, and it wants a prefix before a list of blocks.
+inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets, const std::string& adapter,
+                                 const StackedOptions& stacked) {
+  for (const auto& target : targets) {
+    const auto of_parts = stacked.find(target.name);
+    if (of_parts != stacked.end())
+      note_options(config, target.name, of_parts->second, target.site->at(adapter).options());
   }
   const bool by_blocks = !config.layers_to_transform().empty();
   const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
@@ -320,27 +335,15 @@ inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& t
   return config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
 }
 
-/// The stacked ranks of modules of which only parts are adapted, by name.
-inline std::map<std::string, int64_t> ranks_of_modules(const std::vector<Target>& targets, const std::string& adapter) {
-  std::map<std::string, int64_t> ranks;
-  for (const auto& target : targets) {
-    const auto& view = target.site->view();
-    if (!view.part_rows().empty())
-      ranks[target.name] = view.shape().batch.front() * target.site->at(adapter).options().rank();
-  }
-  return ranks;
-}
-
-/// The same as `to_file`, filled up with zeros to the rank of the module that the target is an inner part of: in a file
-/// all of a module has one rank, and with it s stays.
-inline at::Tensor to_file(const Target& target, const NamedTensor& tensor,
-                          const std::map<std::string, int64_t>& ranks) {
+/// A tensor as the file keeps it, filled up with zeros to the rank of the module that the target is an inner part of:
+/// in a file all of a module has one rank, and with it s stays.
+inline at::Tensor to_file(const Target& target, const NamedTensor& tensor, const StackedOptions& stacked) {
   const auto stored = to_file(target, tensor);
-  const auto module = ranks.find(owner_of(target.name));
-  const bool is_inside = target.file_name != target.name && module != ranks.end();
-  if (is_inside && tensor.name == "lora_A")
-    return at::constant_pad_nd(stored, {0, 0, 0, module->second - stored.size(0)});
-  if (is_inside && tensor.name == "lora_B") return at::constant_pad_nd(stored, {0, module->second - stored.size(1)});
+  const auto module = stacked.find(owner_of(target.name));
+  if (target.file_name == target.name || module == stacked.end()) return stored;
+  const auto rank = module->second.rank();
+  if (tensor.name == "lora_A") return at::constant_pad_nd(stored, {0, 0, 0, rank - stored.size(0)});
+  if (tensor.name == "lora_B") return at::constant_pad_nd(stored, {0, rank - stored.size(1)});
   return stored;
 }
 
@@ -370,17 +373,17 @@ inline void Adapters::save(const std::filesystem::path& directory) const { save(
 inline void Adapters::save(const std::filesystem::path& directory, const std::string& adapter) const {
   const auto targets = targets_of(known(adapter));
   std::map<std::string, at::Tensor> tensors;
-  const auto ranks = detail::ranks_of_modules(targets, adapter);
+  const auto stacked = detail::stacked_options(targets, adapter);
   for (const auto& target : targets) {
     for (const auto& item : target.site->at(adapter).tensors())
-      tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item, ranks);
+      tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item, stacked);
   }
   for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
   for (const auto& tensor : model_->tensors()) {  // PEFT fails without those that only it saves
     if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
       tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
   }
-  const auto written = detail::written_config(configs_[adapter], targets, adapter);
+  const auto written = detail::written_config(configs_[adapter], targets, adapter, stacked);
   const auto text = detail::PeftConfigWriter(directory / detail::kAdapterConfig, written).text();
   detail::write_adapter(directory, text, tensors);
 }
