@@ -42,7 +42,7 @@ class MatrixView {
   /// The kernel (out, in / groups, ...) of a convolution, or (in, out / groups, ...) of a transposed one. Each group is
   /// a matrix of its own, and the rank is divided among them.
   static MatrixView kernel(at::IntArrayRef sizes, int64_t groups, bool is_transposed) {
-    auto split = sizes.vec();
+    at::DimVector split(sizes);
     split[0] /= groups;
     split.insert(split.begin(), groups);
     auto order = identity(split.size());
@@ -87,8 +87,8 @@ class MatrixView {
  private:
   /// Splits `sizes` into `split`, permutes by `order`, and joins what follows the first `leading` dimensions; 0 joins
   /// nothing.
-  MatrixView(at::IntArrayRef sizes, at::IntArrayRef split, std::vector<int64_t> order, size_t leading)
-      : sizes_(sizes.vec()), split_(split.vec()), order_(std::move(order)), inverse_(order_.size()) {
+  MatrixView(at::IntArrayRef sizes, at::IntArrayRef split, at::DimVector order, size_t leading)
+      : sizes_(sizes), split_(split), order_(std::move(order)), inverse_(order_.size()) {
     for (size_t i = 0; i < order_.size(); ++i) {
       inverse_[static_cast<size_t>(order_[i])] = static_cast<int64_t>(i);
       permuted_.push_back(split_[static_cast<size_t>(order_[i])]);
@@ -130,13 +130,13 @@ class MatrixView {
     shape_.batch.clear();
   }
 
-  static std::vector<int64_t> identity(size_t dimensions) {
-    std::vector<int64_t> order(dimensions);
+  static at::DimVector identity(size_t dimensions) {
+    at::DimVector order(dimensions);
     std::iota(order.begin(), order.end(), 0);
     return order;
   }
 
-  std::vector<int64_t> sizes_, split_, order_, inverse_, permuted_, joined_;
+  at::DimVector sizes_, split_, order_, inverse_, permuted_, joined_;
   std::vector<int64_t> rows_;  // of the parts, where there are some
   std::vector<bool> chosen_;
   bool is_plain_ = false;

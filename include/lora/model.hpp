@@ -65,12 +65,11 @@ class ModuleModel final : public Model {
   std::vector<ModelPart> parts() const override {
     std::vector<ModelPart> parts;
     std::set<const torch::nn::Module*> seen;
-    for (const auto& item : model_->named_modules("", /*include_self=*/false)) {
-      const auto& module = item.value();
-      if (!seen.insert(module.get()).second) continue;
-      auto targets = adaptable_weights(item.key(), module);
+    for (const auto& [name, module] : modules()) {
+      if (module == model_ || !seen.insert(module).second) continue;
+      auto targets = adaptable_weights(name, module->shared_from_this());
       const bool is_linear = targets.size() == 1 && targets.front().kind == "Linear";
-      parts.push_back({item.key(), module->name(), is_linear, std::move(targets)});
+      parts.push_back({name, module->name(), is_linear, std::move(targets)});
     }
     return parts;
   }
@@ -89,9 +88,7 @@ class ModuleModel final : public Model {
     for (const auto& [name, owner] : modules()) {
       auto& module = *owner;
       const auto prefix = name.empty() ? "" : name + ".";
-      const auto known = name.empty()
-                             ? std::vector<Target>()
-                             : adaptable_weights(name, std::shared_ptr<torch::nn::Module>(owner->shared_from_this()));
+      const auto known = owner == model_ ? std::vector<Target>() : adaptable_weights(name, owner->shared_from_this());
       for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
         ModelTensor tensor{prefix + parameter.key(), std::make_shared<detail::ParameterSlot>(module, parameter.key())};
         for (const auto& target : known) {
@@ -123,9 +120,8 @@ class ModuleModel final : public Model {
  private:
   /// Every module by name, the model itself first; that one may be held by no shared_ptr.
   std::vector<std::pair<std::string, torch::nn::Module*>> modules() const {
-    std::vector<std::pair<std::string, torch::nn::Module*>> modules{{"", model_}};
-    for (const auto& item : model_->named_modules("", /*include_self=*/false))
-      modules.emplace_back(item.key(), item.value().get());
+    std::vector<std::pair<std::string, torch::nn::Module*>> modules;
+    model_->apply([&](const std::string& name, torch::nn::Module& module) { modules.emplace_back(name, &module); });
     return modules;
   }
 

@@ -157,13 +157,13 @@ class ScriptModule {
   }
 
   std::vector<Target> weight(MatrixView (*view)(at::IntArrayRef)) const {
-    return {parameter("weight", name_, view(tensor("weight").sizes()), Use::kProduct)};
+    return layers::only(parameter("weight", name_, view(tensor("weight").sizes()), Use::kProduct));
   }
 
   std::vector<Target> table() const {
     auto target = parameter("weight", name_, MatrixView::lookup(tensor("weight").sizes()), Use::kLookup);
     target.files = layers::embedding_files();
-    return {std::move(target)};
+    return layers::only(std::move(target));
   }
 
   std::vector<Target> kernel() const {
@@ -172,7 +172,7 @@ class ScriptModule {
     auto files = layers::ConvolutionFiles(view.shape(), {sizes.begin() + 2, sizes.end()}).layout();
     auto target = parameter("weight", name_, std::move(view), Use::kProduct);
     target.files = std::move(files);
-    return {std::move(target)};
+    return layers::only(std::move(target));
   }
 
   /// The groups of a convolution: a constant of its class or, in a trace, of the operator. One that the trace never

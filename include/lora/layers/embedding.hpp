@@ -26,7 +26,7 @@ std::vector<Target> find_table(const std::string& name, const char* kind,
   auto target = member_target(name, kind, module, layer->weight, "weight", MatrixView::lookup(layer->weight.sizes()));
   target.use = detail::Use::kLookup;
   target.files = embedding_files();
-  return {std::move(target)};
+  return only(std::move(target));
 }
 
 /// The table (entries, width) of a torch::nn::Embedding, adapted as the matrix W = table^T (width, entries): an entry

@@ -12,7 +12,7 @@ namespace lora::layers {
 inline std::vector<Target> find_linear(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
   auto* layer = module->as<torch::nn::LinearImpl>();
   if (layer == nullptr) return {};
-  return {member_target(name, "Linear", module, layer->weight, "weight", MatrixView::plain(layer->weight.sizes()))};
+  return only(member_target(name, "Linear", module, layer->weight, "weight", MatrixView::plain(layer->weight.sizes())));
 }
 
 /// The weight of a torch::nn::Bilinear: y_k = x1^T W_k x2 + b_k, W (out, in1, in2), adapted as a matrix (out, in1 *
@@ -20,7 +20,8 @@ inline std::vector<Target> find_linear(const std::string& name, const std::share
 inline std::vector<Target> find_bilinear(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
   auto* layer = module->as<torch::nn::BilinearImpl>();
   if (layer == nullptr) return {};
-  return {member_target(name, "Bilinear", module, layer->weight, "weight", MatrixView::rows(layer->weight.sizes()))};
+  return only(
+      member_target(name, "Bilinear", module, layer->weight, "weight", MatrixView::rows(layer->weight.sizes())));
 }
 
 }  // namespace lora::layers

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lora {
@@ -36,6 +37,13 @@ struct Target {
 };
 
 namespace layers {
+
+/// The list of one target.
+inline std::vector<Target> only(Target target) {
+  std::vector<Target> targets;
+  targets.push_back(std::move(target));  // which a list in braces would copy
+  return targets;
+}
 
 /// `Target::is_training` of a torch::nn module.
 inline std::function<bool()> training_of(const std::shared_ptr<torch::nn::Module>& module) {

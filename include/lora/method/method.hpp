@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -33,15 +34,15 @@ namespace lora {
 
 /// The shape in which a method sees a weight: a matrix whose rows are outputs, or a batch of such matrices.
 struct MatrixShape {
-  std::vector<int64_t> batch;  ///< empty for one matrix; else how many, e.g. the groups of a convolution
+  at::DimVector batch;  ///< empty for one matrix; else how many, e.g. the groups of a convolution
   int64_t out = 0, in = 0;
   int64_t rank_shares = 1;  ///< among how many matrices a rank is divided; 1: each has the whole rank
   bool is_lookup = false;   ///< whether inputs are numbers of columns (an embedding) and not vectors
 
   /// The sizes of a tensor that has a matrix (rows, columns) for each matrix of the weight.
-  std::vector<int64_t> with(int64_t rows, int64_t columns) const {
+  at::DimVector with(int64_t rows, int64_t columns) const {
     auto sizes = batch;
-    sizes.insert(sizes.end(), {rows, columns});
+    sizes.append({rows, columns});
     return sizes;
   }
 };
