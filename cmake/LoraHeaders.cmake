@@ -1,6 +1,7 @@
 # Every header of the library, each under include/lora. The public ones are compiled alone by the test `headers`.
 set(LORA_PUBLIC_HEADERS
   activation.hpp
+  adapter_plan.hpp
   adapters.hpp
   attach.hpp
   config.hpp
@@ -50,15 +51,21 @@ set(LORA_DETAIL_HEADERS
   detail/descriptor.hpp
   detail/fused_attention.hpp
   detail/folder_lock.hpp
+  detail/frozen_parameters.hpp
   detail/interception.hpp
   detail/json.hpp
   detail/mapped_file.hpp
+  detail/patterns.hpp
   detail/peft_fields.hpp
+  detail/peft_tensors.hpp
   detail/plain_execution.hpp
+  detail/safetensors_entries.hpp
   detail/safetensors_header.hpp
+  detail/safetensors_types.hpp
   detail/scopes.hpp
   detail/script_module.hpp
   detail/select.hpp
+  detail/select_full.hpp
   detail/stacked.hpp
   detail/text.hpp
   detail/usage.hpp

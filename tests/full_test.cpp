@@ -22,6 +22,18 @@ TORCH_MODULE(Net);
 
 lora::LoRAConfig config() { return lora::LoRAConfig(2).alpha(6).target_modules({"body"}); }
 
+/// A model whose head an adapter with random values trains in full.
+struct AdaptedNet {
+  AdaptedNet() {
+    testing::randomize(adapters.parameters());
+    model->eval();
+  }
+
+  Net model;
+  lora::Adapters adapters = lora::attach(*model, config().modules_to_save({"head"}));
+  torch::Tensor x = torch::randn({8, 5}, testing::device());
+};
+
 std::vector<torch::Tensor> snapshot(torch::nn::Module& model) {
   std::vector<torch::Tensor> all;
   for (const auto& tensor : model.parameters()) all.push_back(tensor.detach().clone());
@@ -278,11 +290,10 @@ TEST_CASE("A parameter is adapted, and merged, in every layer that is tied to it
 
 TEST_CASE("What is trained in full follows a model to another type, and says when it was moved to another device") {
   torch::manual_seed(0);
-  Net model;
-  auto adapters = lora::attach(*model, config().modules_to_save({"head"}));
-  testing::randomize(adapters.parameters());
-  model->eval();
-  auto x = torch::randn({8, 5}, testing::device());
+  AdaptedNet net;
+  auto& model = net.model;
+  auto& adapters = net.adapters;
+  const auto& x = net.x;
   const auto run = [&](torch::ScalarType type) {
     auto active = adapters.activate();
     return model->forward(x.to(type));
@@ -325,16 +336,15 @@ TEST_CASE("A bias that gets too large for its type is refused, and nothing is me
 
 TEST_CASE("A backward pass in a scope that its forward pass was not in has the base model's gradient") {
   torch::manual_seed(0);
-  Net model;
-  auto adapters = lora::attach(*model, config().modules_to_save({"head"}));
-  testing::randomize(adapters.parameters());
-  model->eval();
-  auto x = torch::randn({8, 5}, testing::device()).requires_grad_();
-  const auto expected = torch::autograd::grad({model->forward(x).sin().sum()}, {x})[0];
-  auto loss = model->forward(x).sin().sum();
-  auto active = adapters.activate();
-  CHECK(torch::equal(torch::autograd::grad({loss}, {x})[0], expected));
-  CHECK(testing::distance(torch::autograd::grad({model->forward(x).sin().sum()}, {x})[0], expected) > 0.01);
+  AdaptedNet net;
+  const auto x = net.x.requires_grad_();
+  const auto gradient = [&](const torch::Tensor& loss) { return torch::autograd::grad({loss}, {x})[0]; };
+  const auto run = [&] { return net.model->forward(x).sin().sum(); };
+  const auto expected = gradient(run());
+  const auto loss = run();
+  auto active = net.adapters.activate();
+  CHECK(torch::equal(gradient(loss), expected));
+  CHECK(testing::distance(gradient(run()), expected) > 0.01);
 }
 
 TEST_CASE("An adapter that is added while another one is merged begins with the model's own values") {

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <lora/activation.hpp>
+#include <lora/adapter_plan.hpp>
 #include <lora/config.hpp>
+#include <lora/detail/frozen_parameters.hpp>
 #include <lora/detail/select.hpp>
 #include <lora/merge.hpp>
 #include <lora/peft/load_options.hpp>
@@ -12,77 +14,11 @@
 #include <algorithm>
 #include <filesystem>
 #include <memory>
-#include <optional>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace lora {
-
-/// A parameter of the model that an adapter trains in full, or a buffer that goes with one. The model keeps its own;
-/// in a scope, and when merged, the adapter's stands in for it.
-struct FullTensor {
-  ModelTensor place;                             ///< in the model
-  std::string name;                              ///< among the adapter's tensors
-  std::string file_name;                         ///< in PEFT's files
-  at::Tensor value;                              ///< the adapter's own
-  std::optional<double> scaling = std::nullopt;  ///< s, where `value` is b in bias + s b (`lora_bias`)
-
-  /// What stands in for `original`, differentiable.
-  at::Tensor substitute(const at::Tensor& original) const {
-    return (scaling ? original + *scaling * value : value).to(original.scalar_type());
-  }
-};
-
-/// An adapter that is worked out for a model but not part of it yet: its layers and its tensors, without values.
-struct AdapterPlan {
-  struct Layer {
-    Target target;
-    std::shared_ptr<AnyMethod> method;
-    std::string module;  ///< by whose name it has its rank and alpha; that of the target, but for parts of a module
-  };
-
-  LoRAConfig config;
-  std::vector<Layer> layers;
-  std::vector<FullTensor> full;  ///< for modules_to_save and biases; with the values of the model, or zero
-
-  /// Gives every tensor its first values.
-  void initialize() {
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    for (auto& layer : layers) {
-      const auto& site = *layer.target.site;
-      layer.method->initialize(site.view().matrix(site.pristine(*layer.target.slot)));
-    }
-  }
-};
-
-namespace detail {
-
-/// A regular expression that matches `text` and nothing else.
-inline std::string escaped(const std::string& text) {
-  return std::regex_replace(text, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
-}
-
-/// Writes down the rank and alpha of one layer, where they differ from those that `config` gives it so far.
-inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options,
-                         const LoRAOptions& so_far) {
-  const auto pattern = escaped(layer);
-  auto ranks = config.rank_pattern();
-  auto alphas = config.alpha_pattern();  // of which the first that matches counts
-  if (options.rank() != so_far.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
-  if (options.alpha() != so_far.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
-  config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
-}
-
-inline MethodKind kind_named(std::string_view name) {
-  for (const auto& kind : all_methods()) {
-    if (kind.info().name == name) return kind;
-  }
-  TORCH_CHECK(false, "lora::adapters_of: ", name, " is not one of lora::all_methods()");
-}
-
-}  // namespace detail
 
 /// The adapters of one model under their names. The model is not changed: its layers stay stock torch::nn layers, its
 /// parameters are frozen while there is an adapter, and outside a scope of `activate` it is the base model, bit by bit,
@@ -138,28 +74,14 @@ class Adapters {
     AdapterPlan plan{config, {}, {}};
     detail::Selection selection(*model_, config);
     for (auto& selected : selection.run()) {
-      for (const auto& layer : layers_) {  // whose site knows what is merged
-        if (layer->target.name == selected.target.name) take_known(selected.target, layer->target);
-      }
+      if (const auto layer = layer_named(selected.target.name)) take_known(selected.target, layer->target);
       const auto weight = selected.target.slot->read();
       const auto options = weight.options().dtype(adapter_dtype(weight.scalar_type())).requires_grad(false);
       const auto& shape = selected.target.site->view().shape();
-      plan.layers.push_back({selected.target, config.method().make(selected.options, shape, options), selected.module});
+      auto method = config.method().make(selected.options, shape, options);
+      plan.layers.push_back({std::move(selected.target), std::move(method), std::move(selected.module)});
     }
-    for (auto& full : selection.full()) {
-      const auto original = original_of(full.tensor).detach();
-      if (full.biased.empty()) {
-        const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();
-        plan.full.push_back(
-            {full.tensor, full.tensor.name, full.file_name, original.clone().requires_grad_(is_trained)});
-      } else {
-        const auto is_it = [&](const AdapterPlan::Layer& layer) { return layer.target.name == full.biased; };
-        const auto layer = std::find_if(plan.layers.begin(), plan.layers.end(), is_it);
-        const auto bias = at::zeros_like(original, adapter_dtype(original.scalar_type())).requires_grad_(true);
-        plan.full.push_back(
-            {full.tensor, full.biased + ".lora_B.bias", full.file_name, bias, layer->method->scaling()});
-      }
-    }
+    for (const auto& full : selection.full()) plan.full.push_back(planned(full, plan.layers));
     return plan;
   }
 
@@ -332,9 +254,9 @@ class Adapters {
     for (const auto& name : names()) {
       for (const auto& full : full_[name]) report.trainable += full.place.is_buffer ? 0 : full.value.numel();
     }
-    for (const auto& parameter : frozen_) {
-      report.base += parameter.tensor.numel();
-      report.base_bytes += static_cast<int64_t>(parameter.tensor.nbytes());
+    for (const auto& tensor : frozen_.tensors()) {
+      report.base += tensor.numel();
+      report.base_bytes += static_cast<int64_t>(tensor.nbytes());
     }
     return report;
   }
@@ -349,32 +271,6 @@ class Adapters {
   void save_merged(const std::filesystem::path& file, const std::string& adapter);
 
  private:
-  struct Frozen {
-    at::Tensor tensor;
-    bool requires_grad;
-  };
-
-  /// Remembers which of the model's parameters were trainable; adapters' tensors, which layers of this library register
-  /// too, are none of them.
-  void remember_parameters() {
-    const auto adapters = own_tensors();
-    for (const auto& parameter : model_->parameters()) {
-      if (adapters.count(parameter.tensor.unsafeGetTensorImpl()) == 0)
-        frozen_.push_back({parameter.tensor, parameter.tensor.requires_grad()});
-    }
-  }
-
-  /// The tensors of adapters that layers of this library have registered as parameters.
-  std::set<const c10::TensorImpl*> own_tensors() const {
-    std::set<const c10::TensorImpl*> adapters;
-    for (const auto& part : model_->parts()) {
-      for (const auto& target : part.targets) {
-        for (const auto& tensor : target.site->tensors()) adapters.insert(tensor.unsafeGetTensorImpl());
-      }
-    }
-    return adapters;
-  }
-
   /// The model's own tensor, also while another one is merged in its place.
   at::Tensor original_of(const ModelTensor& tensor) const {
     for (size_t i = 0; i < replaced_.size(); ++i) {
@@ -385,13 +281,12 @@ class Adapters {
 
   void freeze() {
     if (!while_adapted_) while_adapted_ = model_->while_adapted();
-    if (frozen_.empty()) remember_parameters();
-    for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(false);
+    frozen_.remember(*model_);
+    frozen_.freeze();
   }
 
   void thaw() {
-    for (const auto& parameter : frozen_) parameter.tensor.requires_grad_(parameter.requires_grad);
-    frozen_.clear();
+    frozen_.thaw();
     while_adapted_.reset();
   }
 
@@ -410,7 +305,20 @@ class Adapters {
     own_.clear();
   }
 
-  /// The target as it is known from an earlier adapter.
+  /// What an adapter of `layers` trains in full, with the values of the model, or zero.
+  FullTensor planned(const detail::FullSelection::Full& full, const std::vector<AdapterPlan::Layer>& layers) const {
+    const auto original = original_of(full.tensor).detach();
+    if (full.biased.empty()) {
+      const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();
+      return {full.tensor, full.tensor.name, full.file_name, original.clone().requires_grad_(is_trained)};
+    }
+    const auto is_it = [&](const AdapterPlan::Layer& layer) { return layer.target.name == full.biased; };
+    const auto layer = std::find_if(layers.begin(), layers.end(), is_it);
+    const auto bias = at::zeros_like(original, adapter_dtype(original.scalar_type())).requires_grad_(true);
+    return {full.tensor, full.biased + ".lora_B.bias", full.file_name, bias, layer->method->scaling()};
+  }
+
+  /// The target as it is known from an earlier adapter, whose site knows what is merged.
   static void take_known(Target& selected, const Target& known) {
     const auto &wanted = selected.site->view(), &view = known.site->view();
     TORCH_CHECK(wanted.part_rows() == view.part_rows() && wanted.chosen_parts() == view.chosen_parts(),
@@ -451,9 +359,7 @@ class Adapters {
 
   /// The layer of an earlier adapter with that weight, or a new one.
   AdaptedLayer& layer_for(const Target& target) {
-    for (const auto& layer : layers_) {
-      if (layer->target.name == target.name) return *layer;
-    }
+    if (const auto layer = layer_named(target.name)) return *layer;
     layers_.push_back(std::make_shared<AdaptedLayer>(target));
     return *layers_.back();
   }
@@ -470,10 +376,15 @@ class Adapters {
     return names().front();
   }
 
+  /// The adapted layer of that name, or null.
+  std::shared_ptr<AdaptedLayer> layer_named(const std::string& name) const {
+    const auto has_name = [&](const auto& layer) { return layer->target.name == name; };
+    const auto found = std::find_if(layers_.begin(), layers_.end(), has_name);
+    return found == layers_.end() ? nullptr : *found;
+  }
+
   AdaptedLayer& find(const std::string& name) const {
-    for (const auto& layer : layers_) {
-      if (layer->target.name == name) return *layer;
-    }
+    if (const auto layer = layer_named(name)) return *layer;
     TORCH_CHECK(false, "lora::Adapters: no layer \"", name, "\" is adapted;", detail::did_you_mean(name, targets()),
                 " Adapted are: ", detail::list(targets()));
   }
@@ -529,7 +440,7 @@ class Adapters {
   std::shared_ptr<detail::Usage> usage_ = std::make_shared<detail::Usage>();  // also tells these scopes from others'
   std::vector<std::shared_ptr<AdaptedLayer>> layers_;
   torch::OrderedDict<std::string, LoRAConfig> configs_{"Adapter"};
-  std::vector<Frozen> frozen_;
+  detail::FrozenParameters frozen_;
   std::shared_ptr<const void> while_adapted_;
   torch::OrderedDict<std::string, std::vector<FullTensor>> full_{"Adapter"};
   std::vector<std::pair<std::shared_ptr<detail::WeightSlot>, detail::WeightSlot::Handles>> replaced_;  // while merged
@@ -560,7 +471,7 @@ inline void Adapters::adopt() {
     detail::note_options(config, target.name, method.options(), LoRAOptions(config));
   }
   config.target_modules(names);
-  remember_parameters();
+  frozen_.remember(*model_);
   for (auto& target : found) layer_for(target);
   configs_.insert("default", std::move(config));
   full_.insert("default", {});

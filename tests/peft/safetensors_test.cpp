@@ -76,7 +76,7 @@ TEST_CASE("write_safetensors writes the bytes of the Python package", "[safetens
 TEST_CASE("every type of the format survives a file", "[safetensors]") {
   testing::TemporaryFolder folder;
   std::map<std::string, torch::Tensor> tensors;
-  for (const auto& type : lora::detail::kSafetensorsTypes) tensors[type.name] = numbered(type.dtype, 3);
+  for (const auto& type : lora::detail::kSafetensorsTypes) tensors[std::string(type.name)] = numbered(type.dtype, 3);
   REQUIRE(tensors.size() == 20);
   tensors["nan"] = torch::tensor({std::nanf(""), INFINITY, -0.0F});
   tensors["scalar"] = torch::tensor(-3.5);

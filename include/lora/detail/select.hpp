@@ -1,6 +1,8 @@
 #pragma once
 
 #include <lora/config.hpp>
+#include <lora/detail/patterns.hpp>
+#include <lora/detail/select_full.hpp>
 #include <lora/detail/text.hpp>
 #include <lora/layers/parameter.hpp>
 #include <lora/layers/parts.hpp>
@@ -16,28 +18,6 @@
 
 namespace lora::detail {
 
-/// The regular expressions of rank_pattern or alpha_pattern.
-template <class T>
-std::vector<std::regex> compile_patterns(const std::vector<std::pair<std::string, T>>& patterns) {
-  std::vector<std::regex> expressions;
-  for (const auto& item : patterns) expressions.push_back(compile("(.*\\.)?(" + item.first + ")", item.first));
-  return expressions;
-}
-
-/// The value of the first pattern that matches `name`, tried as `(.*\.)?(pattern)` on the whole name, else `otherwise`.
-/// Marks in `used` every pattern that matches.
-template <class T>
-T pattern_value(const std::vector<std::pair<std::string, T>>& patterns, const std::vector<std::regex>& expressions,
-                const std::string& name, T otherwise, std::vector<bool>& used) {
-  std::optional<T> value;
-  for (size_t i = 0; i < patterns.size(); ++i) {
-    if (!std::regex_match(name, expressions[i])) continue;
-    used[i] = true;
-    if (!value) value = patterns[i].second;
-  }
-  return value.value_or(otherwise);
-}
-
 /// Finds the weights a configuration means in a model; `run()` throws and names every entry that matches nothing.
 class Selection {
  public:
@@ -47,24 +27,13 @@ class Selection {
     std::string module;  // whose name patterns have to match
   };
 
-  Selection(const Model& model, const LoRAConfig& config) : model_(model), config_(config), parts_(model.parts()) {
-    for (const auto& part : parts_) {
-      for (const auto& target : part.targets) adaptable_.push_back(target.name);
-    }
-  }
-
-  /// A parameter or buffer that is trained in full, or to which the adapter of a layer adds a bias of its own.
-  struct Full {
-    ModelTensor tensor;
-    std::string file_name;
-    std::string biased = "";  // the layer whose update has the bias
-  };
+  Selection(const Model& model, const LoRAConfig& config) : model_(model), config_(config), parts_(model.parts()) {}
 
   std::vector<Layer> run() {
     config_.validate("lora::LoRAConfig");
     check_request();
     for (const auto& part : parts_) {
-      if (is_target(part) && !is_excluded(part.name) && !is_saved(part.name)) take(part);
+      if (is_target(part) && !is_excluded(part.name) && saving_entry(config_, part.name).empty()) take(part);
     }
     take_parameters();
     check_entries();
@@ -74,89 +43,15 @@ class Selection {
   }
 
   /// What is trained in full; for after `run`.
-  std::vector<Full> full() const {
-    std::vector<Full> found;
-    if (config_.modules_to_save().empty() && config_.bias() == Bias::kNone && !config_.lora_bias()) return found;
-    std::set<std::string> saved;
-    for (auto& tensor : model_.tensors()) {
-      const auto dot = tensor.name.rfind('.');
-      const auto owner = dot == std::string::npos ? std::string() : tensor.name.substr(0, dot);
-      const auto entry = saving_entry(owner);
-      if (!entry.empty()) {
-        saved.insert(entry);
-        check_layout(tensor, owner);
-        found.push_back({tensor, tensor.name});
-      } else if (!tensor.is_buffer && is_trained_bias(tensor.name, owner)) {
-        found.push_back({tensor, file_name_of_bias(tensor.name, owner)});
-      } else if (config_.lora_bias() && tensor.name == owner + ".bias" && target_named(owner) != nullptr) {
-        found.push_back({tensor, target_named(owner)->file_name + ".lora_B.bias", owner});
-      }
-    }
-    check_biases(found);
-    for (const auto& entry : config_.modules_to_save()) {
-      TORCH_CHECK(saved.count(entry) > 0, "lora::attach: no module with parameters matches \"", entry,
-                  "\" of modules_to_save;", did_you_mean(entry, with_last_parts(part_names())),
-                  " Modules here: ", list(part_names()));
-    }
-    return found;
-  }
+  std::vector<FullSelection::Full> full() const { return FullSelection(model_, config_, parts_, targets_).run(); }
 
  private:
-  /// The entry of modules_to_save that means the module, or one it is inside of; empty when none does.
-  std::string saving_entry(std::string name) const {
-    for (;; name = name.substr(0, name.rfind('.'))) {
-      for (const auto& entry : config_.modules_to_save()) {
-        if (is_or_ends_with(name, entry)) return entry;
-      }
-      if (name.rfind('.') == std::string::npos) return "";
-    }
-  }
-  bool is_saved(const std::string& name) const { return !saving_entry(name).empty(); }
-
-  const Target* target_named(const std::string& name) const {
-    const auto has_name = [&](const Target& target) { return target.name == name; };
-    const auto found = std::find_if(targets_.begin(), targets_.end(), has_name);
-    return found == targets_.end() ? nullptr : &*found;
-  }
-
-  bool is_trained_bias(const std::string& name, const std::string& owner) const {
-    if (config_.bias() == Bias::kNone || !is_or_ends_with(name, "bias")) return false;
-    return config_.bias() == Bias::kAll || target_named(owner) != nullptr;
-  }
-
-  std::string file_name_of_bias(const std::string& name, const std::string& owner) const {
-    const auto* target = target_named(owner);
-    return target == nullptr ? name : target->file_name + ".base_layer.bias";
-  }
-
-  /// Of a square weight nobody would notice that Python keeps it as (in, out).
-  void check_layout(const ModelTensor& tensor, const std::string& owner) const {
-    const auto weight = tensor.slot->read();
-    const auto is_it = [&](const ModelPart& part) { return part.name == owner && part.is_linear; };
-    const bool is_square = weight.dim() == 2 && weight.size(0) == weight.size(1);
-    TORCH_CHECK(!config_.fan_in_fan_out() || !is_square || std::none_of(parts_.begin(), parts_.end(), is_it),
-                "lora::attach: \"", tensor.name, "\" of modules_to_save is square, and with fan_in_fan_out Python may ",
-                "keep it as (in, out) or as (out, in), which its file does not say; make the module a target instead");
-  }
-
-  void check_biases(const std::vector<Full>& full) const {
-    if (!config_.lora_bias()) return;
-    TORCH_CHECK_VALUE(config_.bias() == Bias::kNone,
-                      "lora::LoRAConfig: either `bias` trains the layers' own biases, or ",
-                      "`lora_bias` gives the updates biases, not both");
-    TORCH_CHECK_VALUE(config_.method().info().name == all_methods().front().info().name,
-                      "lora::LoRAConfig: lora_bias is for ", all_methods().front().info().name, ", not for ",
-                      config_.method().info().name);
-    for (const auto& target : targets_) {
-      const auto is_its = [&](const Full& item) { return item.biased == target.name; };
-      TORCH_CHECK(std::any_of(full.begin(), full.end(), is_its), "lora::attach: lora_bias adds to the biases of the ",
-                  "adapted layers, but \"", target.name, "\" (", target.kind, ") has none");
-    }
-  }
-
-  std::vector<std::string> part_names() const {
+  /// The names of all that can be adapted.
+  std::vector<std::string> adaptable() const {
     std::vector<std::string> names;
-    for (const auto& part : parts_) names.push_back(part.name);
+    for (const auto& part : parts_) {
+      for (const auto& target : part.targets) names.push_back(target.name);
+    }
     return names;
   }
 
@@ -194,7 +89,7 @@ class Selection {
   void check_request() const {
     TORCH_CHECK_VALUE(!config_.target_modules().empty() || !config_.target_parameters().empty(),
                       "lora::attach: target_modules is empty; name the modules to adapt, ",
-                      "or pass lora::all_linear. Here are ", list(adaptable_));
+                      "or pass lora::all_linear. Here are ", list(adaptable()));
     const bool by_list = config_.target_modules().names() != nullptr;
     TORCH_CHECK_VALUE(config_.layers_to_transform().empty() || by_list,
                       "lora::attach: layers_to_transform needs target_modules as a list of names");
@@ -205,7 +100,8 @@ class Selection {
   bool is_target(const ModelPart& item) {
     const auto& targets = config_.target_modules();
     if (targets.is_all_linear()) return item.is_linear;
-    if (const auto* regex = targets.pattern()) return std::regex_match(item.name, target_regex(regex->pattern));
+    if (const auto* regex = targets.pattern())
+      return std::regex_match(item.name, compiled(regex->pattern, regex->pattern));
     bool exact = false, found = false;
     for (const auto& entry : *targets.names()) {
       if (!is_or_ends_with(item.name, entry)) continue;
@@ -226,12 +122,12 @@ class Selection {
     return std::find(wanted.begin(), wanted.end(), layer) != wanted.end();
   }
 
-  int64_t layer_number(const std::string& name) const {
+  int64_t layer_number(const std::string& name) {
     std::vector<std::string> lists = config_.layers_pattern();
     if (lists.empty()) lists = {"[^.]*"};
     for (const auto& pattern : lists) {
       std::smatch match;
-      if (std::regex_search(name, match, compile("^(?:.*?\\.)?(?:" + pattern + ")\\.(\\d+)\\.", pattern))) {
+      if (std::regex_search(name, match, compiled("^(?:.*?\\.)?(?:" + pattern + ")\\.(\\d+)\\.", pattern))) {
         return std::stoll(match[match.size() - 1]);
       }
     }
@@ -242,7 +138,7 @@ class Selection {
     const auto& excluded = config_.exclude_modules();
     TORCH_CHECK_VALUE(!excluded.is_all_linear(), "lora::attach: exclude_modules takes names or a regular expression");
     if (const auto* regex = excluded.pattern()) {
-      const bool match = std::regex_match(name, compile(regex->pattern, regex->pattern));
+      const bool match = std::regex_match(name, compiled(regex->pattern, regex->pattern));
       if (match) matched_excludes_.insert(regex->pattern);
       return match;
     }
@@ -258,7 +154,7 @@ class Selection {
   void take(const ModelPart& part) {
     TORCH_CHECK(!part.targets.empty(), "lora::attach: \"", part.name, "\" is a ", part.type,
                 ", which has no weight that can be adapted; name layers inside it instead. Here are ",
-                list(adaptable_));
+                list(adaptable()));
     for (const auto& target : part.targets) {
       const bool excluded = target.name != part.name && is_excluded(target.name);  // one that comes with its parent
       if (excluded || !taken_.insert(target.name).second) continue;
@@ -296,10 +192,10 @@ class Selection {
     std::map<std::string, std::string> names;
     for (auto target = targets_.rbegin(); target != targets_.rend(); ++target) {
       if (target->kind != "Parameter") continue;
-      const auto dot = target->name.rfind('.');
-      auto& name = names[dot == std::string::npos ? "" : target->name.substr(0, dot)];
+      const auto owner = owner_of(target->name);
+      auto& name = names[owner];
       if (name.empty()) {
-        name = dot == std::string::npos ? target->name : target->name.substr(0, dot);
+        name = owner.empty() ? target->name : owner;
       } else {
         name += ".base_layer";
       }
@@ -329,42 +225,51 @@ class Selection {
   }
 
   void check_matched(bool matched, const std::string& entry, const char* option) const {
+    if (matched) return;
     const bool of_all = option == kTargetModules;  // every other option picks among the targets
-    const auto names = of_all ? adaptable_ : names_of(targets_);
-    TORCH_CHECK(matched, "lora::attach: no ", of_all ? "module" : "target", " matches \"", entry, "\" of ", option, ";",
+    const auto names = of_all ? adaptable() : names_of(targets_);
+    TORCH_CHECK(false, "lora::attach: no ", of_all ? "module" : "target", " matches \"", entry, "\" of ", option, ";",
                 did_you_mean(entry, with_last_parts(names)),
                 of_all ? " Layers that can be adapted here: " : " The targets here: ", list(names));
   }
 
   std::string nothing_left() const {
-    if (adaptable_.empty())
-      return "the model has no layer inside that can be adapted (the model itself does not count)";
+    const auto names = adaptable();
+    if (names.empty()) return "the model has no layer inside that can be adapted (the model itself does not count)";
     if (const auto* regex = config_.target_modules().pattern(); regex != nullptr && matched_excludes_.empty()) {
       return "no module matches the regular expression \"" + regex->pattern +
-             "\" of target_modules (it has to match a whole name). Layers that can be adapted here: " +
-             list(adaptable_);
+             "\" of target_modules (it has to match a whole name). Layers that can be adapted here: " + list(names);
     }
     return "exclude_modules and layers_to_transform leave none of the targets. Layers that can be adapted here: " +
-           list(adaptable_);
+           list(names);
   }
 
   /// Uses of a weight are known by its memory, so those of two layers with one weight can be told apart only where one
   /// multiplies with it and the other looks entries up.
   void check_shared_weights() {
-    std::vector<std::pair<const Target*, at::Tensor>> others;  // each weight is read once: there are many pairs
+    std::multimap<const void*, std::pair<const Target*, at::Tensor>> others;  // by their memory: there are many pairs
     for (const auto& part : parts_) {
-      for (const auto& other : part.targets) others.emplace_back(&other, other.slot->read());
+      for (const auto& other : part.targets) {
+        auto theirs = other.slot->read();
+        others.emplace(memory_of(theirs), std::pair(&other, theirs));
+      }
     }
     std::vector<at::Tensor> weights;
     for (auto& target : targets_) {
       const auto weight = target.slot->read();
-      for (const auto& [other, theirs] : others) check_shared_weight(target, weight, *other, theirs);
+      const auto [first, last] = others.equal_range(memory_of(weight));
+      for (auto it = first; it != last; ++it) check_shared_weight(target, weight, *it->second.first, it->second.second);
       for (size_t i = 0; i < weights.size(); ++i) {
         TORCH_CHECK(!weight.is_same(weights[i]) || !overlap(target.use, targets_[i].use), "lora::attach: \"",
                     targets_[i].name, "\" and \"", target.name, "\" are the same weight; adapt one of them");
       }
       weights.push_back(weight);
     }
+  }
+
+  /// Equal for tensors that share memory.
+  static const void* memory_of(const at::Tensor& tensor) {
+    return tensor.defined() && tensor.has_storage() ? tensor.storage().data() : nullptr;
   }
 
   static void check_shared_weight(Target& target, const at::Tensor& mine, const Target& other,
@@ -385,22 +290,21 @@ class Selection {
   }
 
   std::vector<Layer> with_options() {
-    std::vector<bool> ranks(config_.rank_pattern().size()), alphas(config_.alpha_pattern().size());
-    const auto rank_expressions = compile_patterns(config_.rank_pattern());
-    const auto alpha_expressions = compile_patterns(config_.alpha_pattern());
+    Patterns ranks(config_.rank_pattern());
+    Patterns alphas(config_.alpha_pattern());
     std::vector<Layer> layers;
     for (auto& target : targets_) {
       const auto module = modules_.find(target.name);
       const auto& name = module == modules_.end() ? target.name : module->second;
       LoRAOptions options(config_);
-      options.rank(pattern_value(config_.rank_pattern(), rank_expressions, name, config_.rank(), ranks));
-      options.alpha(pattern_value(config_.alpha_pattern(), alpha_expressions, name, config_.alpha(), alphas));
+      options.rank(ranks.value(name, config_.rank()));
+      options.alpha(alphas.value(name, config_.alpha()));
       options.validate("lora::LoRAConfig");
       check_rank(target, options.rank());
       layers.push_back({target, options, name});
     }
-    check_patterns(config_.rank_pattern(), ranks, "rank_pattern");
-    check_patterns(config_.alpha_pattern(), alphas, "alpha_pattern");
+    for (const auto& pattern : ranks.unused()) check_matched(false, pattern, "rank_pattern");
+    for (const auto& pattern : alphas.unused()) check_matched(false, pattern, "alpha_pattern");
     return layers;
   }
 
@@ -411,27 +315,17 @@ class Selection {
                       "; rank_pattern gives a layer a rank of its own");
   }
 
-  template <class T>
-  void check_patterns(const std::vector<std::pair<std::string, T>>& patterns, const std::vector<bool>& used,
-                      const char* option) const {
-    for (size_t i = 0; i < patterns.size(); ++i) check_matched(used[i], patterns[i].first, option);
-  }
-
-  /// What a mistyped entry may have meant: the names and their last parts.
-  static std::vector<std::string> with_last_parts(std::vector<std::string> names) {
-    for (size_t i = 0, size = names.size(); i < size; ++i) names.push_back(names[i].substr(names[i].rfind('.') + 1));
-    return names;
-  }
-
   std::string numbers() const {
     std::vector<std::string> names;
     for (auto layer : present_layers_) names.push_back(std::to_string(layer));
     return list(names);
   }
 
-  const std::regex& target_regex(const std::string& pattern) {
-    if (!target_regex_) target_regex_ = compile(pattern, pattern);
-    return *target_regex_;
+  /// The same as `compile`, once for each pattern.
+  const std::regex& compiled(const std::string& pattern, const std::string& shown) {
+    auto found = expressions_.find(pattern);
+    if (found == expressions_.end()) found = expressions_.emplace(pattern, compile(pattern, shown)).first;
+    return found->second;
   }
 
   static constexpr const char* kTargetModules = "target_modules";
@@ -439,12 +333,11 @@ class Selection {
   const Model& model_;
   LoRAConfig config_;
   std::vector<ModelPart> parts_;
-  std::vector<std::string> adaptable_;  // names of what `parts_` have to adapt
   std::vector<Target> targets_;
   std::map<std::string, std::string> modules_;  // whose rank and alpha a target has that PEFT keeps inside of another
   std::set<std::string> taken_, matched_targets_, matched_excludes_;
   std::set<int64_t> present_layers_;
-  std::optional<std::regex> target_regex_;
+  std::map<std::string, std::regex> expressions_;
 };
 
 }  // namespace lora::detail

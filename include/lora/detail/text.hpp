@@ -22,6 +22,12 @@ inline bool is_or_ends_with(const std::string& name, const std::string& entry) {
   return name == entry || ends_with(name, "." + entry);
 }
 
+/// The name of the module that has a tensor; empty for the model itself.
+inline std::string owner_of(const std::string& tensor) {
+  const auto dot = tensor.rfind('.');
+  return dot == std::string::npos ? "" : tensor.substr(0, dot);
+}
+
 /// "a, b, c (+10 more)".
 inline std::string list(const std::vector<std::string>& names, size_t most = 6) {
   std::string text;
@@ -70,6 +76,12 @@ inline std::string did_you_mean(const std::string& word, const std::vector<std::
   return " did you mean " + text + "?";
 }
 
+/// What a mistyped entry may have meant: the names and their last parts.
+inline std::vector<std::string> with_last_parts(std::vector<std::string> names) {
+  for (size_t i = 0, size = names.size(); i < size; ++i) names.push_back(names[i].substr(names[i].rfind('.') + 1));
+  return names;
+}
+
 /// The number of brackets that are open at the deepest place of a pattern.
 inline size_t nesting(const std::string& pattern) {
   size_t open = 0, most = 0;
@@ -107,6 +119,11 @@ inline std::regex compile(const std::string& pattern, const std::string& shown) 
     TORCH_CHECK_VALUE(false, "lora::LoRAConfig: \"", shown,
                       "\" is not a regular expression (ECMAScript): ", error.what());
   }
+}
+
+/// A regular expression that matches `text` and nothing else.
+inline std::string escaped(const std::string& text) {
+  return std::regex_replace(text, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
 }
 
 }  // namespace lora::detail
