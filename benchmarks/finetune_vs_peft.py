@@ -2,7 +2,8 @@
 
 python finetune_vs_peft.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--steps N] [--threads N] [--seed N]
 
-Without options it takes what `sh examples/finetune_gpt/run.sh` has left in build/, and needs the Python of build/venv.
+Without options it takes what `sh tests/run.sh` and `sh examples/finetune_gpt/run.sh` have left in build/, and needs
+the Python of build/venv.
 
 The default run (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj) with finetune_gpt, then in peft, each
 in a process of its own, from the same initial tensors, batches and learning rates. Prints the losses side by side, and

@@ -63,6 +63,9 @@ def main():
     warnings.simplefilter("ignore")
     if options.in_peft:
         return load_in_peft(options.model, options.in_peft, options.count)
+    for path in [options.programs / "load_adapter", options.model]:
+        if not path.exists():
+            sys.exit(f"error: {path} is missing; sh tests/run.sh makes it")
     with tempfile.TemporaryDirectory(prefix="lora_load_") as folder:
         make_adapter(options.model, folder)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())

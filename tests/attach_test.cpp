@@ -193,20 +193,13 @@ TEST_CASE("Encoders and decoders of LibTorch are adapted in every layer, trained
 
 TEST_CASE("The embedding that a head is tied to keeps its values, merged or not, and what is saved is what runs") {
   torch::manual_seed(0);
-  struct NetImpl : torch::nn::Module {
-    NetImpl() { head->weight = tokens->weight; }
-    torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids)); }
-    torch::nn::Embedding tokens = register_module("tokens", torch::nn::Embedding(10, 4));
-    torch::nn::Linear head = register_module("head", torch::nn::Linear(torch::nn::LinearOptions(4, 10).bias(false)));
-  };
-  auto model = std::make_shared<NetImpl>();
-  model->to(testing::device());
+  testing::Tied model;
   auto ids = torch::randint(10, {2, 3}, testing::on_device(torch::kLong));
   auto table = model->tokens->weight.clone();
   auto registered = model->head->named_parameters()["weight"].clone();
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"head"}));
   testing::randomize(adapters.parameters());
-  auto expected = model->tokens(ids).matmul((table + adapters.delta("default", "head")).t());
+  auto expected = model->tokens(ids).tanh().matmul((table + adapters.delta("default", "head")).t());
   {
     auto active = adapters.activate();
     CHECK(testing::distance(model->forward(ids), expected) < 1e-5);

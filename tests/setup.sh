@@ -1,5 +1,5 @@
-# Read by tests/run.sh and examples/finetune_gpt/run.sh, from the project's root: whatever the project needs and this
-# machine lacks. What is there already is used, so a second run has nothing to do.
+# Read by every script here, from the project's root: whatever the project needs and this machine lacks. What is there
+# already is used, so a second run has nothing to do.
 #
 #   install_packages [only PACKAGE...]
 #                       Debian packages, when root; without root their names are printed and the script ends. Of

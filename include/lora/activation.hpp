@@ -52,33 +52,34 @@ class LayerHandler final : public WeightHandler {
   at::Tensor weight_;  // as it was when the scope opened
 };
 
-/// A tensor of the model and what stands in for it in a scope: the copy of it that an adapter trains.
+/// What stands in for a tensor of the model in a scope: the copy of it that an adapter trains.
 struct Replacement {
-  at::Tensor original;
-  Use use;
+  Use use;  // which uses of the tensor are meant
   std::function<at::Tensor(const at::Tensor& original)> substitute;
 };
+
+using ReplacementTable = StorageTable<Replacement>;
 
 /// The scope of one `Adapters::activate`.
 class AdapterScope final : public Scope {
  public:
   AdapterScope(std::shared_ptr<Usage> usage, const std::vector<std::shared_ptr<AdaptedLayer>>& layers,
-               const std::vector<std::string>& adapters, std::vector<Replacement> replacements)
+               const std::vector<std::string>& adapters, ReplacementTable replacements)
       : usage_(std::move(usage)), replacements_(std::move(replacements)) {
     for (const auto& layer : layers) {
       const auto on_it = [&](const std::string& name) { return layer->target.site->contains(name); };
       if (std::none_of(adapters.begin(), adapters.end(), on_it)) continue;
       handlers_.push_back(std::make_unique<LayerHandler>(layer, adapters));
-      weights_.add(handlers_.back()->weight(), *handlers_.back());
+      weights_.add(handlers_.back()->weight(), handlers_.back().get());
     }
   }
 
   const void* owner() const override { return usage_.get(); }
   const WeightTable& weights() const override { return weights_; }
-  bool observes() const override { return usage_->is_watching() || !replacements_.empty(); }
+  bool observes() const override { return usage_->is_watching() || !replacements_.is_empty(); }
 
   void run(const c10::OperatorHandle& op, torch::jit::Stack& stack, const std::function<void()>& run) override {
-    if (!replacements_.empty()) replace(op, stack);
+    if (!replacements_.is_empty()) replace(op, stack);
     if (!usage_->is_watching()) return run();
     const auto used = is_in_backward() ? std::vector<AdaptedLayer*>() : used_by(op, stack);
     usage_->watch(op, stack, used, run);
@@ -103,13 +104,14 @@ class AdapterScope final : public Scope {
     if (is_in_backward()) return;
     const bool is_lookup = op.operator_name().name.rfind("aten::embedding", 0) == 0;
     for_each_operand(op, stack, [&](const at::Tensor& operand) {
-      if (!operand.defined() || !operand.has_storage()) return operand;
-      for (const auto& [original, use, substitute] : replacements_) {
-        if (!operand.is_alias_of(original) || !part_of(original, operand)) continue;
-        if (overlap(use, is_lookup ? Use::kLookup : Use::kProduct))
-          return same_part(substitute(original), original, operand);
-      }
-      return operand;
+      at::Tensor replaced;
+      replacements_.for_each_in_storage_of(operand, [&](const ReplacementTable::Entry& entry) {
+        const auto& [use, substitute] = entry.value;
+        const bool is_meant = overlap(use, is_lookup ? Use::kLookup : Use::kProduct);
+        if (!replaced.defined() && is_meant && part_of(entry.tensor, operand))
+          replaced = same_part(substitute(entry.tensor), entry.tensor, operand);
+      });
+      return replaced.defined() ? replaced : operand;
     });
   }
 
@@ -124,7 +126,7 @@ class AdapterScope final : public Scope {
     std::vector<AdaptedLayer*> used;
     for_each_operand(op, stack, [&](const at::Tensor& operand) {
       weights_.for_each_in_storage_of(operand, [&](const WeightTable::Entry& entry) {
-        if (part_of(entry.weight, operand)) used.push_back(&static_cast<LayerHandler*>(entry.handler)->layer());
+        if (part_of(entry.tensor, operand)) used.push_back(&static_cast<LayerHandler*>(entry.value)->layer());
       });
       return operand;
     });
@@ -132,7 +134,7 @@ class AdapterScope final : public Scope {
   }
 
   std::shared_ptr<Usage> usage_;
-  std::vector<Replacement> replacements_;
+  ReplacementTable replacements_;
   std::vector<std::unique_ptr<LayerHandler>> handlers_;
   WeightTable weights_;
 };

@@ -154,11 +154,11 @@ class Adapters {
                 "\" is merged, and the two would add up; unmerge it first");
     check_devices(known(adapter));
     const std::vector<std::string> names{adapter};
-    std::vector<detail::Replacement> replacements;
+    detail::ReplacementTable replacements;
     if (!is_merged()) {
       for (const auto& full : full_[adapter])
-        replacements.push_back({full.place.slot->read(), full.place.use,
-                                [full](const at::Tensor& original) { return full.substitute(original); }});
+        replacements.add(full.place.slot->read(),
+                         {full.place.use, [full](const at::Tensor& original) { return full.substitute(original); }});
     }
     return Activation(
         std::make_shared<detail::AdapterScope>(usage_, layers_of(adapter), names, std::move(replacements)),

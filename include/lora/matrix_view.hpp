@@ -42,7 +42,7 @@ class MatrixView {
   /// The kernel (out, in / groups, ...) of a convolution, or (in, out / groups, ...) of a transposed one. Each group is
   /// a matrix of its own, and the rank is divided among them.
   static MatrixView kernel(at::IntArrayRef sizes, int64_t groups, bool is_transposed) {
-    at::DimVector split(sizes);
+    auto split = sizes.vec();
     split[0] /= groups;
     split.insert(split.begin(), groups);
     auto order = identity(split.size());

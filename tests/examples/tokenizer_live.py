@@ -1,6 +1,6 @@
 """Compares the ids of examples/finetune_gpt/tokenizer.hpp with those of the Python package `tokenizers`.
 
-    tokenizer_live.py --program build/tests/tokenize_lines [--lines 100000] [tokenizer.json ...]
+    tokenizer_live.py --program build/cmake/programs/tokenize_lines [--lines 100000] [tokenizer.json ...]
 
 Without a tokenizer.json it trains three on the spot (the styles of GPT-2, SmolLM2 and Llama 3) and changes copies of
 them (other patterns, ways to split, flags of added tokens, missing bytes), which are compared with fewer lines. The

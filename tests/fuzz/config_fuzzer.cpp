@@ -1,5 +1,5 @@
 // Any bytes as an adapter_config.json: either a CheckpointError, or a configuration that is the same after it was
-// written and read again, and that a model can be asked for, which either has what it names or is an error.
+// written and read again. A model is asked for it, too: what comes of that is for other tests, memory is for this one.
 #include <lora/adapters.hpp>
 #include <lora/peft/config.hpp>
 #include <torch/nn/modules/container/modulelist.h>

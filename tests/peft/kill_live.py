@@ -109,7 +109,8 @@ def kill_two(saver, rng, kills, duration):
 def fill_disk(program, folder):
     """In a file system of its own with room for three small adapters, most of it taken by another file."""
     script = f"""
-        mount -t tmpfs -o size=64k tmpfs '{folder}' && '{program}' '{folder}/adapter' 7 || exit 77
+        mount -t tmpfs -o size=64k tmpfs '{folder}' || exit 77
+        '{program}' '{folder}/adapter' 7 || exit 79
         head -c 100k /dev/zero > '{folder}/rest' 2> /dev/null
         '{program}' '{folder}/adapter' 8 && exit 78
         ls -A '{folder}/adapter' && cat '{folder}/adapter/adapter_config.json'"""

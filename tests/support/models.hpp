@@ -34,6 +34,18 @@ struct StackImpl : torch::nn::Module {
 };
 TORCH_MODULE(Stack);
 
+/// An embedding of ten entries and a head that is tied to it.
+struct TiedImpl : torch::nn::Module {
+  TiedImpl() {
+    head->weight = tokens->weight;
+    to(device());
+  }
+  torch::Tensor forward(const torch::Tensor& ids) { return head(tokens(ids).tanh()); }
+  torch::nn::Embedding tokens = register_module("tokens", torch::nn::Embedding(10, 4));
+  torch::nn::Linear head = register_module("head", torch::nn::Linear(torch::nn::LinearOptions(4, 10).bias(false)));
+};
+TORCH_MODULE(Tied);
+
 /// Fills every tensor with small random numbers, so that no update is zero.
 inline void randomize(const std::vector<torch::Tensor>& tensors, double deviation = 0.2) {
   torch::NoGradGuard no_grad;

@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 // Which operands of an operator are adapted weights, and which part of them. A weight is known by the memory it lies
@@ -144,27 +145,30 @@ class Matches : public std::vector<Match> {
   }
 };
 
-/// The weights of one scope, found by the memory they lie in.
-class WeightTable {
+/// Tensors of a scope, each with what is to be done where it is used, found by the memory they lie in.
+template <class Value>
+class StorageTable {
  public:
   struct Entry {
-    at::Tensor weight;
+    at::Tensor tensor;
     c10::Storage storage;  // kept alive, so that no other tensor gets its address while the table lives
-    WeightHandler* handler;
+    Value value;
   };
 
-  void add(const at::Tensor& weight, WeightHandler& handler) {
-    if (weight.has_storage()) entries_[key(weight)].push_back({weight, weight.storage(), &handler});
+  void add(const at::Tensor& tensor, Value value) {
+    if (tensor.has_storage()) entries_[key(tensor)].push_back({tensor, tensor.storage(), std::move(value)});
   }
 
-  /// Calls `visit(entry)` for every weight in the storage of `operand`.
+  bool is_empty() const { return entries_.empty(); }
+
+  /// Calls `visit(entry)` for every tensor in the storage of `operand`.
   template <class Visit>
   void for_each_in_storage_of(const at::Tensor& operand, const Visit& visit) const {
     if (!operand.defined() || !operand.has_storage()) return;
     const auto found = entries_.find(key(operand));
     if (found == entries_.end()) return;
     for (const auto& entry : found->second) {
-      if (entry.weight.is_alias_of(operand)) visit(entry);  // else moved elsewhere since the scope opened
+      if (entry.tensor.is_alias_of(operand)) visit(entry);  // else moved elsewhere since the scope opened
     }
   }
 
@@ -175,6 +179,9 @@ class WeightTable {
 
   std::unordered_map<const void*, std::vector<Entry>> entries_;
 };
+
+/// The adapted weights of a scope.
+using WeightTable = StorageTable<WeightHandler*>;
 
 /// What a scope brings into effect. It is shared by the threads it is carried to, and not changed while it is active.
 class Scope {
@@ -208,9 +215,9 @@ inline Matches find_matches(const at::Tensor& operand, Use use, bool in_backward
   if (active == nullptr) return matches;
   for (const auto& scope : active->effective()) {
     scope->weights().for_each_in_storage_of(operand, [&](const WeightTable::Entry& entry) {
-      if (!entry.handler->accepts(use)) return;
+      if (!entry.value->accepts(use)) return;
       if (!in_backward_too && scope->backward_pass != torch::autograd::get_current_graph_task_id()) return;
-      if (const auto part = part_of(entry.weight, operand)) matches.push_back({entry.weight, entry.handler, *part});
+      if (const auto part = part_of(entry.tensor, operand)) matches.push_back({entry.tensor, entry.value, *part});
     });
   }
   return matches;
