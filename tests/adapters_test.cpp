@@ -1,6 +1,7 @@
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
+#include <lora/peft/checkpoint.hpp>
 
 using lora::LoRAConfig;
 
@@ -91,9 +92,27 @@ TEST_CASE("Moved adapters keep everything, and outlive their model") {
   model = nullptr;
   CHECK(torch::equal(moved.delta("default", "layers.0.q_proj"), delta));
   CHECK_THROWS_WITH(moved.add("late", kQueries), testing::contains("the model was destroyed"));
+  testing::TemporaryFolder folder;
+  moved.save(folder / "adapter");
+  CHECK(std::filesystem::exists(folder / "adapter" / "adapter_model.safetensors"));
+  CHECK_THROWS_WITH(moved.save_merged(folder / "merged"), testing::contains("the model was destroyed"));
+  CHECK_FALSE(std::filesystem::exists(folder / "merged"));
   moved.merge();
   moved.unmerge();
   moved.detach();
+}
+
+TEST_CASE("Modules that are trained in full live as long as their adapters") {
+  testing::Stack model(1);
+  auto adapters = lora::attach(*model, LoRAConfig(2).target_modules({"q_proj"}).modules_to_save({"lm_head"}));
+  const std::weak_ptr<torch::nn::Module> head = model->lm_head.ptr();
+  model = nullptr;
+  CHECK_FALSE(head.expired());
+  adapters.merge();
+  adapters.unmerge();
+  CHECK_THROWS_WITH(adapters.save("nowhere"), testing::contains("the model was destroyed"));
+  adapters.detach();
+  CHECK(head.expired());
 }
 
 TEST_CASE("Errors say what there is, and change nothing") {

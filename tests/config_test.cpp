@@ -13,6 +13,12 @@ Names targets(const LoRAConfig& config) {
   return lora::attach(*model, config).targets();
 }
 
+std::string repeated(const std::string& text, int count) {
+  std::string all;
+  for (int i = 0; i < count; ++i) all += text;
+  return all;
+}
+
 std::string error(const LoRAConfig& config) {
   testing::Stack model;
   auto text = testing::error_of([&] { lora::attach(*model, config); });
@@ -82,6 +88,8 @@ TEST_CASE("What matches nothing is an error that names it, the nearest names and
        "may have 10000 characters, 200 brackets in each other and numbers of 9 digits, but \"" + std::string(60, '(') +
            "...\" has 402, 201 and 0"},
       {LoRAConfig(2).target_modules(lora::regex(std::string(10001, 'a'))), "...\" has 10001, 0 and 0"},
+      {LoRAConfig(2).target_modules(lora::regex(repeated("(\\)", 201) + std::string(201, ')'))), "has 804, 201 and 0"},
+      {LoRAConfig(2).target_modules(lora::regex(repeated("\\(", 300))), "no module matches the regular expression"},
       {LoRAConfig(2).target_modules(lora::regex("a{2,1234567890}\\1")), "...\" has 17, 0 and 10"},
       {LoRAConfig(2).target_modules(lora::regex("(a)\\12345678901")), "...\" has 15, 1 and 11"},
       {LoRAConfig(2).target_modules({"q_proj"}).rank_pattern({{std::string(100000, '['), 3}}), "has 100009, 1 and 0"},

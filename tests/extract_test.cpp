@@ -195,6 +195,20 @@ TEST_CASE("What an adapter cannot hold is named, or taken over in full") {
   }
 }
 
+TEST_CASE("A change of parts that are not adapted is missing in the energy, and named") {
+  torch::manual_seed(4);
+  torch::nn::Sequential base(torch::nn::Linear(4, 6)), tuned(torch::nn::Linear(4, 6));
+  base->to(testing::device());
+  tuned->to(testing::device());
+  const auto config = LoRAConfig(2).target_modules({"0"}).fused({{"0", {2, 2, 2}, {true, false, true}}});
+  lora::ExtractReport report;
+  auto adapters = lora::extract(*base, *tuned, config, {}, &report);
+  const auto difference = tuned->named_parameters()["0.weight"] - base->named_parameters()["0.weight"];
+  const auto share = 1 - energy(difference.narrow(0, 2, 2)) / energy(difference);
+  CHECK(report.layers[0].energy == testing::Approx(share).epsilon(1e-4));
+  CHECK(report.left_out == std::vector<std::string>{"0.weight", "0.bias"});
+}
+
 TEST_CASE("What cannot be extracted is an error that says why, and leaves the model alone") {
   using Tensors = std::map<std::string, torch::Tensor>;
   struct Row {
@@ -220,6 +234,11 @@ TEST_CASE("What cannot be extracted is an error that says why, and leaves the mo
        {},
        "\"0.weight\" is [5, 6] in the model, but [5, 7] in the fine-tuned one"},
       {[](Tensors& t) { t["0.weight"] = t["0.weight"] / 0; }, pair.config(2), {}, "\"0.weight\" is not finite"},
+      {[](Tensors& t) { t["0.bias"] = t["0.bias"] / 0; },
+       pair.config(2).bias(lora::Bias::kAll),
+       {},
+       "\"0.bias\" is not finite"},
+      {nothing, pair.config(2).alpha(0), {}, "alpha is 0"},
       {nothing, pair.config(2).method(lora::DoRA()), {}, "extracted as LowRank, not as DoRA"},
       {nothing, pair.config(2), ExtractOptions().energy(0), "energy has to be in (0, 1], but got 0"},
       {nothing, pair.config(2), ExtractOptions().energy(1.5), "energy has to be in (0, 1], but got 1.5"},

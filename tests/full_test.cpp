@@ -337,4 +337,58 @@ TEST_CASE("An adapter that is added while another one is merged begins with the 
   adapters.add("b", config().modules_to_save({"head"}));
   CHECK(torch::equal(adapters.named_parameters("b")["head.weight"], head));
   CHECK_FALSE(torch::equal(model->head->weight, head));
+  model->to(torch::kDouble);
+  adapters.add("c", config().modules_to_save({"head"}));
+  CHECK(torch::equal(adapters.named_parameters("c")["head.weight"], head.to(torch::kDouble)));
+}
+
+TEST_CASE("A module that the model has under two names is trained once; two modules with one tensor are refused") {
+  struct TwiceImpl : torch::nn::Module {
+    TwiceImpl() {
+      for (auto name : {"first", "second"}) register_module(name, twin);
+      register_module("body", body);
+      register_module("other", other);
+      to(testing::device());
+    }
+    torch::Tensor forward(const torch::Tensor& x) { return other(twin(twin(body(x)).tanh())); }
+    torch::nn::Linear body{5, 6}, twin{6, 6}, other{6, 6};
+  };
+  torch::manual_seed(0);
+  auto model = std::make_shared<TwiceImpl>();
+  const auto before = snapshot(*model);
+  auto x = torch::randn({3, 5}, testing::device());
+  auto adapters = lora::attach(*model, config().modules_to_save({"first", "second"}));
+  CHECK(adapters.full_tensors("default").size() == 2);
+  testing::randomize(adapters.parameters());
+  auto run = [&] {
+    auto active = adapters.activate();
+    return model->forward(x);
+  };
+  const auto adapted = run();
+  CHECK(testing::distance(adapted, model->forward(x)) > 0.01);
+  adapters.merge();
+  CHECK(testing::distance(model->forward(x), adapted) < 1e-5);
+  adapters.unmerge();
+  CHECK(is_untouched(*model, before));
+  adapters.detach();
+  model->other->weight = model->twin->weight;
+  CHECK_THROWS_WITH(lora::attach(*model, config().modules_to_save({"second", "other"})),
+                    testing::contains("first.weight\" and \"other.weight\" are one tensor") ||
+                        testing::contains("second.weight\" and \"other.weight\" are one tensor"));
+}
+
+TEST_CASE("What two adapters of one model trained in full is unmerged in the reverse order") {
+  torch::manual_seed(0);
+  Net model;
+  const auto before = snapshot(*model);
+  auto first = lora::attach(*model, config().modules_to_save({"head"}));
+  auto second = lora::attach(*model, lora::LoRAConfig(2).target_modules({"xhead"}).modules_to_save({"head"}));
+  testing::randomize(first.parameters());
+  testing::randomize(second.parameters());
+  first.merge();
+  second.merge();
+  CHECK_THROWS_WITH(first.unmerge(), testing::contains("head.weight was replaced after it was merged"));
+  second.unmerge();
+  first.unmerge();
+  CHECK(is_untouched(*model, before));
 }

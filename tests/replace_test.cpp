@@ -181,3 +181,23 @@ TEST_CASE("A written model with its adapters merged is a file of plain weights")
     if (!is_adapter) CHECK(testing::distance(written.at(item.key()), item.value()) == 0);
   }
 }
+
+TEST_CASE("Layers' own adapters stay what they are in a file with another one merged in") {
+  struct MixedImpl : torch::nn::Module {
+    MixedImpl() { to(testing::device()); }
+    lora::LoRALinear<> own = register_module("own", lora::LoRALinear<>(lora::LoRALinearOptions(4, 5, LoRAOptions(2))));
+    torch::nn::Linear stock = register_module("stock", torch::nn::Linear(5, 3));
+  };
+  torch::manual_seed(0);
+  testing::TemporaryFolder folder;
+  auto model = std::make_shared<MixedImpl>();
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"stock"}));
+  testing::randomize(adapters.parameters());
+  const auto expected = model->stock->weight + adapters.delta("default", "stock");
+  adapters.save_merged(folder / "merged.safetensors");
+  const auto written = lora::read_safetensors(folder / "merged.safetensors");
+  CHECK(written.size() == 6);
+  CHECK(testing::distance(written.at("stock.weight"), expected) < 1e-6);
+  for (const auto& item : model->own->named_parameters())
+    CHECK(written.at("own." + item.key()).equal(item.value().cpu()));
+}

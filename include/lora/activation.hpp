@@ -6,6 +6,7 @@
 #include <lora/detail/interception.hpp>
 #include <lora/detail/usage.hpp>
 
+#include <algorithm>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -83,7 +84,8 @@ class AdapterScope final : public Scope {
     if (!usage_->is_watching()) return run();
     const auto used = is_in_backward() ? std::vector<AdaptedLayer*>() : used_by(op, stack);
     usage_->watch(op, stack, used, run);
-    if (!used.empty() && unreached().empty()) usage_->stop_watching();
+    const auto is_reached = [](const auto& handler) { return handler->layer().uses > 0; };
+    if (!used.empty() && std::all_of(handlers_.begin(), handlers_.end(), is_reached)) usage_->stop_watching();
   }
 
   /// Names of the scope's layers that no pass has used so far.

@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -56,7 +57,7 @@ class Adapters {
     TORCH_CHECK(!configs_.contains(name), "lora::Adapters: there is an adapter \"", name, "\" already");
     check_addable(name, plan);
     freeze();
-    for (auto& layer : plan.layers) layer_for(layer.target).target.site->add(name, std::move(layer.method));
+    for (auto& layer : plan.layers) layer_for(layer.target, name).target.site->add(name, std::move(layer.method));
     configs_.insert(name, std::move(plan.config));
     full_.insert(name, std::move(plan.full));
   }
@@ -70,9 +71,8 @@ class Adapters {
 
   /// What `add` would add: the layers that `config` selects, with tensors that have no values yet.
   AdapterPlan plan(const LoRAConfig& config) const {
-    TORCH_CHECK(!model_->is_gone(), "lora::Adapters: the model was destroyed before its adapters");
     AdapterPlan plan{config, {}, {}};
-    detail::Selection selection(*model_, config);
+    detail::Selection selection(model(), config);
     for (auto& selected : selection.run()) {
       if (const auto layer = layer_named(selected.target.name)) take_known(selected.target, layer->target);
       const auto weight = selected.target.slot->read();
@@ -171,17 +171,22 @@ class Adapters {
   void merge(const std::string& adapter) {
     TORCH_CHECK(!is_merged(), "lora::merge: the adapter \"", merged_, "\" is merged already; unmerge it first");
     check_devices(known(adapter));
-    check_finite(adapter);
+    auto replaced = replacements_of(adapter);
     detail::merge(targets_of(adapter), {adapter});
-    put_full(adapter);
+    put(std::move(replaced));
     merged_ = adapter;
   }
 
   /// Brings back the weights from before `merge`, bit by bit.
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: nothing is merged");
+    for (const auto& replaced : replaced_) {
+      TORCH_CHECK(
+          replaced.slot->holds(replaced.value), "lora::unmerge: ", replaced.name,
+          " was replaced after it was merged; undo that first (other adapters merged later are unmerged first)");
+    }
     detail::unmerge(targets_of(merged_));
-    for (const auto& [slot, handles] : replaced_) detail::put_back(*slot, handles);
+    for (const auto& replaced : replaced_) detail::put_back(*replaced.slot, replaced.former);
     replaced_.clear();
     merged_.clear();
   }
@@ -196,8 +201,9 @@ class Adapters {
                 "\" is merged already; unmerge it first");
     check_devices(known(adapter));
     const auto targets = targets_of(adapter);
+    std::vector<Replaced> replaced;
     if (!is_merged()) {
-      check_finite(adapter);
+      replaced = replacements_of(adapter);
       detail::check_mergeable(targets, {adapter});
     }
     thaw();  // first, since merged tensors take over whether the weights they replace are trainable
@@ -205,9 +211,9 @@ class Adapters {
       for (const auto& target : targets) target.site->keep_merged(*target.slot);
     } else {
       detail::merge_for_good(targets, {adapter});
-      put_full(adapter);
+      put(std::move(replaced));
     }
-    for (const auto& [slot, handles] : replaced_) slot->keep(handles);
+    for (const auto& tensor : replaced_) tensor.slot->keep(tensor.former);
     own_.clear();  // the layers' own adapters are in their weights now
     clear();
   }
@@ -271,12 +277,22 @@ class Adapters {
   void save_merged(const std::filesystem::path& file, const std::string& adapter);
 
  private:
+  /// A tensor of the model that what was trained in its place has replaced.
+  struct Replaced {
+    std::string name;
+    std::shared_ptr<detail::WeightSlot> slot;
+    detail::WeightSlot::Handles former;
+    at::Tensor value;
+  };
+
   /// The model's own tensor, also while another one is merged in its place.
   at::Tensor original_of(const ModelTensor& tensor) const {
-    for (size_t i = 0; i < replaced_.size(); ++i) {
-      if (full_[merged_][i].place.name == tensor.name) return replaced_[i].second.member;
+    const auto now = tensor.slot->read();
+    for (const auto& replaced : replaced_) {
+      if (replaced.slot->place() == tensor.slot->place())
+        return replaced.former.member.to(now.device(), now.scalar_type());
     }
-    return tensor.slot->read();
+    return now;
   }
 
   void freeze() {
@@ -325,7 +341,9 @@ class Adapters {
                 "lora::Adapters: \"", known.name,
                 "\" is adapted already, with other parts (`fused`) than are asked for; "
                 "all adapters of one layer have the same");
+    const auto file_name = std::move(selected.file_name);
     selected = known;
+    selected.file_name = file_name;
   }
 
   void check_addable(const std::string& name, const AdapterPlan& plan) const {
@@ -337,31 +355,40 @@ class Adapters {
     }
   }
 
-  void check_finite(const std::string& adapter) const {
+  /// What merging puts in the places of the tensors that an adapter trained in full. Throws when a value is not finite
+  /// or a tensor cannot be replaced.
+  std::vector<Replaced> replacements_of(const std::string& adapter) const {
+    at::NoGradGuard no_grad;
+    std::vector<Replaced> replaced;
     for (const auto& full : full_[adapter]) {
-      full.place.slot->check_replaceable(full.place.name);
-      const auto value = full.substitute(full.place.slot->read()).detach();
-      TORCH_CHECK(!value.is_floating_point() || at::isfinite(value).all().item<bool>(),
-                  "lora::merge: ", full.place.name, ": what was trained in its place is not finite (NaN or infinity); ",
-                  "nothing was merged");
+      const auto& [name, slot] = std::tie(full.place.name, full.place.slot);
+      slot->check_replaceable(name);
+      const auto value = full.substitute(slot->read()).detach().clone();
+      TORCH_CHECK(!value.is_floating_point() || at::isfinite(value).all().item<bool>(), "lora::merge: ", name,
+                  ": what was trained in its place is not finite (NaN or infinity); nothing was merged");
+      replaced.push_back({name, slot, slot->handles(), value});
     }
+    return replaced;
   }
 
   /// Puts what an adapter trained in full into the model.
-  void put_full(const std::string& adapter) {
-    for (const auto& full : full_[adapter]) {
-      replaced_.emplace_back(full.place.slot, full.place.slot->handles());
-      at::NoGradGuard no_grad;
-      const auto value = full.substitute(full.place.slot->read()).detach().clone();
-      full.place.slot->set({value, value});
-    }
+  void put(std::vector<Replaced> replaced) {
+    at::NoGradGuard no_grad;
+    for (const auto& tensor : replaced) tensor.slot->set({tensor.value, tensor.value});
+    replaced_ = std::move(replaced);
   }
 
-  /// The layer of an earlier adapter with that weight, or a new one.
-  AdaptedLayer& layer_for(const Target& target) {
-    if (const auto layer = layer_named(target.name)) return *layer;
-    layers_.push_back(std::make_shared<AdaptedLayer>(target));
-    return *layers_.back();
+  /// The layer of an earlier adapter with that weight, or a new one, for another adapter.
+  AdaptedLayer& layer_for(const Target& target, const std::string& adapter) {
+    auto layer = layer_named(target.name);
+    if (layer == nullptr) layer = layers_.emplace_back(std::make_shared<AdaptedLayer>(target));
+    layer->file_names[adapter] = target.file_name;
+    return *layer;
+  }
+
+  const Model& model() const {
+    TORCH_CHECK(!model_->is_gone(), "lora::Adapters: the model was destroyed before its adapters");
+    return *model_;
   }
 
   const std::string& known(const std::string& adapter) const {
@@ -405,7 +432,10 @@ class Adapters {
 
   std::vector<Target> targets_of(const std::string& adapter) const {
     std::vector<Target> targets;
-    for (const auto& layer : layers_of(adapter)) targets.push_back(layer->target);
+    for (const auto& layer : layers_of(adapter)) {
+      targets.push_back(layer->target);
+      targets.back().file_name = layer->file_names.at(adapter);
+    }
     return targets;
   }
 
@@ -443,9 +473,9 @@ class Adapters {
   detail::FrozenParameters frozen_;
   std::shared_ptr<const void> while_adapted_;
   torch::OrderedDict<std::string, std::vector<FullTensor>> full_{"Adapter"};
-  std::vector<std::pair<std::shared_ptr<detail::WeightSlot>, detail::WeightSlot::Handles>> replaced_;  // while merged
-  std::string own_;     // name of the adapter that is the layers' own, empty when there is none
-  std::string merged_;  // name of the merged adapter, empty when there is none
+  std::vector<Replaced> replaced_;  // while merged
+  std::string own_;                 // name of the adapter that is the layers' own, empty when there is none
+  std::string merged_;              // name of the merged adapter, empty when there is none
 };
 
 inline void Adapters::adopt() {
@@ -472,7 +502,7 @@ inline void Adapters::adopt() {
   }
   config.target_modules(names);
   frozen_.remember(*model_);
-  for (auto& target : found) layer_for(target);
+  for (auto& target : found) layer_for(target, "default");
   configs_.insert("default", std::move(config));
   full_.insert("default", {});
   own_ = "default";

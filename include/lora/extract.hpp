@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -47,9 +48,11 @@ class Extraction {
     TORCH_CHECK_VALUE(energy > 0 && energy <= 1, "lora::extract: energy has to be in (0, 1], but got ", energy);
   }
 
-  /// U, S and V^T of the difference of one layer's weights, without what an adapter does not take.
+  /// U, S and V^T of the difference of one layer's weights, without what an adapter does not take, and the energy of
+  /// all of the difference.
   struct Factors {
     at::Tensor u, s, v;
+    double total;
   };
 
   std::vector<Factors> factorize(const AdapterPlan& plan) {
@@ -94,18 +97,22 @@ class Extraction {
     held_.push_back(name);
     const auto type = adapter_dtype(weight.scalar_type());
     const auto difference = tuned(name, weight.sizes()).to(weight.device(), type) - weight.to(type);
-    TORCH_CHECK(at::isfinite(difference).all().item<bool>(), "lora::extract: \"", name,
-                "\" is not finite (NaN or infinity) in one of the two models");
-    auto [u, s, v] = at::linalg_svd(layer.target.site->view().matrix(difference), /*full_matrices=*/false);
+    check_finite(name, difference);
+    const auto& view = layer.target.site->view();
+    const auto matrix = view.matrix(difference);
+    const auto lost = energy(difference - view.weight(matrix));  // of parts that are not adapted
+    if (lost > 0) report_.left_out.push_back(name);
+    auto [u, s, v] = at::linalg_svd(matrix, /*full_matrices=*/false);
     const auto rank = options_.energy() ? enough_rank(s) : std::min(layer.method->options().rank(), s.size(-1));
-    return {u.narrow(-1, 0, rank).clone(), s, v.narrow(-2, 0, rank).clone()};
+    return {u.narrow(-1, 0, rank).clone(), s, v.narrow(-2, 0, rank).clone(), energy(s) + lost};
   }
 
   void fill(AdapterPlan::Layer& layer, const Factors& factors) {
-    const auto& [u, s, v] = factors;
+    const auto& [u, s, v, total] = factors;
     auto* method = dynamic_cast<MethodOf<LowRank>*>(layer.method.get());
     TORCH_CHECK(method != nullptr, "lora::extract: a difference of weights is extracted as LowRank, not as ",
                 layer.method->info().name);
+    TORCH_CHECK_VALUE(method->scaling() != 0, "lora::extract: alpha is 0, with which no adapter changes anything");
     auto &a = method->value.lora_A, &b = method->value.lora_B;
     const auto rank = std::min(a.size(-2), u.size(-1));  // further rows and columns stay zero
     a.zero_();
@@ -114,13 +121,13 @@ class Extraction {
     a.narrow(-2, 0, rank).copy_(v.narrow(-2, 0, rank));
     b.narrow(-1, 0, rank).copy_(u.narrow(-1, 0, rank) * kept.unsqueeze(-2) / method->scaling());
 
-    const auto total = energy(s);
     report_.layers.push_back({layer.target.name, method->options().rank(), total > 0 ? energy(kept) / total : 1});
   }
 
   void fill(FullTensor& full) {
     held_.push_back(full.place.name);
     const auto& wanted = tuned(full.place.name, full.value.sizes());
+    check_finite(full.place.name, wanted);
     if (full.scaling) {
       const auto type = full.value.options();
       full.value.copy_((wanted.to(type) - full.place.slot->read().to(type)) / *full.scaling);
@@ -129,9 +136,13 @@ class Extraction {
     }
   }
 
-  static double energy(const at::Tensor& singular_values) {
-    return singular_values.to(at::kDouble).square().sum().item<double>();
+  static void check_finite(const std::string& name, const at::Tensor& tensor) {
+    TORCH_CHECK(!tensor.is_floating_point() || at::isfinite(tensor).all().item<bool>(), "lora::extract: \"", name,
+                "\" is not finite (NaN or infinity) in one of the two models");
   }
+
+  /// That of a matrix, or the same from its singular values.
+  static double energy(const at::Tensor& values) { return values.to(at::kDouble).square().sum().item<double>(); }
 
   /// The smallest rank that keeps enough of the singular values.
   int64_t enough_rank(const at::Tensor& singular_values) const {

@@ -2,6 +2,7 @@
 
 #include <torch/nn/module.h>
 
+#include <lora/detail/text.hpp>
 #include <lora/layers/all.hpp>
 #include <lora/layers/parameter.hpp>
 
@@ -33,6 +34,7 @@ struct ModelTensor {
   std::shared_ptr<detail::WeightSlot> slot;
   detail::Use use = detail::Use::kAny;  ///< which uses of it are those of its module
   bool is_buffer = false;
+  std::shared_ptr<const void> owner = nullptr;  ///< keeps the module alive that has it, where something can
 };
 
 /// What `Adapters` have to know of a model, whatever it is written with.
@@ -91,6 +93,7 @@ class ModuleModel final : public Model {
       const auto known = owner == model_ ? std::vector<Target>() : adaptable_weights(name, owner->shared_from_this());
       for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
         ModelTensor tensor{prefix + parameter.key(), std::make_shared<detail::ParameterSlot>(module, parameter.key())};
+        tensor.owner = module.weak_from_this().lock();
         for (const auto& target : known) {
           if (!target.slot->handles().registered.is_same(parameter.value())) continue;
           tensor.slot = target.slot;
@@ -107,10 +110,9 @@ class ModuleModel final : public Model {
   }
 
   Target parameter_target(const std::string& name) const override {
-    const auto dot = name.rfind('.');
-    const auto owner = dot == std::string::npos ? std::string() : name.substr(0, dot);
+    const auto owner = detail::owner_of(name);
     for (const auto& [module_name, module] : modules()) {
-      if (module_name == owner) return parameter_of(*module, name, name.substr(dot + 1));
+      if (module_name == owner) return parameter_of(*module, name, name.substr(owner.empty() ? 0 : owner.size() + 1));
     }
     TORCH_CHECK(false, "lora::attach: no module has the parameter \"", name, "\"");
   }
@@ -139,7 +141,7 @@ class ModuleModel final : public Model {
     return {name,
             name,
             "Parameter",
-            [module = &module] { return module->is_training(); },
+            [module = &module, alive = module.weak_from_this().lock()] { return module->is_training(); },
             std::move(slot),
             std::make_shared<Site>(std::move(view)),
             detail::Use::kAny};

@@ -129,8 +129,11 @@ class Site {
     merged_.reset();
   }
 
-  /// The weight as it is without any merged update.
-  at::Tensor pristine(const detail::WeightSlot& slot) const { return merged_ ? merged_->pristine.member : slot.read(); }
+  /// The weight as it is without any merged update, also of a model that was moved since it was merged.
+  at::Tensor pristine(const detail::WeightSlot& slot) const {
+    const auto weight = slot.read();
+    return merged_ ? merged_->pristine.member.to(weight.device(), weight.scalar_type()) : weight;
+  }
 
   /// Takes over from `other` that the weight in `slot`, a copy of the other's, is a merged one.
   void copy_merged(const Site& other, const detail::WeightSlot& slot) {

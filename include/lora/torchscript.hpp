@@ -61,11 +61,10 @@ class ScriptModel final : public Model {
   }
 
   Target parameter_target(const std::string& name) const override {
-    const auto dot = name.rfind('.');
-    const auto owner = dot == std::string::npos ? std::string() : name.substr(0, dot);
+    const auto owner = detail::owner_of(name);
     for (const auto& item : model_.named_modules()) {
       if (item.name != owner) continue;
-      const auto attribute = name.substr(dot + 1);
+      const auto attribute = name.substr(owner.empty() ? 0 : owner.size() + 1);
       const auto view = layers::parameter_view(name, item.value.attr(attribute).toTensor());
       return detail::ScriptModule(model_, owner, item.value).parameter(attribute, name, view, detail::Use::kAny);
     }

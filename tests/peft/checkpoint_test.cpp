@@ -539,3 +539,42 @@ TEST_CASE("PEFT saves every module whose name ends in the letters of an entry", 
   CHECK(loaded.config("default").modules_to_save() == std::vector<std::string>{"head", "pre_head"});
   CHECK(loaded.named_parameters().contains("pre_head.bias"));
 }
+
+TEST_CASE("each adapter is written as if it were alone, whatever the others adapt", "[peft_checkpoint]") {
+  struct NetImpl : torch::nn::Module {
+    NetImpl() { to(testing::device()); }
+    torch::nn::MultiheadAttention attention = register_module("attention", torch::nn::MultiheadAttention(4, 2));
+  };
+  torch::manual_seed(0);
+  auto model = std::make_shared<NetImpl>();
+  lora::Adapters adapters(*model);
+  adapters.add("inside", LoRAConfig(2).target_modules({"out_proj"}));
+  adapters.add("whole", LoRAConfig(3).target_modules({"attention"}));
+  for (const auto& parameter : adapters.parameters()) torch::nn::init::normal_(parameter);
+  for (const std::string name : {"inside", "whole"}) {
+    testing::TemporaryFolder folder;
+    adapters.save(folder.path(), name);
+    adapters.load("again_" + name, folder.path());
+    auto other = std::make_shared<NetImpl>();
+    auto loaded = load_adapter(*other, folder.path()).named_parameters();
+    CHECK(loaded.size() == (name == "inside" ? 2 : 4));
+    for (const auto& item : loaded) CHECK(item.value().equal(adapters.named_parameters(name)[item.key()]));
+  }
+}
+
+TEST_CASE("an adapted layer may end in the letters of a module that is saved", "[peft_checkpoint]") {
+  struct NetImpl : torch::nn::Module {
+    NetImpl() { to(testing::device()); }
+    torch::nn::Linear pre_head = register_module("pre_head", torch::nn::Linear(4, 5));
+    torch::nn::Linear head = register_module("head", torch::nn::Linear(5, 3));
+  };
+  auto model = std::make_shared<NetImpl>(), other = std::make_shared<NetImpl>();
+  testing::TemporaryFolder folder;
+  auto adapters = lora::attach(*model, LoRAConfig(2).target_modules({"pre_head"}).modules_to_save({"head"}));
+  for (const auto& parameter : adapters.parameters()) torch::nn::init::normal_(parameter);
+  adapters.save(folder.path());
+  CHECK(read_safetensors(folder / "adapter_model.safetensors").size() == 4);
+  auto loaded = load_adapter(*other, folder.path()).named_parameters();
+  CHECK(loaded.keys() == adapters.named_parameters().keys());
+  for (const auto& item : loaded) CHECK(item.value().equal(adapters.named_parameters()[item.key()]));
+}

@@ -192,6 +192,8 @@ TEST_CASE("read_adapter_config takes PEFT's defaults and all its spellings", "[p
   CHECK(file.with(R"("r": 4.0, "lora_alpha": 5.65)").rank() == 4);
   CHECK(file.with(R"("layers_to_transform": 3)").layers_to_transform() == std::vector<int64_t>{3});
   CHECK(file.with(R"("layers_pattern": "h")").layers_pattern() == std::vector<std::string>{"h"});
+  CHECK(file.with(R"("init_lora_weights": "gaussian")").init() == lora::Init::kGaussian);
+  CHECK(file.with(R"("init_lora_weights": "gaussian", "lora_bias": true)").init() == lora::Init::kKaiming);
   CHECK(file.with(R"("use_dora": false, "r": null)").method().info().name == "LowRank");
   const auto init = GENERATE("true", "false", "\"eva\"", "\"orthogonal\"", "\"mica\"");
   CHECK(file.with(std::string("\"init_lora_weights\":") + init).init() == lora::Init::kKaiming);

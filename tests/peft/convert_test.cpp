@@ -112,6 +112,12 @@ TEST_CASE("Two adapters that do not belong together are not converted, and nothi
          for (auto name : {"start", "trained"}) f.change(name, [](Json& json) { json["r"] = "two"; });
        },
        "has \"two\" where a number has to be"},
+      {[](auto& f) {
+         for (auto name : {"start", "trained"}) f.change(name, [](Json& json) { json["peft_type"] = "LOHA"; });
+       },
+       "peft_type is \"LOHA\", not \"LORA\""},
+      {[](auto& f) { f.change("trained", [](Json& json) { json["init_lora_weights"] = "loftq"; }); },
+       "init_lora_weights is \"loftq\""},
       {[](auto& f) { write(f.folder / "trained" / kConfig, Json::array()); }, "has to hold an object"},
       {[](auto& f) { std::filesystem::remove(f.folder / "start" / kTensors); }, kTensors},
       {[&](auto& f) { f.replace("start", layer + "lora_A.weight", {}); }, "lacks \"base_model.model.0.lora_A.weight\""},

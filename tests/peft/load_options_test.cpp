@@ -172,6 +172,9 @@ TEST_CASE("key_mapping finds modules that were trained in full, and parameters")
   config.modules_to_save({"missing"});
   lora::write_adapter_config(folder / "adapter_config.json", config);
   CHECK_THROWS_WITH(lora::load_adapter(*here, folder.path(), options), contains("\"missing\" of modules_to_save"));
+  config.target_parameters({"up"});
+  lora::write_adapter_config(folder / "adapter_config.json", config);
+  CHECK_THROWS_WITH(lora::load_adapter(*here, folder.path(), options), contains("target_parameters has \"up\""));
 }
 
 TEST_CASE("Tensors take the type of an attached adapter, that of the file, or the one asked for") {

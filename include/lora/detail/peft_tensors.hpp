@@ -74,6 +74,7 @@ class PeftTensors {
     auto saved = config.modules_to_save();
     for (const auto& [key, tensor] : content_) {
       const auto name = saved_by_peft(config, owner_of(key));
+      if (is_adapted(name)) continue;
       const auto means = [&](const std::string& entry) { return is_or_ends_with(name, entry); };
       if (!name.empty() && std::none_of(saved.begin(), saved.end(), means)) saved.push_back(name);
     }
@@ -98,11 +99,21 @@ class PeftTensors {
   }
 
  private:
+  /// Whether the file has an adapter of the module `name`.
+  bool is_adapted(const std::string& name) const {
+    const auto first = name + ".lora_";
+    const auto found = content_.lower_bound(first);
+    return found != content_.end() && found->first.compare(0, first.size(), first) == 0;
+  }
+
   /// What is adapted, under its names here and in the file, where parameters are named after their modules. An entry of
   /// target_parameters of which the file has nothing stays as it is, and is an error later.
   std::map<std::string, std::string> layers_and_parameters(const LoRAConfig& config) const {
     auto names = layers_;
     for (const auto& entry : config.target_parameters()) {
+      if (owner_of(entry).empty())
+        throw CheckpointError(path_, "target_parameters has \"", entry, "\", of which key_mapping cannot tell the ",
+                              "module; name that, too: \"experts.", entry, "\"");
       const auto parameter = entry.substr(owner_of(entry).size());  // ".weight"
       bool found = false;
       for (const auto& [name, python_name] : layers_) {

@@ -37,6 +37,11 @@ class ScriptSlot final : public WeightSlot {
 
   at::Tensor read() const override { return module_.attr(attribute_).toTensor(); }
   Handles handles() const override { return {read(), read()}; }
+  const void* place() const override {
+    if (everywhere_) return read().unsafeGetTensorImpl();
+    const auto object = module_._ivalue();
+    return &object->slots()[object->type()->getAttributeSlot(attribute_)];
+  }
 
   void set(const Handles& handles) const override {
     const auto former = read();

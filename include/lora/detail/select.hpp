@@ -8,10 +8,15 @@
 #include <lora/layers/parts.hpp>
 #include <lora/model.hpp>
 
+#include <algorithm>
 #include <map>
+#include <memory>
 #include <numeric>
-#include <optional>
+#include <regex>
 #include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
 // The rules by which a configuration selects weights: those of PEFT's LoraConfig, with an error where an entry matches
 // nothing.

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lora::detail {
@@ -47,11 +48,11 @@ class FullSelection {
       if (!entry.empty()) {
         saved.insert(entry);
         check_layout(tensor, owner);
-        found.push_back({tensor, tensor.name});
+        take({tensor, tensor.name}, found);
       } else if (!tensor.is_buffer && is_trained_bias(tensor.name, owner)) {
-        found.push_back({tensor, file_name_of_bias(tensor.name, owner)});
+        take({tensor, file_name_of_bias(tensor.name, owner)}, found);
       } else if (config_.lora_bias() && tensor.name == owner + ".bias" && target_named(owner) != nullptr) {
-        found.push_back({tensor, target_named(owner)->file_name + ".lora_B.bias", owner});
+        take({tensor, target_named(owner)->file_name + ".lora_B.bias", owner}, found);
       }
     }
     check_biases(found);
@@ -64,6 +65,22 @@ class FullSelection {
   }
 
  private:
+  /// A module that the model has under several names is trained once, under its first name. Of two modules with one
+  /// tensor the uses could not be told apart.
+  static void take(Full full, std::vector<Full>& found) {
+    const auto tensor = full.tensor.slot->read();
+    for (const auto& [other, file_name, biased] : found) {
+      if (other.slot->place() == full.tensor.slot->place()) return;
+      const auto theirs = other.slot->read();
+      const bool is_shared = tensor.numel() > 0 && tensor.is_alias_of(theirs) &&
+                             tensor.storage_offset() == theirs.storage_offset() && overlap(other.use, full.tensor.use);
+      TORCH_CHECK(!is_shared, "lora::attach: \"", other.name, "\" and \"", full.tensor.name,
+                  "\" are one tensor, which cannot be trained in full in two places; ",
+                  "give one of the modules a copy of it first");
+    }
+    found.push_back(std::move(full));
+  }
+
   const Target* target_named(const std::string& name) const {
     const auto has_name = [&](const Target& target) { return target.name == name; };
     const auto found = std::find_if(targets_.begin(), targets_.end(), has_name);
@@ -101,7 +118,7 @@ class FullSelection {
     for (const auto& target : targets_) {
       const auto is_its = [&](const Full& item) { return item.biased == target.name; };
       TORCH_CHECK(std::any_of(full.begin(), full.end(), is_its), "lora::attach: lora_bias adds to the biases of the ",
-                  "adapted layers, but \"", target.name, "\" (", target.kind, ") has none");
+                  "adapted layers, but \"", target.name, "\" (", target.kind, ") has none named \"bias\"");
     }
   }
 

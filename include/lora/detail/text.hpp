@@ -86,7 +86,10 @@ inline std::vector<std::string> with_last_parts(std::vector<std::string> names) 
 inline size_t nesting(const std::string& pattern) {
   size_t open = 0, most = 0;
   for (size_t i = 0; i < pattern.size(); ++i) {
-    if (pattern[i] == '\\') ++i;
+    if (pattern[i] == '\\') {
+      ++i;  // what follows it is no bracket
+      continue;
+    }
     if (pattern[i] == '(') most = std::max(most, ++open);
     if (pattern[i] == ')' && open > 0) --open;
   }

@@ -23,6 +23,8 @@ struct AdaptedLayer {
   explicit AdaptedLayer(Target target) : target(std::move(target)) {}
 
   Target target;
+  std::map<std::string, std::string>
+      file_names;  ///< `Target::file_name` for each adapter: it depends on what else one adapts
   std::atomic<int64_t> uses{0};
 };
 

@@ -27,6 +27,8 @@ class WeightSlot {
   /// The weight that forward passes use.
   virtual at::Tensor read() const = 0;
   virtual Handles handles() const = 0;
+  /// What `set` changes: equal for two slots of one place.
+  virtual const void* place() const = 0;
   virtual void set(const Handles& handles) const = 0;
   /// Throws when forward passes would not see what is put here; `layer` is for the error.
   virtual void check_replaceable(const std::string& /*layer*/) const {}
@@ -46,6 +48,7 @@ class MemberSlot final : public WeightSlot {
 
   at::Tensor read() const override { return *member_; }
   Handles handles() const override { return {*member_, Registry::parameters(*module_)[parameter_]}; }
+  const void* place() const override { return member_; }
   void set(const Handles& handles) const override {
     *member_ = handles.member;
     Registry::parameters(*module_)[parameter_] = handles.registered;
@@ -69,6 +72,7 @@ class ParameterSlot final : public WeightSlot {
     const auto values = read().detach();  // another object over the same memory, which keeps it
     return {values, values};
   }
+  const void* place() const override { return read().unsafeGetTensorImpl(); }
   void set(const Handles& handles) const override { read().set_data(handles.member); }
   bool holds(const at::Tensor& weight) const override {
     const auto now = read();
@@ -89,6 +93,7 @@ class TensorSlot final : public WeightSlot {
 
   at::Tensor read() const override { return tensor_; }
   Handles handles() const override { return {tensor_.detach(), tensor_.detach()}; }
+  const void* place() const override { return tensor_.unsafeGetTensorImpl(); }
   void set(const Handles& handles) const override { tensor_.set_data(handles.member); }
   bool holds(const at::Tensor& /*weight*/) const override { return true; }
   void keep(const Handles& /*former*/) const override {}

@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -121,18 +122,23 @@ inline void Adapters::save(const std::filesystem::path& directory, const std::st
       tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item, stacked);
   }
   for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
-  for (const auto& tensor : model_->tensors()) {  // PEFT fails without those that only it saves
-    if (!detail::saved_by_peft(configs_[adapter], detail::owner_of(tensor.name)).empty())
-      tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
+  if (!configs_[adapter].modules_to_save().empty()) {
+    for (const auto& tensor : model().tensors()) {  // PEFT fails without those that only it saves
+      const auto owner = detail::owner_of(tensor.name);
+      const auto is_it = [&](const Target& target) { return target.name == owner; };
+      if (!detail::saved_by_peft(configs_[adapter], owner).empty() &&
+          std::none_of(targets.begin(), targets.end(), is_it))
+        tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
+    }
   }
   const auto written = detail::written_config(configs_[adapter], targets, adapter, stacked);
   const auto text = detail::PeftConfigWriter(directory / detail::kAdapterConfig, written).text();
   detail::write_adapter(directory, text, tensors);
 }
 
-/// Writes every parameter and buffer of the model under its name, with the only adapter merged in, as a safetensors
-/// file. It is what `merge` makes of the model, which is as before when the file is written; a forward pass on another
-/// thread meanwhile would see the merged weights.
+/// Writes every parameter and buffer of the model under its name, with the only adapter merged in (and without its
+/// tensors, where layers have it as their own), as a safetensors file. It is what `merge` makes of the model, which is
+/// as before when the file is written; a forward pass on another thread meanwhile would see the merged weights.
 ///
 /// Errors: those of `merge`; CheckpointError with the path and the reason of the operating system.
 inline void Adapters::save_merged(const std::filesystem::path& file) { save_merged(file, only()); }
@@ -142,11 +148,13 @@ inline void Adapters::save_merged(const std::filesystem::path& file, const std::
   std::optional<MergeGuard<Adapters>> merged;
   if (merged_ != known(adapter)) merged.emplace(*this, adapter);
   std::map<std::string, at::Tensor> tensors;
-  const auto adapters = detail::adapter_tensors(*model_);
-  for (const auto& tensor : model_->tensors()) {
+  std::set<const c10::TensorImpl*> merged_in;  // of layers that have the adapter as their own
+  for (const auto& target : targets_of(adapter)) {
+    for (const auto& item : target.site->at(adapter).tensors()) merged_in.insert(item.tensor->unsafeGetTensorImpl());
+  }
+  for (const auto& tensor : model().tensors()) {
     const auto value = tensor.slot->read();
-    const bool is_adapter = adapters.count(value.unsafeGetTensorImpl()) > 0;
-    if (value.defined() && !is_adapter) tensors.emplace(tensor.name, value);
+    if (value.defined() && merged_in.count(value.unsafeGetTensorImpl()) == 0) tensors.emplace(tensor.name, value);
   }
   write_safetensors(file, tensors);
 }

@@ -109,12 +109,13 @@ class PeftConfigReader {
   /// Every start that leaves the frozen weights alone is over once the adapter's tensors are loaded.
   Init read_init() const {
     const auto init = value("init_lora_weights");
-    if (init == "gaussian") return Init::kGaussian;
+    if (init == "gaussian") return flag("lora_bias") ? Init::kKaiming : Init::kGaussian;  // PEFT has no such pair
     const bool harmless = init.is_boolean() || init == "eva" || init == "orthogonal" || init == "mica";
     if (!harmless)
       fail("init_lora_weights", "is ", init.dump(),
            ", which means that training began by changing the frozen weights; ",
-           "convert the adapter to a plain one first (lora::subtract_start)");
+           init == "loftq" ? "it is only for the weights that were quantized then"
+                           : "convert the adapter to a plain one first (lora::subtract_start)");
     return Init::kKaiming;
   }
 

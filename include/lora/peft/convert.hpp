@@ -113,6 +113,10 @@ inline void subtract_start(const std::filesystem::path& trained_directory, const
       throw CheckpointError(config_path, name, " is ", trained.field(name).dump(), ", but ", start.field(name).dump(),
                             " at the start");
   }
+  if (trained.field("peft_type") != "LORA")
+    throw CheckpointError(config_path, "peft_type is ", trained.field("peft_type").dump(), ", not \"LORA\"");
+  if (trained.field("init_lora_weights") == "loftq")
+    throw CheckpointError(config_path, "init_lora_weights is \"loftq\": the frozen weights were quantized, too");
   for (const auto& method : all_methods()) {
     const std::string flag(method.info().peft_flag);
     if (!flag.empty() && trained.field(flag) == true)
