@@ -1,8 +1,8 @@
 #!/bin/sh
 # sh tests/sanitize.sh [address | thread] [REGEX]: builds the tests whose file names match REGEX (default: all) with
-# AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer, and runs them, on the CPU and, but for
-# ThreadSanitizer, on the second device; by clang where there is one, which takes half of g++'s time, unless CXX says otherwise. LibTorch itself is not
-# instrumented: what is looked at is this library and what it does with LibTorch's memory.
+# AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer, and runs them, with the former on the second
+# device, too; by clang where there is one, which takes half of g++'s time, unless CXX says otherwise. LibTorch itself is
+# not instrumented: what is looked at is this library and what it does with LibTorch's memory.
 #
 # Another compiler, standard or Catch2:
 #   CXX=clang++-14 CMAKE_ARGS="-DCMAKE_CXX_STANDARD=20 -DCatch2_DIR=DIR" sh tests/sanitize.sh

@@ -23,8 +23,8 @@ struct AdaptedLayer {
   explicit AdaptedLayer(Target target) : target(std::move(target)) {}
 
   Target target;
-  std::map<std::string, std::string>
-      file_names;  ///< `Target::file_name` for each adapter: it depends on what else one adapts
+  /// `Target::file_name` for each adapter, since it depends on what else that one adapts.
+  std::map<std::string, std::string> file_names;
   std::atomic<int64_t> uses{0};
 };
 
