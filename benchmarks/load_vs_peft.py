@@ -4,7 +4,7 @@ python load_vs_peft.py [--programs DIR] [--model DIR] [--count N] [--rounds N]
 
 A new adapter of 2 MB (rank 8 on q_proj and v_proj of SmolLM2-135M) is loaded into one model again and again, each time
 under another name. Processes of both take turns; the model is loaded, with one adapter, before the clock starts. Prints
-the medians, over the rounds, of the first and of the last load, and of all.
+the medians, over all rounds, of the first ten loads and of the last ten, and of all.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def times(command):
 
 
 def row(name, runs):
-    first, last = (statistics.median(run[i] for run in runs) for i in (0, -1))
+    first, last = (statistics.median(sum((run[part] for run in runs), [])) for part in (slice(10), slice(-10, None)))
     return f"{name:<12} {first:>8.2f} ms {last:>8.2f} ms {statistics.median(sum(runs, [])):>8.2f} ms"
 
 
@@ -75,7 +75,7 @@ def main():
             command = [sys.executable, __file__, "--in-peft", folder, "--model", options.model]
             there.append(times([*command, "--count", options.count]))
     print(f"an adapter of {size / 1e6:.2f} MB, {options.count} times, {options.rounds} rounds")
-    print(f"{'':<12} {'first':>11} {'last':>11} {'median':>11}")
+    print(f"{'':<12} {'first ten':>11} {'last ten':>11} {'all':>11}")
     print(row("here", here))
     print(row("peft", there))
 
