@@ -373,8 +373,7 @@ TEST_CASE("A module that the model has under two names is trained once; two modu
   adapters.detach();
   model->other->weight = model->twin->weight;
   CHECK_THROWS_WITH(lora::attach(*model, config().modules_to_save({"second", "other"})),
-                    testing::contains("first.weight\" and \"other.weight\" are one tensor") ||
-                        testing::contains("second.weight\" and \"other.weight\" are one tensor"));
+                    testing::contains("\"second.weight\" and \"other.weight\" are one tensor"));
 }
 
 TEST_CASE("What two adapters of one model trained in full is unmerged in the reverse order") {
