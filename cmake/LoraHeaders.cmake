@@ -1,21 +1,20 @@
 # Every header of the library, each under include/lora. The public ones are compiled alone by the test `headers`.
 set(LORA_PUBLIC_HEADERS
-  activation.hpp
-  adapter_plan.hpp
   adapters.hpp
   attach.hpp
   config.hpp
-  extract.hpp
   lora.hpp
-  matrix_view.hpp
-  merge.hpp
-  model.hpp
   options.hpp
-  replace.hpp
-  report.hpp
   site.hpp
-  torchscript.hpp
   version.hpp
+  adapter/activation.hpp
+  adapter/extract.hpp
+  adapter/merge.hpp
+  adapter/plan.hpp
+  adapter/report.hpp
+  files/error.hpp
+  files/pickled.hpp
+  files/safetensors.hpp
   layers/adaptable.hpp
   layers/all.hpp
   layers/attention.hpp
@@ -27,50 +26,51 @@ set(LORA_PUBLIC_HEADERS
   layers/recurrent.hpp
   layers/target.hpp
   method/all.hpp
+  method/contract.hpp
   method/dora.hpp
   method/low_rank.hpp
-  method/method.hpp
+  model/module_model.hpp
+  model/replace.hpp
+  model/script/model.hpp
   modules/adapted.hpp
   modules/attention.hpp
-  modules/attention_options.hpp
+  modules/attention/options.hpp
   modules/conv.hpp
   modules/embedding.hpp
   modules/linear.hpp
   peft/checkpoint.hpp
   peft/config.hpp
   peft/convert.hpp
-  peft/error.hpp
   peft/load_options.hpp
-  peft/pickled.hpp
-  peft/safetensors.hpp
+  weight/view.hpp
 )
 set(LORA_DETAIL_HEADERS
-  detail/atomic_file.hpp
-  detail/atomic_pair.hpp
-  detail/attention_mask.hpp
-  detail/descriptor.hpp
-  detail/fused_attention.hpp
-  detail/folder_lock.hpp
-  detail/frozen_parameters.hpp
-  detail/interception.hpp
-  detail/json.hpp
-  detail/mapped_file.hpp
-  detail/patterns.hpp
-  detail/peft_fields.hpp
-  detail/peft_tensors.hpp
-  detail/plain_execution.hpp
-  detail/safetensors_entries.hpp
-  detail/safetensors_header.hpp
-  detail/safetensors_types.hpp
-  detail/scopes.hpp
-  detail/script_module.hpp
-  detail/select.hpp
-  detail/select_full.hpp
-  detail/stacked.hpp
-  detail/text.hpp
-  detail/usage.hpp
-  detail/weight_slot.hpp
-  detail/weight_table.hpp
+  files/atomic_file.hpp
+  files/atomic_pair.hpp
+  files/descriptor.hpp
+  files/folder_lock.hpp
+  files/json.hpp
+  files/mapped_file.hpp
+  files/safetensors/entries.hpp
+  files/safetensors/header.hpp
+  files/safetensors/types.hpp
+  intercept/fused_attention.hpp
+  intercept/kernels.hpp
+  intercept/observe.hpp
+  intercept/scope.hpp
+  intercept/weight_table.hpp
+  model/frozen_parameters.hpp
+  model/script/module.hpp
+  model/script/plain_execution.hpp
+  modules/attention/mask.hpp
+  modules/attention/packed.hpp
+  peft/schema.hpp
+  peft/tensors.hpp
+  selection/full.hpp
+  selection/patterns.hpp
+  selection/selection.hpp
+  selection/text.hpp
+  weight/slot.hpp
 )
 
 # A header in the folder that is not in the lists would be missing from the installed package, so that is an error.

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include <lora/peft/safetensors.hpp>
+#include <lora/files/safetensors.hpp>
 
 #include "config.hpp"
 #include "model.hpp"

@@ -12,7 +12,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <lora/peft/error.hpp>
+#include <lora/files/error.hpp>
 
 namespace gpt {
 

@@ -1,13 +1,14 @@
 #pragma once
 
-#include <lora/activation.hpp>
-#include <lora/adapter_plan.hpp>
+#include <lora/adapter/activation.hpp>
+#include <lora/adapter/plan.hpp>
 #include <lora/config.hpp>
-#include <lora/detail/frozen_parameters.hpp>
-#include <lora/detail/select.hpp>
-#include <lora/merge.hpp>
+#include <lora/model/frozen_parameters.hpp>
+#include <lora/selection/selection.hpp>
+#include <lora/adapter/merge.hpp>
 #include <lora/peft/load_options.hpp>
-#include <lora/report.hpp>
+#include <lora/adapter/report.hpp>
+#include <lora/version.hpp>
 
 #include <ATen/ops/zeros_like.h>
 
@@ -20,6 +21,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// The adapters of one model under their names. The model is not changed: its layers stay stock torch::nn layers, its
 /// parameters are frozen while there is an adapter, and outside a scope of `activate` it is the base model, bit by bit,
@@ -520,4 +522,5 @@ inline Adapters adapters_of(torch::nn::Module& model) {
   return adapters;
 }
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <lora/adapters.hpp>
+#include <lora/version.hpp>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// Adapts an existing model that is not changed at all: every layer that `config` selects gets an adapter named
 /// "default", and all parameters of the model are frozen. Layers may sit anywhere: typed members, Sequential,
@@ -23,4 +25,5 @@ inline std::vector<at::Tensor> trainable_parameters(const torch::nn::Module& mod
   return parameters;
 }
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -2,6 +2,7 @@
 
 #include <lora/method/all.hpp>
 #include <lora/options.hpp>
+#include <lora/version.hpp>
 
 #include <initializer_list>
 #include <string>
@@ -10,6 +11,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// A regular expression (ECMAScript) that has to match a whole module name: `regex("layers\\.[01]\\.[qv]_proj")`.
 struct Regex {
@@ -116,4 +118,5 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   /* implicit */ LoRAConfig(int64_t rank) : BasicOptions(rank) {}
 };
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <lora/version.hpp>
+
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -21,6 +23,7 @@
   T name##_
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// How the trainable tensors of an adapter start. Whatever the choice, the adapted layer starts as the frozen one.
 enum class Init {
@@ -77,4 +80,5 @@ class LoRAOptions : public BasicOptions<LoRAOptions> {
   }
 };
 
+}  // namespace LORA_ABI
 }  // namespace lora

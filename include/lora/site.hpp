@@ -8,8 +8,9 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/api/include/torch/ordered_dict.h>
 
-#include <lora/detail/weight_slot.hpp>
-#include <lora/matrix_view.hpp>
+#include <lora/version.hpp>
+#include <lora/weight/slot.hpp>
+#include <lora/weight/view.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -18,6 +19,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// One adaptable weight W: the named adapters on it, and the only implementation of merging.
 ///
@@ -168,4 +170,5 @@ class Site {
   std::optional<Merged> merged_;
 };
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -1,5 +1,5 @@
 // Any bytes as a safetensors file: either a CheckpointError, or tensors that lie in the file and survive being written.
-#include <lora/peft/safetensors.hpp>
+#include <lora/files/safetensors.hpp>
 
 #include <numeric>
 #include <optional>

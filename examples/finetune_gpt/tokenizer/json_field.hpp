@@ -1,6 +1,6 @@
 #pragma once
 
-#include <lora/peft/error.hpp>
+#include <lora/files/error.hpp>
 
 #include <nlohmann/json.hpp>
 

@@ -1,12 +1,14 @@
 #pragma once
 
 #include <lora/layers/target.hpp>
+#include <lora/version.hpp>
 
 #include <memory>
 #include <string>
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// A module that says itself what of it can be adapted: a layer of this library, or one of a user.
 class AdaptableModule {
@@ -24,4 +26,5 @@ inline std::vector<Target> find_adaptable(const std::string& name, const std::sh
 }
 
 }  // namespace layers
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -6,8 +6,10 @@
 #include <lora/layers/embedding.hpp>
 #include <lora/layers/linear.hpp>
 #include <lora/layers/recurrent.hpp>
+#include <lora/version.hpp>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// The weights of one module that can be adapted, its children left aside; none where no kind of layer knows the
 /// module. A new kind of layer is added here and nowhere else.
@@ -22,4 +24,5 @@ inline std::vector<Target> adaptable_weights(const std::string& name,
   return {};
 }
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -3,8 +3,11 @@
 #include <torch/nn/modules/activation.h>
 
 #include <lora/layers/linear.hpp>
+#include <lora/version.hpp>
 
-namespace lora::layers {
+namespace lora {
+inline namespace LORA_ABI {
+namespace layers {
 
 /// The projections of a torch::nn::MultiheadAttention of width E: the packed one of query, key and value (3 E, E), or
 /// those of keys and values that have a width of their own, and the output projection (E, E). As in PEFT they are
@@ -31,4 +34,6 @@ inline std::vector<Target> find_attention(const std::string& name, const std::sh
   return targets;
 }
 
-}  // namespace lora::layers
+}  // namespace layers
+}  // namespace LORA_ABI
+}  // namespace lora

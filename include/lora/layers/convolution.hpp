@@ -6,11 +6,14 @@
 #include <torch/nn/modules/conv.h>
 
 #include <lora/layers/target.hpp>
+#include <lora/version.hpp>
 
 #include <utility>
 #include <vector>
 
-namespace lora::layers {
+namespace lora {
+inline namespace LORA_ABI {
+namespace layers {
 
 /// The tensors of an adapted convolution with G groups as PEFT keeps them, k being the sizes of the kernel:
 ///
@@ -117,4 +120,6 @@ inline std::vector<Target> find_convolution(const std::string& name, const std::
   return found;
 }
 
-}  // namespace lora::layers
+}  // namespace layers
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -3,10 +3,13 @@
 #include <torch/nn/modules/embedding.h>
 
 #include <lora/layers/target.hpp>
+#include <lora/version.hpp>
 
 #include <vector>
 
-namespace lora::layers {
+namespace lora {
+inline namespace LORA_ABI {
+namespace layers {
 
 /// PEFT keeps the matrices of an embedding as bare parameters with names of their own.
 inline FileLayout embedding_files() {
@@ -42,4 +45,6 @@ inline std::vector<Target> find_embedding_bag(const std::string& name,
   return find_table<torch::nn::EmbeddingBagImpl>(name, "EmbeddingBag", module);
 }
 
-}  // namespace lora::layers
+}  // namespace layers
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -3,10 +3,13 @@
 #include <torch/nn/modules/linear.h>
 
 #include <lora/layers/target.hpp>
+#include <lora/version.hpp>
 
 #include <vector>
 
-namespace lora::layers {
+namespace lora {
+inline namespace LORA_ABI {
+namespace layers {
 
 /// The weight of a torch::nn::Linear, whoever calls it: y = x W^T + b, W (out_features, in_features).
 inline std::vector<Target> find_linear(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
@@ -24,4 +27,6 @@ inline std::vector<Target> find_bilinear(const std::string& name, const std::sha
       member_target(name, "Bilinear", module, layer->weight, "weight", MatrixView::rows(layer->weight.sizes())));
 }
 
-}  // namespace lora::layers
+}  // namespace layers
+}  // namespace LORA_ABI
+}  // namespace lora

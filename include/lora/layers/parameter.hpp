@@ -1,8 +1,11 @@
 #pragma once
 
 #include <lora/layers/target.hpp>
+#include <lora/version.hpp>
 
-namespace lora::layers {
+namespace lora {
+inline namespace LORA_ABI {
+namespace layers {
 
 /// How a bare parameter is seen that is used in any way: two dimensions are (out, in), three are experts (E, out, in).
 /// Errors: c10::Error for any other number of dimensions.
@@ -29,4 +32,6 @@ inline FileLayout parameter_files(const at::Tensor& parameter) {
   return files;
 }
 
-}  // namespace lora::layers
+}  // namespace layers
+}  // namespace LORA_ABI
+}  // namespace lora

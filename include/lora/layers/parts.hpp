@@ -3,11 +3,14 @@
 #include <ATen/ops/count_nonzero.h>
 
 #include <lora/layers/target.hpp>
+#include <lora/version.hpp>
 
 #include <utility>
 #include <vector>
 
-namespace lora::layers {
+namespace lora {
+inline namespace LORA_ABI {
+namespace layers {
 
 /// The tensors of a fused projection of which P parts are adapted, as PEFT reads them: one adapter with the ranks of
 /// all parts, A (P * rank, in) and B (out, P * rank), where the rows of a part use its own ranks only and the rest of B
@@ -71,4 +74,6 @@ class PartFiles {
   MatrixView view_;
 };
 
-}  // namespace lora::layers
+}  // namespace layers
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -3,10 +3,13 @@
 #include <torch/nn/modules/rnn.h>
 
 #include <lora/layers/target.hpp>
+#include <lora/version.hpp>
 
 #include <vector>
 
-namespace lora::layers {
+namespace lora {
+inline namespace LORA_ABI {
+namespace layers {
 
 /// The weight matrices of an RNN, LSTM or GRU, of all its layers and directions, or of one of their cells: input to
 /// hidden (gates * hidden, in), hidden to hidden (gates * hidden, hidden), and the projection of an LSTM that has one.
@@ -29,4 +32,6 @@ inline std::vector<Target> find_recurrent(const std::string& name, const std::sh
   return targets;
 }
 
-}  // namespace lora::layers
+}  // namespace layers
+}  // namespace LORA_ABI
+}  // namespace lora

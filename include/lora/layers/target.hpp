@@ -2,9 +2,10 @@
 
 #include <torch/nn/module.h>
 
-#include <lora/detail/weight_slot.hpp>
-#include <lora/detail/weight_table.hpp>
+#include <lora/weight/slot.hpp>
+#include <lora/intercept/weight_table.hpp>
 #include <lora/site.hpp>
+#include <lora/version.hpp>
 
 #include <functional>
 #include <memory>
@@ -13,6 +14,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// How PEFT's files name and shape the tensors of an adapter, where that differs from the tensors themselves. A
 /// function that is empty changes nothing.
@@ -73,4 +75,5 @@ inline Target parameter_target(std::string name, const char* kind, const std::sh
 }
 
 }  // namespace layers
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -5,10 +5,12 @@
 #include <ATen/ops/norm.h>
 
 #include <lora/method/low_rank.hpp>
+#include <lora/version.hpp>
 
 #include <limits>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// Weight-decomposed low-rank adaptation: a magnitude for each output, and a direction that LoRA moves.
 ///
@@ -77,4 +79,5 @@ struct DoRA : LowRank {
   }
 };
 
+}  // namespace LORA_ABI
 }  // namespace lora

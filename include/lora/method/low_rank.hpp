@@ -6,9 +6,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 
-#include <lora/method/method.hpp>
+#include <lora/method/contract.hpp>
+#include <lora/version.hpp>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// Low-rank adaptation.
 ///
@@ -87,4 +89,5 @@ struct LowRank {
   at::Tensor lora_A, lora_B;
 };
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -3,8 +3,9 @@
 #include <torch/nn/cloneable.h>
 
 #include <lora/layers/adaptable.hpp>
-#include <lora/merge.hpp>
+#include <lora/adapter/merge.hpp>
 #include <lora/method/all.hpp>
+#include <lora/version.hpp>
 
 #include <memory>
 #include <optional>
@@ -13,6 +14,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// What all layers written with the library have in common: a frozen weight and bias, one adapter of their own, and the
 /// verbs of merging. `Derived` offers
@@ -121,4 +123,5 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   std::shared_ptr<Site> site_;
 };
 
+}  // namespace LORA_ABI
 }  // namespace lora

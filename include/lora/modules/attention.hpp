@@ -9,10 +9,11 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 
-#include <lora/detail/attention_mask.hpp>
-#include <lora/detail/stacked.hpp>
-#include <lora/modules/attention_options.hpp>
+#include <lora/modules/attention/mask.hpp>
+#include <lora/modules/attention/packed.hpp>
+#include <lora/modules/attention/options.hpp>
 #include <lora/modules/linear.hpp>
+#include <lora/version.hpp>
 
 #include <algorithm>
 #include <array>
@@ -23,6 +24,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// One projection of a `LoRAAttention`: a LoRALinear where it is adapted, a frozen torch::nn::Linear where not.
 template <class Method>
@@ -424,4 +426,5 @@ LoRAAttention(torch::nn::MultiheadAttention, LoRAOptions, Projections)->LoRAAtte
 LoRAAttention(torch::nn::Linear, torch::nn::Linear, torch::nn::Linear, torch::nn::Linear, LoRAAttentionOptions)
     ->LoRAAttention<>;
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -8,6 +8,7 @@
 
 #include <lora/layers/convolution.hpp>
 #include <lora/modules/adapted.hpp>
+#include <lora/version.hpp>
 
 #include <array>
 #include <string>
@@ -15,6 +16,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 namespace detail {
 
 template <size_t D>
@@ -176,4 +178,5 @@ LORA_CONV(2);
 LORA_CONV(3);
 #undef LORA_CONV
 
+}  // namespace LORA_ABI
 }  // namespace lora

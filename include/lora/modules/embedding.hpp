@@ -4,11 +4,13 @@
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/pimpl.h>
 
-#include <lora/detail/interception.hpp>
+#include <lora/intercept/kernels.hpp>
 #include <lora/layers/embedding.hpp>
 #include <lora/modules/adapted.hpp>
+#include <lora/version.hpp>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// Options of a `LoRAEmbedding`: those of the frozen layer, and those of its adapter.
 struct LoRAEmbeddingOptions {
@@ -108,4 +110,5 @@ class LoRAEmbedding : public torch::nn::ModuleHolder<LoRAEmbeddingImpl<Method>> 
 
 LoRAEmbedding(torch::nn::Embedding, LoRAOptions)->LoRAEmbedding<>;
 
+}  // namespace LORA_ABI
 }  // namespace lora

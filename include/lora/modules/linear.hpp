@@ -6,8 +6,10 @@
 #include <torch/nn/pimpl.h>
 
 #include <lora/modules/adapted.hpp>
+#include <lora/version.hpp>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// Options of a `LoRALinear` that is built from sizes.
 struct LoRALinearOptions {
@@ -110,4 +112,5 @@ class LoRALinear : public torch::nn::ModuleHolder<LoRALinearImpl<Method>> {
 
 LoRALinear(torch::nn::Linear, LoRAOptions)->LoRALinear<>;
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -3,10 +3,11 @@
 #include <ATen/ops/constant_pad_nd.h>
 
 #include <lora/adapters.hpp>
-#include <lora/detail/peft_tensors.hpp>
+#include <lora/peft/tensors.hpp>
 #include <lora/peft/config.hpp>
 #include <lora/peft/load_options.hpp>
-#include <lora/peft/safetensors.hpp>
+#include <lora/files/safetensors.hpp>
+#include <lora/version.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -22,6 +23,7 @@
 // holds the tensors as "base_model.model.<layer>.<tensor>".
 
 namespace lora {
+inline namespace LORA_ABI {
 namespace detail {
 
 /// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
@@ -221,4 +223,5 @@ inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::p
   return detail::load_all(Adapters(model), directory, options);
 }
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -1,8 +1,9 @@
 #pragma once
 
 #include <lora/config.hpp>
-#include <lora/detail/atomic_file.hpp>
-#include <lora/detail/peft_fields.hpp>
+#include <lora/files/atomic_file.hpp>
+#include <lora/peft/schema.hpp>
+#include <lora/version.hpp>
 
 #include <algorithm>
 #include <cctype>
@@ -14,6 +15,7 @@
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 namespace detail {
 
 /// Turns an adapter_config.json into a LoRAConfig.
@@ -310,4 +312,5 @@ inline void write_adapter_config(const std::filesystem::path& path, const LoRACo
   file.commit();
 }
 
+}  // namespace LORA_ABI
 }  // namespace lora

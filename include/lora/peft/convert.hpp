@@ -3,6 +3,7 @@
 #include <ATen/ops/cat.h>
 
 #include <lora/peft/checkpoint.hpp>
+#include <lora/version.hpp>
 
 #include <cmath>
 #include <filesystem>
@@ -13,6 +14,7 @@
 #include <utility>
 
 namespace lora {
+inline namespace LORA_ABI {
 namespace detail {
 
 /// One of the two adapters of `subtract_start`.
@@ -149,4 +151,5 @@ inline void subtract_start(const std::filesystem::path& trained_directory, const
   detail::write_adapter(output, config.dump(2, ' ', /*ensure_ascii=*/true), tensors);
 }
 
+}  // namespace LORA_ABI
 }  // namespace lora

@@ -3,12 +3,15 @@
 #include <c10/core/ScalarType.h>
 #include <torch/csrc/api/include/torch/arg.h>
 
+#include <lora/version.hpp>
+
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace lora {
+inline namespace LORA_ABI {
 
 /// How the adapter in a PEFT directory is loaded.
 struct LoadOptions {
@@ -37,4 +40,5 @@ struct LoadReport {
   bool empty() const { return missing.empty() && unexpected.empty() && misshapen.empty(); }
 };
 
+}  // namespace LORA_ABI
 }  // namespace lora

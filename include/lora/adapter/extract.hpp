@@ -1,0 +1,242 @@
+#pragma once
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_svd.h>
+
+#include <lora/adapters.hpp>
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// How ranks are chosen when an adapter is extracted.
+struct ExtractOptions {
+  /// Gives each layer the smallest rank that keeps this share, in (0, 1], of the energy ||W_tuned - W||^2, in place of
+  /// the ranks of the configuration. As in PEFT's convert_to_lora. Default: the ranks of the configuration.
+  TORCH_ARG(std::optional<double>, energy) = std::nullopt;
+};
+
+/// What an extracted adapter keeps of the fine-tuned weights, and what it leaves out.
+struct ExtractReport {
+  struct Layer {
+    std::string name;
+    int64_t rank;
+    double energy;  ///< ||s B A||^2 / ||W_tuned - W||^2; 1 where nothing changed
+  };
+
+  std::vector<Layer> layers;
+  /// Names of the model's tensors that differ in the fine-tuned model and that the adapter does not hold: biases and
+  /// norms, for example, and whatever is no target. `modules_to_save`, `bias` and `lora_bias` take them in.
+  std::vector<std::string> left_out;
+};
+
+namespace detail {
+
+/// Fills a planned adapter with the best approximation of a fine-tuned model.
+class Extraction {
+ public:
+  Extraction(const Model& model, const std::map<std::string, at::Tensor>& finetuned, const ExtractOptions& options)
+      : model_tensors_(model.tensors()), finetuned_(finetuned), options_(options) {
+    const auto energy = options.energy().value_or(1);
+    TORCH_CHECK_VALUE(energy > 0 && energy <= 1, "lora::extract: energy has to be in (0, 1], but got ", energy);
+  }
+
+  /// U, S and V^T of the difference of one layer's weights, without what an adapter does not take, and the energy of
+  /// all of the difference.
+  struct Factors {
+    at::Tensor u, s, v;
+    double total;
+  };
+
+  std::vector<Factors> factorize(const AdapterPlan& plan) {
+    at::NoGradGuard no_grad;
+    std::vector<Factors> factors;
+    for (const auto& layer : plan.layers) factors.push_back(factorized(layer));
+    return factors;
+  }
+
+  /// The configuration with the ranks that keep enough energy. The layers of one module have one rank in files.
+  LoRAConfig with_ranks(const AdapterPlan& plan, const std::vector<Factors>& factors) const {
+    std::map<std::string, int64_t> ranks;
+    for (size_t i = 0; i < factors.size(); ++i) {
+      const auto shares = plan.layers[i].target.site->view().shape().rank_shares;
+      auto& rank = ranks[plan.layers[i].module];
+      rank = std::max(rank, enough_rank(factors[i].s) * shares);
+    }
+    auto config = plan.config;
+    for (const auto& layer : plan.layers) {
+      const auto rank = ranks.extract(layer.module);  // once for each module
+      if (rank.empty()) continue;
+      const auto& planned = layer.method->options();
+      note_options(config, layer.module, LoRAOptions(planned).rank(rank.mapped()), planned);
+    }
+    return config;
+  }
+
+  ExtractReport fill(AdapterPlan& plan, const std::vector<Factors>& factors) {
+    at::NoGradGuard no_grad;
+    for (size_t i = 0; i < factors.size(); ++i) fill(plan.layers[i], factors[i]);
+    for (auto& full : plan.full) fill(full);
+    for (const auto& tensor : model_tensors_) {
+      const bool is_held = std::find(held_.begin(), held_.end(), tensor.name) != held_.end();
+      if (!is_held && differs(tensor)) report_.left_out.push_back(tensor.name);
+    }
+    return std::move(report_);
+  }
+
+ private:
+  Factors factorized(const AdapterPlan::Layer& layer) {
+    const auto& [name, weight] = tensor_of(layer.target);
+    held_.push_back(name);
+    const auto type = adapter_dtype(weight.scalar_type());
+    const auto difference = tuned(name, weight.sizes()).to(weight.device(), type) - weight.to(type);
+    check_finite(name, difference);
+    const auto& view = layer.target.site->view();
+    const auto matrix = view.matrix(difference);
+    const auto lost = energy(difference - view.weight(matrix));  // of parts that are not adapted
+    if (lost > 0) report_.left_out.push_back(name);
+    auto [u, s, v] = at::linalg_svd(matrix, /*full_matrices=*/false);
+    const auto rank = options_.energy() ? enough_rank(s) : std::min(layer.method->options().rank(), s.size(-1));
+    return {u.narrow(-1, 0, rank).clone(), s, v.narrow(-2, 0, rank).clone(), energy(s) + lost};
+  }
+
+  void fill(AdapterPlan::Layer& layer, const Factors& factors) {
+    const auto& [u, s, v, total] = factors;
+    auto* method = dynamic_cast<MethodOf<LowRank>*>(layer.method.get());
+    TORCH_CHECK(method != nullptr, "lora::extract: a difference of weights is extracted as LowRank, not as ",
+                layer.method->info().name);
+    TORCH_CHECK_VALUE(method->scaling() != 0, "lora::extract: alpha is 0, with which no adapter changes anything");
+    auto &a = method->value.lora_A, &b = method->value.lora_B;
+    const auto rank = std::min(a.size(-2), u.size(-1));  // further rows and columns stay zero
+    a.zero_();
+    b.zero_();
+    const auto kept = s.narrow(-1, 0, rank);
+    a.narrow(-2, 0, rank).copy_(v.narrow(-2, 0, rank));
+    b.narrow(-1, 0, rank).copy_(u.narrow(-1, 0, rank) * kept.unsqueeze(-2) / method->scaling());
+
+    report_.layers.push_back({layer.target.name, method->options().rank(), total > 0 ? energy(kept) / total : 1});
+  }
+
+  void fill(FullTensor& full) {
+    held_.push_back(full.place.name);
+    const auto& wanted = tuned(full.place.name, full.value.sizes());
+    check_finite(full.place.name, wanted);
+    if (full.scaling) {
+      const auto type = full.value.options();
+      full.value.copy_((wanted.to(type) - full.place.slot->read().to(type)) / *full.scaling);
+    } else {
+      full.value.copy_(wanted);
+    }
+  }
+
+  static void check_finite(const std::string& name, const at::Tensor& tensor) {
+    TORCH_CHECK(!tensor.is_floating_point() || at::isfinite(tensor).all().item<bool>(), "lora::extract: \"", name,
+                "\" is not finite (NaN or infinity) in one of the two models");
+  }
+
+  /// That of a matrix, or the same from its singular values.
+  static double energy(const at::Tensor& values) { return values.to(at::kDouble).square().sum().item<double>(); }
+
+  /// The smallest rank that keeps enough of the singular values.
+  int64_t enough_rank(const at::Tensor& singular_values) const {
+    auto energies = singular_values.to(at::kDouble).square();
+    if (energies.dim() > 1) energies = energies.flatten(0, -2).sum(0);
+    const auto kept = energies.cumsum(0);
+    const auto enough = kept.ge(*options_.energy() * kept[-1]);
+    return std::min(enough.logical_not().sum().item<int64_t>() + 1, kept.size(0));
+  }
+
+  /// The model's tensor that a target adapts; of tied ones that of the target's own module.
+  std::pair<std::string, at::Tensor> tensor_of(const Target& target) const {
+    const auto weight = target.slot->read();
+    const ModelTensor* found = nullptr;
+    for (const auto& tensor : model_tensors_) {
+      if (!tensor.slot->read().is_same(weight)) continue;
+      const bool is_own = tensor.name == target.name || tensor.name.rfind(target.name + ".", 0) == 0;
+      if (found == nullptr || is_own) found = &tensor;
+    }
+    TORCH_INTERNAL_ASSERT(found != nullptr, target.name);
+    return {found->name, weight};
+  }
+
+  const at::Tensor& tuned(const std::string& name, at::IntArrayRef sizes) const {
+    const auto found = finetuned_.find(name);
+    TORCH_CHECK(found != finetuned_.end(), "lora::extract: the fine-tuned model has no \"", name, "\";",
+                did_you_mean(name, names()), " It has ", finetuned_.size(), " tensors");
+    TORCH_CHECK(found->second.sizes() == sizes, "lora::extract: \"", name, "\" is ", sizes, " in the model, but ",
+                found->second.sizes(), " in the fine-tuned one");
+    return found->second;
+  }
+
+  std::vector<std::string> names() const {
+    std::vector<std::string> names;
+    for (const auto& item : finetuned_) names.push_back(item.first);
+    return names;
+  }
+
+  bool differs(const ModelTensor& tensor) const {
+    const auto found = finetuned_.find(tensor.name);
+    if (found == finetuned_.end()) return false;
+    const auto own = tensor.slot->read();
+    return found->second.sizes() != own.sizes() || !found->second.to(own.device(), own.scalar_type()).equal(own);
+  }
+
+  const std::vector<ModelTensor> model_tensors_;
+  const std::map<std::string, at::Tensor>& finetuned_;
+  const ExtractOptions options_;
+  std::vector<std::string> held_;
+  ExtractReport report_;
+};
+
+}  // namespace detail
+
+/// The adapter that comes nearest to a full fine-tune of a model. Of each layer that `config` selects, the difference
+/// is cut off after the largest singular values, which is the best matrix of that rank:
+///
+///   W_tuned - W = U S V^T,   A = V_r^T,   B = U_r S_r / s
+///
+/// Shapes: as for `LowRank`; where the rank exceeds what the layer has, the rest is zero. `finetuned` are the tensors
+/// of the other model under the names that they have in this one, as `read_safetensors` gives them. What
+/// `modules_to_save` and `bias` name is taken over as it is, and `lora_bias` holds the differences of the adapted
+/// layers' biases. The model is adapted as by `attach`, and otherwise as it was.
+///
+///   auto adapters = lora::extract(*base, lora::read_safetensors("tuned.safetensors"),
+///                                 lora::LoRAConfig(16).target_modules(lora::all_linear));
+///   adapters.save("adapter");
+///
+/// Errors: c10::Error that names a tensor which is missing, of another shape or not finite; for another method than
+/// LowRank; for an energy out of (0, 1]; and those of `attach`. The model is unchanged then.
+/// Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at::Tensor>& finetuned,
+                        const LoRAConfig& config, const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
+  const auto model = std::make_shared<ModuleModel>(base);
+  Adapters adapters(model);
+  auto plan = adapters.plan(config);
+  detail::Extraction extraction(*model, finetuned, options);
+  const auto factors = extraction.factorize(plan);
+  if (options.energy()) plan = adapters.plan(extraction.with_ranks(plan, factors));
+  auto found = extraction.fill(plan, factors);
+  adapters.add("default", std::move(plan));
+  if (report != nullptr) *report = std::move(found);
+  return adapters;
+}
+
+/// The same for a model of the same structure.
+inline Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, const LoRAConfig& config,
+                        const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& tensor : ModuleModel(finetuned).tensors()) tensors.emplace(tensor.name, tensor.slot->read());
+  return extract(base, tensors, config, options, report);
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora

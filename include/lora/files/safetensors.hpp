@@ -1,0 +1,206 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/types.h>
+
+#include <lora/files/atomic_pair.hpp>
+#include <lora/files/safetensors/header.hpp>
+#include <lora/files/error.hpp>
+#include <lora/version.hpp>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "safetensors files hold little-endian numbers");
+
+/// The content of a safetensors file.
+struct Safetensors {
+  std::map<std::string, torch::Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+};
+
+namespace detail {
+
+/// A tensor over its bytes in the file. It shares the ownership of the mapping.
+inline torch::Tensor view_of(const std::shared_ptr<MappedFile>& file, int64_t data, const StoredTensor& stored) {
+  const auto& [name, dtype, shape] = stored.info;
+  if (stored.begin == stored.end) return at::empty(shape, dtype);
+  char* address = file->data() + data + stored.begin;
+  auto tensor = at::from_blob(
+      address, shape, [file](void*) {}, dtype);
+  // Other writers need not align; kernels may not read a float at an odd address.
+  const bool aligned = reinterpret_cast<uintptr_t>(address) % c10::elementSize(dtype) == 0;
+  if (aligned) return tensor;
+  auto copy = at::empty(shape, dtype);
+  std::memcpy(copy.data_ptr(), address, copy.nbytes());
+  return copy;
+}
+
+}  // namespace detail
+
+/// Maps a safetensors file and copies nothing: the values are read from the disk when they are used, and pages that are
+/// not used cost no memory. The tensors may be changed in place; the file stays as it is. The mapping lives until the
+/// last of the tensors is gone. Values that are not aligned for their type are copied.
+///
+/// Types: every one the format shares with LibTorch; F4 becomes Float4_e2m1fn_x2, with half the last dimension.
+/// Errors: CheckpointError that names the file and the rule of the format that it breaks.
+inline Safetensors open_safetensors(const std::filesystem::path& path) {
+  const auto file = std::make_shared<detail::MappedFile>(path);
+  int64_t data = 0;
+  auto header = detail::SafetensorsHeaderReader(path).read(file->text(), data);
+  Safetensors content{{}, std::move(header.metadata)};
+  for (const auto& stored : header.tensors)
+    content.tensors.emplace(stored.info.name, detail::view_of(file, data, stored));
+  return content;
+}
+
+/// The tensors of `open_safetensors`.
+inline std::map<std::string, torch::Tensor> read_safetensors(const std::filesystem::path& path) {
+  return open_safetensors(path).tensors;
+}
+
+namespace detail {
+
+/// The names of tensors by the shard that holds them. A shard has to lie in the folder of the index or below it.
+inline std::map<std::string, std::vector<std::string>> read_weight_map(const std::filesystem::path& index) {
+  const auto json = read_json(index);
+  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object())
+    throw CheckpointError(index, "has to hold an object \"weight_map\" with a file name for each tensor");
+  std::map<std::string, std::vector<std::string>> shards;
+  for (const auto& [tensor, shard] : json["weight_map"].items()) {
+    if (!shard.is_string())
+      throw CheckpointError(index, "tensor \"", tensor, "\" has no file name, but ", shard.dump());
+    const std::filesystem::path name = shard.get<std::string>();
+    if (name.empty() || name.is_absolute() || std::find(name.begin(), name.end(), "..") != name.end())
+      throw CheckpointError(index, "tensor \"", tensor, "\" lies outside of this folder, in \"", name.string(), "\"");
+    shards[name.string()].push_back(tensor);
+  }
+  return shards;
+}
+
+}  // namespace detail
+
+/// Maps a model that is split over several files, given the `model.safetensors.index.json` beside them. Exactly the
+/// tensors that the index lists are returned.
+///
+/// Errors: CheckpointError if the index or a shard is damaged, or a tensor is not in its shard (names both).
+inline std::map<std::string, torch::Tensor> read_safetensors_index(const std::filesystem::path& index_json) {
+  std::map<std::string, torch::Tensor> tensors;
+  for (const auto& [shard, names] : detail::read_weight_map(index_json)) {
+    const auto path = index_json.parent_path() / shard;
+    auto content = read_safetensors(path);
+    for (const auto& name : names) {
+      const auto found = content.find(name);
+      if (found == content.end())
+        throw CheckpointError(path, "has no tensor \"", name, "\", which ", index_json.string(), " says it has");
+      tensors.insert(*found);
+    }
+  }
+  return tensors;
+}
+
+/// Writes a safetensors file one tensor at a time, so that no more than one has to be in memory.
+///
+/// The bytes are those of the Python package's `safetensors.torch.save_file`, whatever the order of the calls. The file
+/// appears under its name, complete, with `finish()`; without it the target stays as it was.
+///
+/// Errors: CheckpointError that names the target, and the tensor or the reason of the operating system.
+class SafetensorsWriter {
+ public:
+  /// Empty `metadata` writes none.
+  explicit SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorInfo> tensors,
+                             std::map<std::string, std::string> metadata = {{"format", "pt"}})
+      : file_(path) {
+    const detail::SafetensorsHeaderWriter writer(file_.target());
+    auto header = writer.arrange(std::move(tensors), std::move(metadata));
+    const auto text = writer.text(header);
+    file_.write_at(0, text);
+    data_ = static_cast<int64_t>(text.size());
+    for (auto& tensor : header.tensors) {
+      const auto name = tensor.info.name;
+      if (name == "__metadata__" || !missing_.emplace(name, std::move(tensor)).second)
+        throw CheckpointError(file_.target(), "the tensor name \"", name, "\" is taken already");
+    }
+  }
+
+  /// Writes the values of one of the announced tensors; it may live on any device and have any strides.
+  void write(const std::string& name, const torch::Tensor& tensor) {
+    const auto found = missing_.find(name);
+    check(found != missing_.end(), "tensor \"", name, "\" was not announced, or is written twice");
+    const auto& [info, begin, end] = found->second;
+    check(tensor.defined(), "tensor \"", name, "\" is undefined");
+    check(tensor.layout() == at::kStrided && tensor.scalar_type() == info.dtype && tensor.sizes() == info.shape,
+          "tensor \"", name, "\" was announced as ", info.dtype, " ", c10::IntArrayRef(info.shape), ", but is ",
+          tensor.layout(), " ", tensor.scalar_type(), " ", tensor.sizes());
+    const auto values = tensor.detach().to(at::kCPU).resolve_conj().resolve_neg().contiguous();
+    file_.write_at(data_ + begin, {static_cast<const char*>(values.const_data_ptr()), values.nbytes()});
+    missing_.erase(found);
+  }
+
+  /// Brings the file to the disk and renames it to its target. Every announced tensor has to be written by then.
+  void finish() {
+    check_complete();
+    file_.commit();
+  }
+
+  /// The same together with another file of the folder: both appear under their names at one moment.
+  void finish_with(detail::AtomicFile& companion) {
+    check_complete();
+    file_.sync();
+    companion.sync();
+    detail::AtomicPair(file_, companion).commit();
+  }
+
+ private:
+  void check_complete() const {
+    check(missing_.empty(), "cannot be finished: ", missing_.size(), " tensors were not written, \"",
+          missing_.empty() ? "" : missing_.begin()->first, "\" among them");
+  }
+
+  template <typename... Reason>
+  void check(bool holds, const Reason&... reason) const {
+    if (!holds) throw CheckpointError(file_.target(), reason...);
+  }
+
+  detail::AtomicFile file_;
+  int64_t data_ = 0;  // where the values start in the file
+  std::map<std::string, detail::StoredTensor> missing_;
+};
+
+namespace detail {
+
+/// Writes all of `tensors`, but for the end. `finish` gets the writer.
+template <typename Finish>
+void write_tensors(const std::filesystem::path& path, const std::map<std::string, torch::Tensor>& tensors,
+                   std::map<std::string, std::string> metadata, Finish finish) {
+  std::vector<TensorInfo> infos;
+  for (const auto& [name, tensor] : tensors) {
+    if (!tensor.defined()) throw CheckpointError(path, "tensor \"", name, "\" is undefined");
+    infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  }
+  SafetensorsWriter writer(path, std::move(infos), std::move(metadata));
+  for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
+  finish(writer);
+}
+
+}  // namespace detail
+
+/// Writes `tensors` like `SafetensorsWriter`.
+inline void write_safetensors(const std::filesystem::path& path, const std::map<std::string, torch::Tensor>& tensors,
+                              std::map<std::string, std::string> metadata = {{"format", "pt"}}) {
+  detail::write_tensors(path, tensors, std::move(metadata), [](auto& writer) { writer.finish(); });
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,292 @@
+#pragma once
+
+#include <lora/adapters.hpp>
+#include <lora/selection/patterns.hpp>
+#include <lora/peft/load_options.hpp>
+#include <lora/files/pickled.hpp>
+#include <lora/files/safetensors.hpp>
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <regex>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+// The tensors of a PEFT directory: what they are called, and how those of a file get into an adapter. How a tensor is
+// called there is in the description of its method, and what a layer is called in that of its kind of layer; nothing of
+// that is known here.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+inline constexpr const char* kAdapterConfig = "adapter_config.json";
+inline constexpr const char* kAdapterTensors = "adapter_model.safetensors";
+inline constexpr const char* kLegacyTensors = "adapter_model.bin";
+
+inline constexpr const char* kPrefix = "base_model.model.";
+
+/// The name of a tensor in adapter_model.safetensors, without the prefix.
+inline std::string peft_key(const Target& target, const NamedTensor& tensor) {
+  const auto name = target.files.name ? target.files.name(tensor) : tensor.file_name;
+  return target.file_name + "." + name;
+}
+
+/// A tensor of a layer as PEFT's file keeps it.
+inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
+  at::NoGradGuard no_grad;
+  return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
+}
+
+/// The module that PEFT saves in full and that is `name` or has it inside; empty when there is none. Unlike here any
+/// name that ends in an entry of modules_to_save is meant there: with "classifier" also "pre_classifier".
+inline std::string saved_by_peft(const LoRAConfig& config, std::string name) {
+  for (auto dot = name.size(); dot != std::string::npos; dot = name.rfind('.')) {
+    name.resize(dot);
+    for (const auto& entry : config.modules_to_save()) {
+      if (ends_with(name, entry)) return name;
+    }
+  }
+  return "";
+}
+
+/// The tensors of an adapter file, by their names in the model at hand.
+class PeftTensors {
+ public:
+  PeftTensors(const std::filesystem::path& directory, const LoadOptions& options) : options_(options) {
+    const auto newer = directory / kAdapterTensors, older = directory / kLegacyTensors;
+    path_ = !std::filesystem::exists(newer) && std::filesystem::exists(older) ? older : newer;
+    for (const auto& [pattern, replacement] : options.key_mapping())
+      mapping_.emplace_back(compile(pattern, pattern), replacement);
+    for (auto& [key, tensor] : path_ == older ? read_pickled_tensors(path_) : read_safetensors(path_))
+      take(key, tensor);
+  }
+
+  const std::filesystem::path& path() const { return path_; }
+  std::map<std::string, at::Tensor>& content() { return content_; }
+  /// Those without the prefix.
+  const std::map<std::string, at::Tensor>& foreign() const { return foreign_; }
+
+  /// The configuration with the modules that the file has in full though their names only end in an entry's letters.
+  LoRAConfig with_saved(LoRAConfig config) const {
+    auto saved = config.modules_to_save();
+    for (const auto& [key, tensor] : content_) {
+      const auto name = saved_by_peft(config, owner_of(key));
+      if (is_adapted(name)) continue;
+      const auto means = [&](const std::string& entry) { return is_or_ends_with(name, entry); };
+      if (!name.empty() && std::none_of(saved.begin(), saved.end(), means)) saved.push_back(name);
+    }
+    return config.modules_to_save(std::move(saved));
+  }
+
+  /// The configuration with the layers of the file, under their names here; for when there is a mapping.
+  LoRAConfig mapped(LoRAConfig config) const {
+    std::vector<std::string> names, parameters;
+    std::vector<std::pair<std::string, int64_t>> ranks;
+    std::vector<std::pair<std::string, double>> alphas;
+    Patterns rank_pattern(config.rank_pattern());
+    Patterns alpha_pattern(config.alpha_pattern());
+    for (const auto& [name, python_name] : layers_and_parameters(config)) {
+      (layers_.count(name) > 0 ? names : parameters).push_back(name);
+      ranks.emplace_back("^" + escaped(name), rank_pattern.value(python_name, config.rank()));
+      alphas.emplace_back("^" + escaped(name), alpha_pattern.value(python_name, config.alpha()));
+    }
+    config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
+    config.target_parameters(std::move(parameters)).modules_to_save(mapped_saved(config));
+    return config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
+  }
+
+ private:
+  /// Whether the file has an adapter of the module `name`.
+  bool is_adapted(const std::string& name) const {
+    const auto first = name + ".lora_";
+    const auto found = content_.lower_bound(first);
+    return found != content_.end() && found->first.compare(0, first.size(), first) == 0;
+  }
+
+  /// What is adapted, under its names here and in the file, where parameters are named after their modules. An entry of
+  /// target_parameters of which the file has nothing stays as it is, and is an error later.
+  std::map<std::string, std::string> layers_and_parameters(const LoRAConfig& config) const {
+    auto names = layers_;
+    for (const auto& entry : config.target_parameters()) {
+      if (owner_of(entry).empty())
+        throw CheckpointError(path_, "target_parameters has \"", entry, "\", of which key_mapping cannot tell the ",
+                              "module; name that, too: \"experts.", entry, "\"");
+      const auto parameter = entry.substr(owner_of(entry).size());  // ".weight"
+      bool found = false;
+      for (const auto& [name, python_name] : layers_) {
+        if (!is_or_ends_with(python_name, owner_of(entry))) continue;
+        names.erase(name);
+        names.emplace(name + parameter, python_name + parameter);
+        found = true;
+      }
+      if (!found) names.emplace(entry, entry);
+    }
+    return names;
+  }
+
+  /// The modules of modules_to_save under their names here; an entry of which the file has nothing stays as it is.
+  std::vector<std::string> mapped_saved(const LoRAConfig& config) const {
+    std::set<std::string> saved, missing(config.modules_to_save().begin(), config.modules_to_save().end());
+    for (const auto& [name, python_name] : others_) {
+      const auto module = saved_by_peft(config, owner_of(python_name));
+      const auto rest = module.empty() ? "" : python_name.substr(module.size());  // ".weight"
+      if (module.empty() || !ends_with(name, rest)) continue;
+      saved.insert(name.substr(0, name.size() - rest.size()));
+      for (const auto& entry : config.modules_to_save()) {
+        if (ends_with(module, entry)) missing.erase(entry);
+      }
+    }
+    saved.insert(missing.begin(), missing.end());
+    return {saved.begin(), saved.end()};
+  }
+
+  void take(const std::string& key, const at::Tensor& tensor) {
+    const auto& prefix = options_.prefix();
+    if (key.compare(0, prefix.size(), prefix) != 0) {
+      foreign_.emplace(key, tensor);
+      return;
+    }
+    const auto name = key.substr(prefix.size());
+    if (mapping_.empty()) {
+      content_.emplace(name, tensor);
+      return;
+    }
+    auto here = name;
+    for (const auto& [expression, replacement] : mapping_) {
+      if (!std::regex_search(here, expression)) continue;
+      here = std::regex_replace(here, expression, replacement, std::regex_constants::format_first_only);
+      break;
+    }
+    const auto adapter = name.find(".lora_"), adapter_here = here.find(".lora_");
+    const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
+    if (is_layer && here.find(".base_layer.") == std::string::npos)
+      layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
+    if (!is_layer) others_.emplace(here, name);
+    if (!content_.emplace(here, tensor).second)
+      throw CheckpointError(path_, "key_mapping gives two tensors the name \"", here, "\"");
+  }
+
+  LoadOptions options_;
+  std::filesystem::path path_;
+  std::vector<std::pair<std::regex, std::string>> mapping_;
+  std::map<std::string, at::Tensor> content_;  // without the prefix
+  std::map<std::string, at::Tensor> foreign_;
+  // What the mapping did, if there is one: name here -> name in the file
+  std::map<std::string, std::string> layers_;
+  std::map<std::string, std::string> others_;  // tensors that are no layer's
+};
+
+/// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
+class PeftTensorReader {
+ public:
+  PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
+      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {
+    for (const auto& [key, tensor] : tensors.foreign()) report_.unexpected.push_back(shown(key, tensor.sizes()));
+  }
+
+  LoadReport fill(AdapterPlan& plan) {
+    for (auto& layer : plan.layers) {
+      for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
+    }
+    for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
+    for (const auto& layer : plan.layers) match_base(layer.target);
+    drop_copies(plan);
+    for (const auto& [name, tensor] : content_) report_.unexpected.push_back(shown(in_file(name), tensor.sizes()));
+    if (options_.strict()) refuse();
+    if (!report_.missing.empty() || !report_.misshapen.empty()) plan.initialize();
+    at::NoGradGuard no_grad;
+    for (auto& [target, source] : copies_) copy(*target, source);
+    return std::move(report_);
+  }
+
+ private:
+  using FromFile = std::function<at::Tensor(const at::Tensor& stored)>;
+
+  static std::string shown(const std::string& key, at::IntArrayRef sizes) {
+    return "\"" + key + "\" " + c10::str(sizes);
+  }
+  std::string in_file(const std::string& name) const { return options_.prefix() + name; }
+
+  void match(const Target& target, const NamedTensor& tensor) {
+    FromFile from_file;
+    if (target.files.from_file)
+      from_file = [&](const at::Tensor& stored) { return target.files.from_file(tensor.name, stored); };
+    match(peft_key(target, tensor), *tensor.tensor, to_file(target, tensor).sizes(), from_file);
+  }
+
+  /// Finds the tensor `key`, which has to have the sizes `stored_sizes` in the file, for `target`.
+  void match(const std::string& key, at::Tensor& target, at::IntArrayRef stored_sizes, const FromFile& from_file) {
+    const auto found = content_.find(key);
+    if (found == content_.end()) {
+      report_.missing.push_back(shown(in_file(key), stored_sizes));
+      return;
+    }
+    const auto& source = found->second;
+    if (source.sizes() != stored_sizes) {
+      report_.misshapen.push_back("\"" + in_file(key) + "\" is " + c10::str(source.sizes()) + ", not " +
+                                  c10::str(stored_sizes));
+    } else if (target.requires_grad() && !source.is_floating_point()) {  // a buffer may count in any type
+      report_.misshapen.push_back("\"" + in_file(key) + "\" holds " + c10::str(source.scalar_type()));
+    } else {
+      copies_.emplace_back(&target, from_file ? from_file(source) : source);
+    }
+    content_.erase(found);
+  }
+
+  /// PEFT writes the frozen tables of adapted embeddings along, in case the vocabulary grew.
+  void match_base(const Target& target) {
+    const auto found = content_.find(target.file_name + ".base_layer.weight");
+    if (found == content_.end()) return;
+    const auto& theirs = found->second;
+    const auto own = target.site->pristine(*target.slot).to(theirs.device());
+    const bool is_same = theirs.sizes() == own.sizes() &&
+                         (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
+    if (!is_same)
+      report_.unexpected.push_back(shown(in_file(found->first), theirs.sizes()) +
+                                   " (a frozen weight, and not the model's own)");
+    content_.erase(found);
+  }
+
+  /// With "bias": "all" PEFT writes the biases inside of modules_to_save two times more, under names of its wrapper.
+  void drop_copies(const AdapterPlan& plan) {
+    for (const auto& full : plan.full) {
+      const auto& name = full.file_name;
+      for (auto dot = name.find('.'); dot != std::string::npos; dot = name.find('.', dot + 1)) {
+        for (const auto* wrapper : {".original_module", ".modules_to_save"})
+          content_.erase(name.substr(0, dot) + wrapper + name.substr(dot));
+      }
+    }
+  }
+
+  void copy(at::Tensor& target, const at::Tensor& source) const {
+    const auto type = options_.keep_dtype() ? source.scalar_type() : options_.dtype().value_or(target.scalar_type());
+    if (type != target.scalar_type() && target.is_floating_point()) target.set_data(target.detach().to(type));
+    target.copy_(source);
+  }
+
+  void refuse() const {
+    std::string text;
+    for (const auto& [what, names] : {std::pair("missing: ", &report_.missing),
+                                      {"unexpected: ", &report_.unexpected},
+                                      {"not of the shape or type that rank and layer give: ", &report_.misshapen}}) {
+      if (!names->empty()) text += (text.empty() ? "" : "; ") + (what + list(*names));
+    }
+    if (!text.empty()) throw CheckpointError(path_, "does not fit the model and ", kAdapterConfig, ": ", text);
+  }
+
+  const std::filesystem::path path_;
+  std::map<std::string, at::Tensor> content_;  // what no layer has claimed yet
+  LoadOptions options_;
+  std::vector<std::pair<at::Tensor*, at::Tensor>> copies_;
+  LoadReport report_;
+};
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,138 @@
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <numeric>
+#include <regex>
+#include <string>
+#include <utility>
+#include <vector>
+
+// Names and regular expressions, for the rules of selection and for errors that say what there is.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+inline bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+/// Whether the module `name` is meant by `entry`: the same name, or ends in "." and the entry.
+inline bool is_or_ends_with(const std::string& name, const std::string& entry) {
+  return name == entry || ends_with(name, "." + entry);
+}
+
+/// The name of the module that has a tensor; empty for the model itself.
+inline std::string owner_of(const std::string& tensor) {
+  const auto dot = tensor.rfind('.');
+  return dot == std::string::npos ? "" : tensor.substr(0, dot);
+}
+
+/// "a, b, c (+10 more)".
+inline std::string list(const std::vector<std::string>& names, size_t most = 6) {
+  std::string text;
+  for (size_t i = 0; i < std::min(most, names.size()); ++i) text += (i == 0 ? "" : ", ") + names[i];
+  if (names.size() > most) text += " (+" + std::to_string(names.size() - most) + " more)";
+  return names.empty() ? "none" : text;
+}
+
+/// The number of single-letter edits between two words; neighbours that changed places count as one (Damerau).
+inline size_t edit_distance(const std::string& a, const std::string& b) {
+  std::vector<size_t> before(b.size() + 1), last(b.size() + 1), now(b.size() + 1);
+  std::iota(last.begin(), last.end(), size_t{0});
+  for (size_t i = 1; i <= a.size(); ++i) {
+    now[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      now[j] = std::min({last[j] + 1, now[j - 1] + 1, last[j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1)});
+      const bool swapped = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+      if (swapped) now[j] = std::min(now[j], before[j - 2] + 1);
+    }
+    before = std::exchange(last, now);
+  }
+  return last[b.size()];
+}
+
+/// Up to three of `candidates` that look like `word`, the nearest first.
+inline std::vector<std::string> nearest(const std::string& word, std::vector<std::string> candidates) {
+  std::sort(candidates.begin(), candidates.end());
+  candidates.erase(std::unique(candidates.begin(), candidates.end()), candidates.end());
+  std::vector<std::pair<size_t, std::string>> ranked;
+  for (auto& candidate : candidates) {
+    const auto edits = edit_distance(word, candidate);
+    if (edits <= std::max(word.size(), candidate.size()) / 2) ranked.emplace_back(edits, std::move(candidate));
+  }
+  std::stable_sort(ranked.begin(), ranked.end(), [](auto& a, auto& b) { return a.first < b.first; });
+  std::vector<std::string> names;
+  for (size_t i = 0; i < std::min<size_t>(3, ranked.size()); ++i) names.push_back(std::move(ranked[i].second));
+  return names;
+}
+
+/// ` did you mean "head"?`, or nothing when no candidate is near.
+inline std::string did_you_mean(const std::string& word, const std::vector<std::string>& candidates) {
+  const auto names = nearest(word, candidates);
+  if (names.empty()) return "";
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "\"" : " or \"") + name + "\"";
+  return " did you mean " + text + "?";
+}
+
+/// What a mistyped entry may have meant: the names and their last parts.
+inline std::vector<std::string> with_last_parts(std::vector<std::string> names) {
+  for (size_t i = 0, size = names.size(); i < size; ++i) names.push_back(names[i].substr(names[i].rfind('.') + 1));
+  return names;
+}
+
+/// The number of brackets that are open at the deepest place of a pattern.
+inline size_t nesting(const std::string& pattern) {
+  size_t open = 0, most = 0;
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    if (pattern[i] == '\\') {
+      ++i;  // what follows it is no bracket
+      continue;
+    }
+    if (pattern[i] == '(') most = std::max(most, ++open);
+    if (pattern[i] == ')' && open > 0) --open;
+  }
+  return most;
+}
+
+/// The digits of the longest number in a \\1 or {1,2} of a pattern.
+inline size_t most_digits(const std::string& pattern) {
+  size_t most = 0;
+  for (auto i = pattern.find_first_of("\\{,"); i != pattern.npos; i = pattern.find_first_of("\\{,", i + 1)) {
+    const auto end = std::min(pattern.find_first_not_of("0123456789", i + 1), pattern.size());
+    most = std::max(most, end - i - 1);
+  }
+  return most;
+}
+
+/// A compiled pattern; an error that shows `shown` when it is none. A pattern may come from anywhere, and std::regex
+/// calls itself for every letter and every bracket, and computes numbers without looking for their end, so there are
+/// limits.
+inline std::regex compile(const std::string& pattern, const std::string& shown) {
+  constexpr size_t kMaxLength = 10000, kMaxNesting = 200, kMaxDigits = 9;
+  const auto depth = nesting(pattern), digits = most_digits(pattern);
+  TORCH_CHECK_VALUE(pattern.size() <= kMaxLength && depth <= kMaxNesting && digits <= kMaxDigits,
+                    "lora::LoRAConfig: a regular expression may have ", kMaxLength, " characters, ", kMaxNesting,
+                    " brackets in each other and numbers of ", kMaxDigits, " digits, but \"", shown.substr(0, 60),
+                    "...\" has ", pattern.size(), ", ", depth, " and ", digits);
+  try {
+    return std::regex(pattern, std::regex::ECMAScript | std::regex::optimize);
+  } catch (const std::regex_error& error) {
+    TORCH_CHECK_VALUE(false, "lora::LoRAConfig: \"", shown,
+                      "\" is not a regular expression (ECMAScript): ", error.what());
+  }
+}
+
+/// A regular expression that matches `text` and nothing else.
+inline std::string escaped(const std::string& text) {
+  return std::regex_replace(text, std::regex(R"([.^$|()\[\]{}*+?\\])"), R"(\$&)");
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
