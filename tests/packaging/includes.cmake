@@ -152,6 +152,7 @@ list(LENGTH headers count)
 if(violations)
   list(LENGTH violations wrong)
   list(JOIN violations "\n  " violations)
-  message(FATAL_ERROR "${wrong} includes of ${count} headers are not as tests/packaging/includes.cmake says:\n  ${violations}\n")
+  message(FATAL_ERROR "${wrong} faults in what ${count} headers include, by tests/packaging/includes.cmake:\n"
+                      "  ${violations}\n")
 endif()
 message(STATUS "${count} headers include each other one way only")

@@ -104,7 +104,7 @@ struct Layout {
   Tensor (*of)(const Tensor& tensor);
 };
 
-const std::vector<Layout> layouts{
+const std::vector<Layout> kLayouts{
     {"contiguous", [](const Tensor& t) { return t.contiguous(); }},
     {"last dimension first", [](const Tensor& t) { return t.transpose(0, -1).contiguous().transpose(0, -1); }},
     {"every second number",
@@ -135,7 +135,7 @@ TEST_CASE("A method is told the shape of the matrix") {
 TEST_CASE("Every entry of the matrix is the one of the weight that it should be, however the weight lies in memory") {
   const auto& row = any_view();
   const auto weight = counted(row.sizes);
-  for (const auto& layout : layouts) {
+  for (const auto& layout : kLayouts) {
     INFO(row.name << ", " << layout.name);
     CHECK(torch::equal(row.view.matrix(layout.of(weight)), expected_matrix(row)));
   }
@@ -145,7 +145,7 @@ TEST_CASE("The matrix gives the weight back, with zeros in the parts that are no
   const auto& row = any_view();
   const auto weight = counted(row.sizes), matrix = expected_matrix(row);
   CHECK(torch::equal(row.view.weight(row.view.matrix(weight)), weight * covered(row)));
-  for (const auto& layout : layouts) {
+  for (const auto& layout : kLayouts) {
     INFO(row.name << ", " << layout.name);
     CHECK(torch::equal(row.view.weight(layout.of(matrix)), weight * covered(row)));
   }
@@ -167,7 +167,7 @@ TEST_CASE("Gradients flow through a view both ways") {
   const auto weight = random(row.sizes).requires_grad_();
   const auto matrix = random(expected_matrix(row).sizes()).requires_grad_();
   const auto of_matrix = random(matrix.sizes()), of_weight = random(weight.sizes());
-  for (const auto& layout : layouts) {
+  for (const auto& layout : kLayouts) {
     INFO(row.name << ", " << layout.name);
     CHECK(testing::gradient_error([&] { return (row.view.matrix(layout.of(weight)) * of_matrix).sin().sum(); },
                                   {weight}) < 1e-8);
