@@ -23,7 +23,7 @@ Run load(const std::filesystem::path& library) {
   void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   void* run = handle == nullptr ? nullptr : dlsym(handle, "run");
   if (run == nullptr) {
-    std::printf("  %s\n", dlerror());
+    std::fprintf(stderr, "  %s\n", dlerror());
     std::_Exit(1);
   }
   return reinterpret_cast<Run>(run);
