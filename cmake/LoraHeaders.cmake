@@ -3,14 +3,16 @@ set(LORA_PUBLIC_HEADERS
   adapters.hpp
   attach.hpp
   config.hpp
+  functional.hpp
   lora.hpp
   options.hpp
   site.hpp
+  torchscript.hpp
   version.hpp
   adapter/activation.hpp
+  adapter/adapter.hpp
   adapter/extract.hpp
   adapter/merge.hpp
-  adapter/plan.hpp
   adapter/report.hpp
   files/error.hpp
   files/pickled.hpp
@@ -20,15 +22,19 @@ set(LORA_PUBLIC_HEADERS
   layers/attention.hpp
   layers/convolution.hpp
   layers/embedding.hpp
+  layers/layer_weight.hpp
   layers/linear.hpp
   layers/parameter.hpp
-  layers/parts.hpp
   layers/recurrent.hpp
-  layers/target.hpp
   method/all.hpp
   method/contract.hpp
   method/dora.hpp
+  method/full_delta.hpp
+  method/ia3.hpp
   method/low_rank.hpp
+  method/term.hpp
+  method/vera.hpp
+  model/model.hpp
   model/module_model.hpp
   model/replace.hpp
   model/script/model.hpp
@@ -42,9 +48,14 @@ set(LORA_PUBLIC_HEADERS
   peft/config.hpp
   peft/convert.hpp
   peft/load_options.hpp
+  weight/base.hpp
+  weight/shape.hpp
+  weight/use.hpp
   weight/view.hpp
 )
 set(LORA_DETAIL_HEADERS
+  adapter/plan.hpp
+  adapter/registry.hpp
   files/atomic_file.hpp
   files/atomic_pair.hpp
   files/descriptor.hpp
@@ -57,19 +68,27 @@ set(LORA_DETAIL_HEADERS
   intercept/fused_attention.hpp
   intercept/kernels.hpp
   intercept/observe.hpp
+  intercept/operands.hpp
   intercept/scope.hpp
+  intercept/weight_kernel.hpp
   intercept/weight_table.hpp
+  layers/files.hpp
+  layers/norm_limit.hpp
   model/frozen_parameters.hpp
+  model/index.hpp
   model/script/module.hpp
   model/script/plain_execution.hpp
   modules/attention/mask.hpp
   modules/attention/packed.hpp
   peft/schema.hpp
   peft/tensors.hpp
+  selection/candidate.hpp
   selection/full.hpp
   selection/patterns.hpp
   selection/selection.hpp
   selection/text.hpp
+  weight/key.hpp
+  weight/part.hpp
   weight/slot.hpp
 )
 

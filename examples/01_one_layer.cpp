@@ -29,7 +29,7 @@ int main() {
   torch::NoGradGuard no_grad;
   auto x = torch::randn({8, 64});
   auto adapted = layer->forward(x);
-  auto learned = layer->method().delta(layer->weight);
+  auto learned = layer->delta();
   const auto error = ((learned - difference).norm() / difference.norm()).item<double>();
   fmt::print("|learned - true difference| / |true difference| = {:.1e}\n", error);
   layer->merge();

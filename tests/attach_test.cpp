@@ -94,8 +94,8 @@ TEST_CASE("Whatever spelling of the product a model uses is adapted") {
   if (!transposed)
     CHECK(testing::distance(torch::bmm(x.expand({2, 5, 6}), layer.weight.view({2, 2, 6}).transpose(1, 2)),
                             torch::bmm(x.expand({2, 5, 6}), w.reshape({2, 2, 6}).transpose(1, 2))) < 1e-5);
-  // A copy of the weight is not the weight.
-  CHECK(testing::distance(x.matmul(layer.weight.clone().t()), x.mm(w.t())) > 1e-2);
+  // A copy that is made in the scope is one of what the layer computes with there.
+  CHECK(testing::distance(x.matmul(layer.weight.clone().t()), x.mm(w.t())) < 1e-5);
 }
 
 TEST_CASE("A square weight is not mistaken for its transpose") {
@@ -106,8 +106,8 @@ TEST_CASE("A square weight is not mistaken for its transpose") {
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"0"}));
   testing::randomize(adapters.parameters());
   auto x = torch::randn({5, 4}, testing::device());
-  auto active = adapters.activate();
   const auto adapted = weight + adapters.delta("default", "0");
+  auto active = adapters.activate();
   CHECK(testing::distance(x.matmul(weight), x.mm(adapted)) < 1e-5);
   CHECK(testing::distance(x.matmul(weight.t()), x.mm(adapted.t())) < 1e-5);
 }

@@ -46,14 +46,13 @@ class MergedWeights {
   /// `found` are the tensors of the base under the names of the model.
   MergedWeights(const std::filesystem::path& base, const TensorMap& found, const std::filesystem::path& adapter)
       : model_(make_model(read_config(base))), adapters_(load_adapter(base, found, adapter)) {
-    for (const auto& layer : adapters_.layers()) {
-      for (const auto& name : parameters_of(layer->target)) layers_[name] = layer;
+    for (const auto& part : adapter_->parts) {
+      for (const auto& name : parameters_of(part)) parts_[name] = part;
     }
-    for (const auto& full : adapters_.full_tensors(adapters_.names().front())) full_.emplace(full.place.name, full);
   }
 
   const ModelConfig& config() const { return model_->config; }
-  size_t count() const { return adapters_.layers().size(); }
+  size_t count() const { return adapters_.targets().size(); }
 
   /// A head that is adapted or trained apart from the embedding, or not together with it, cannot stay tied: it gets a
   /// tensor of its own, made from the embedding's.
@@ -74,15 +73,10 @@ class MergedWeights {
   torch::Tensor at(const std::string& stored_name, const torch::Tensor& tensor) const {
     const auto name = detail::parameter_name(config(), stored_name);
     const bool transposed = detail::is_stored_transposed(config(), name);
-    if (const auto full = full_.find(name); full != full_.end()) {
-      torch::NoGradGuard no_grad;
-      const auto trained = full->second.substitute(transposed ? tensor.t() : tensor);
-      return transposed ? trained.t() : trained;
-    }
-    const auto layer = layers_.find(name);
-    if (layer == layers_.end()) return tensor;
-    const auto& target = layer->second->target;
-    const auto merged = target.site->merged_weight(transposed ? tensor.t() : tensor, adapters_.names(), target.name);
+    const auto part = parts_.find(name);
+    if (part == parts_.end()) return tensor;
+    const auto& [site, method] = std::tie(part->second.site, part->second.method);
+    const auto merged = site->merged(transposed ? tensor.t() : tensor, {{adapters_.names().front(), method}});
     return transposed ? merged.t() : merged;
   }
 
@@ -98,27 +92,28 @@ class MergedWeights {
     return lora::load_adapter(*model_, adapter);
   }
 
-  /// The names of what a target's merged weight stands for: its layer's own, or, for a parameter, all that are tied.
-  std::vector<std::string> parameters_of(const lora::Target& target) const {
-    if (!is_parameter(target)) return {target.name + ".weight"};
+  /// The names of what a merged tensor stands for: its layer's own, or, for a parameter, all that are tied.
+  std::vector<std::string> parameters_of(const lora::AdapterPart& part) const {
+    const auto& name = part.site->name();
+    if (!is_parameter(part)) return {part.role == lora::AdapterPart::Role::kLayer ? name + ".weight" : name};
     std::vector<std::string> names;
     for (const auto& item : model_->named_parameters()) {
-      if (item.value().is_same(target.slot->read())) names.push_back(item.key());
+      if (item.value().is_same(part.site->weight())) names.push_back(item.key());
     }
     return names;
   }
 
-  static bool is_parameter(const lora::Target& target) { return target.kind == "Parameter"; }
+  static bool is_parameter(const lora::AdapterPart& part) { return part.site->kind() == "Parameter"; }
 
   bool changes_alone(const std::string& parameter) const {
-    const auto layer = layers_.find(parameter);
-    return full_.count(parameter) > 0 || (layer != layers_.end() && !is_parameter(layer->second->target));
+    const auto part = parts_.find(parameter);
+    return part != parts_.end() && !is_parameter(part->second);
   }
 
   LanguageModel model_;
   lora::Adapters adapters_;
-  std::map<std::string, std::shared_ptr<lora::AdaptedLayer>> layers_;
-  std::map<std::string, lora::FullTensor> full_;
+  std::shared_ptr<const lora::Adapter> adapter_ = adapters_.adapter(adapters_.names().front());
+  std::map<std::string, lora::AdapterPart> parts_;
 };
 
 /// Adds a head of its own beside the embedding, and drops a redundant copy of the tied one.

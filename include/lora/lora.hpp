@@ -3,14 +3,16 @@
 // The whole library. Each of these headers also stands alone.
 
 #include <lora/adapter/activation.hpp>
+#include <lora/adapter/extract.hpp>
+#include <lora/adapter/merge.hpp>
+#include <lora/adapter/report.hpp>
 #include <lora/adapters.hpp>
 #include <lora/attach.hpp>
 #include <lora/config.hpp>
-#include <lora/adapter/extract.hpp>
-#include <lora/weight/view.hpp>
-#include <lora/adapter/merge.hpp>
+#include <lora/files/safetensors.hpp>
 #include <lora/method/all.hpp>
 #include <lora/model/module_model.hpp>
+#include <lora/model/replace.hpp>
 #include <lora/modules/attention.hpp>
 #include <lora/modules/conv.hpp>
 #include <lora/modules/embedding.hpp>
@@ -19,9 +21,7 @@
 #include <lora/peft/checkpoint.hpp>
 #include <lora/peft/config.hpp>
 #include <lora/peft/convert.hpp>
-#include <lora/files/safetensors.hpp>
-#include <lora/model/replace.hpp>
-#include <lora/adapter/report.hpp>
 #include <lora/site.hpp>
-#include <lora/model/script/model.hpp>
+#include <lora/torchscript.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/view.hpp>

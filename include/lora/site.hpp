@@ -1,173 +1,262 @@
 #pragma once
 
-#include <ATen/core/grad_mode.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/dropout.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/ones.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/api/include/torch/ordered_dict.h>
 
+#include <lora/method/contract.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/key.hpp>
 #include <lora/weight/slot.hpp>
-#include <lora/weight/view.hpp>
+#include <lora/weight/use.hpp>
 
 #include <algorithm>
+#include <atomic>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
 
-/// One adaptable weight W: the named adapters on it, and the only implementation of merging.
+/// How PEFT's files name and shape the tensors of an adapter, where that differs from the tensors themselves. A
+/// function that is empty changes nothing.
+struct FileLayout {
+  std::function<std::string(const NamedTensor& tensor)> name;  ///< without the layer's
+  std::function<at::Tensor(const std::string& name, const at::Tensor& tensor)> to_file;
+  /// Throws c10::Error when `stored` has no form as the tensor `name`.
+  std::function<at::Tensor(const std::string& name, const at::Tensor& stored)> from_file;
+};
+
+/// Where a tensor of a model is, and what it is called there.
+struct Place {
+  std::string name;       ///< of the layer in the model: "encoder.self_attn"
+  std::string file_name;  ///< of the layer in PEFT's files, where that differs from `name`
+  std::string kind;       ///< for reports and errors: "Linear"
+  std::shared_ptr<detail::WeightSlot> slot;
+  Use use = Use::kProduct;                             ///< which uses of the tensor are this layer's
+  std::shared_ptr<detail::WeightSlot> bias = nullptr;  ///< the layer's bias, for methods that change it, too
+  /// The dimension of the layer's inputs that counts the rows of a batch; nothing where that cannot be known.
+  std::optional<int64_t> row_axis = 0;
+  std::vector<std::string> tied_to = {};  ///< layers with the same weight, whose uses of it are not adapted here
+};
+
+/// One method that is merged, for `Site::merge`, with the name of its adapter for errors.
+struct MergedMethod {
+  std::string adapter;
+  std::shared_ptr<AnyMethod> method;
+  double weight = 1;
+};
+
+/// One tensor of a model that can be adapted, and the only implementation of merging.
 ///
-/// A site does not know where its weight lives; whoever owns it (a module, or an attached model) passes the slot.
 /// Merging computes W' = W + sum of the updates in float (double for double weights), rounds once to the type of W, and
-/// puts W' in place of W, which is kept as it is: unmerging brings back the very same tensor.
+/// writes the values into the tensor, which stays the same one for everyone who holds it; what was there is kept, and
+/// unmerging writes it back, bit by bit. Only a weight that has to be told apart from what it is tied to is replaced by
+/// another tensor.
 class Site {
  public:
-  explicit Site(MatrixView view) : view_(std::move(view)) {}
+  Site(Place place, MatrixView view, FileLayout files = {})
+      : place_(std::move(place)),
+        view_(std::make_shared<const MatrixView>(std::move(view))),
+        files_(std::move(files)) {}
 
-  /// How the weight is seen as a matrix.
-  const MatrixView& view() const { return view_; }
-
-  void add(const std::string& adapter, std::shared_ptr<AnyMethod> method) {
-    methods_.insert(adapter, std::move(method));
+  const std::string& name() const { return place_.name; }
+  const std::string& kind() const { return place_.kind; }
+  const Place& place() const { return place_; }
+  const detail::WeightSlot& slot() const { return *place_.slot; }
+  Use use() const { return place_.use; }
+  const MatrixView& view() const { return *view_; }
+  const FileLayout& files() const { return files_; }
+  bool is_training() const { return place_.slot->is_training(); }
+  /// The name that the layer has in a model; where it brings its site with it, that is not known before.
+  void rename(const std::string& name) {
+    if (place_.name == name) return;
+    if (place_.file_name == place_.name) place_.file_name = name;
+    place_.name = name;
   }
-  void remove(const std::string& adapter) { methods_.erase(adapter); }
-  bool contains(const std::string& adapter) const { return methods_.contains(adapter); }
-  AnyMethod& at(const std::string& adapter) const { return *methods_[adapter]; }
-
-  /// The tensors of all adapters.
-  std::vector<at::Tensor> tensors() const {
-    std::vector<at::Tensor> all;
-    for (const auto& method : methods_) {
-      for (const auto& item : method.value()->tensors()) all.push_back(*item.tensor);
+  /// The site of the layer's bias, made when it is first asked for; null where there is none.
+  const std::shared_ptr<Site>& bias_site() {
+    if (!bias_site_ && place_.bias) {
+      Place place{name() + ".bias", name() + ".bias", "", place_.bias, Use::kAny};
+      bias_site_ = std::make_shared<Site>(std::move(place), MatrixView::none(place_.bias->read().sizes()));
     }
-    return all;
+    return bias_site_;
   }
+  /// The adapter that the layer has of its own, which acts outside of scopes; null where it has none.
+  const std::shared_ptr<AnyMethod>& own() const { return own_; }
+  void set_own(std::shared_ptr<AnyMethod> method) { own_ = std::move(method); }
+  /// Says which other layers have the weight; known when the site is made.
+  void set_tied_to(std::vector<std::string> layers) { place_.tied_to = std::move(layers); }
 
-  /// The output of the frozen layer with the updates of `adapters` added; those that are merged, or that are not on
-  /// this weight, change nothing.
-  at::Tensor forward(const FrozenProduct& product, const std::vector<std::string>& adapters) const {
-    auto output = product.output;
-    int64_t applied = 0;
-    for (const auto& adapter : adapters) {
-      const auto* method = acting(adapter);
-      if (method == nullptr) continue;
-      auto updated = method->forward(product);
-      output = applied++ == 0 ? updated : output + (updated - product.output);
-    }
-    return output;
+  /// The weight as it is now, merged or not.
+  at::Tensor weight() const { return place_.slot->read(); }
+  /// The weight as it is without any merged update, also of a model that was moved since it was merged.
+  at::Tensor pristine() const {
+    const auto now = weight();
+    return merged_ ? merged_->former.member.to(now.device(), now.scalar_type()) : now;
   }
-
-  /// W' - W in the layout of the weight and the type of the adapters, for operators that take a weight whole; undefined
-  /// when none of `adapters` acts. With `dropout`, whole input features are dropped, each with the adapter's
-  /// probability: A diag(mask / (1 - p)) in place of A.
-  at::Tensor delta(const at::Tensor& weight, const std::vector<std::string>& adapters, bool dropout) const {
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    at::Tensor sum;
-    for (const auto& adapter : adapters) {
-      const auto* method = acting(adapter);
-      if (method == nullptr) continue;
-      auto delta = method->delta(view_.matrix(weight));
-      const auto probability = method->options().dropout();
-      if (dropout && probability > 0 && !view_.shape().is_lookup)
-        delta = delta * at::dropout(at::ones({view_.shape().in}, delta.options()), probability, /*train=*/true);
-      sum = sum.defined() ? sum + delta : delta;
-    }
-    return sum.defined() ? view_.weight(sum) : sum;
-  }
-
-  /// The largest probability of dropout among `adapters`, 0 when none acts.
-  double dropout(const std::vector<std::string>& adapters) const {
-    double largest = 0;
-    for (const auto& adapter : adapters) {
-      if (const auto* method = acting(adapter)) largest = std::max(largest, method->options().dropout());
-    }
-    return view_.shape().is_lookup ? 0 : largest;
-  }
-
-  /// W' for `adapters`, not put in place. Throws, naming `layer`, when an update or W' is not finite.
-  at::Tensor merged_weight(const at::Tensor& weight, const std::vector<std::string>& adapters,
-                           const std::string& layer) const {
-    at::NoGradGuard no_grad;
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    auto sum = weight.to(adapter_dtype(weight.scalar_type()));
-    for (const auto& adapter : adapters) {
-      if (!contains(adapter)) continue;
-      auto delta = at(adapter).delta(view_.matrix(weight));
-      check_finite(delta, layer, "the update of adapter \"" + adapter + "\" is not finite (NaN or infinity)");
-      sum = sum + view_.weight(delta);
-    }
-    auto merged = sum.to(weight.scalar_type());
-    check_finite(merged, layer, "the merged weight does not fit into its type, or the weight itself is not finite");
-    return merged;
-  }
+  /// The same as methods see it.
+  DenseBase base() const { return base(pristine()); }
+  /// The same for `weight`, which is this one or like it.
+  DenseBase base(at::Tensor weight) const { return DenseBase(std::move(weight), view_); }
 
   bool is_merged() const { return merged_.has_value(); }
-
-  /// Puts `merged` in place of the weight in `slot`, which is kept for `unmerge`.
-  void merge(const detail::WeightSlot& slot, at::Tensor merged, std::vector<std::string> adapters) {
-    auto pristine = slot.handles();
-    slot.set({merged, merged});
-    merged_ = Merged{std::move(pristine), std::move(merged), std::move(adapters)};
+  /// Whether the weight has the update of that method in it.
+  bool is_in(const AnyMethod* method) const {
+    const auto is_it = [&](const MergedMethod& merged) { return merged.method.get() == method; };
+    return merged_ && std::any_of(merged_->methods.begin(), merged_->methods.end(), is_it);
   }
 
-  /// Whether the slot still holds what `merge` put there.
-  bool can_unmerge(const detail::WeightSlot& slot) const { return slot.holds(merged_->weight); }
+  /// W' for `weight`, which is W or a tensor like it. Throws when an update or W' is not finite.
+  at::Tensor merged(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const {
+    const detail::BelowInterception below;
+    at::NoGradGuard no_grad;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const auto result = sum(weight, methods).to(weight.scalar_type());
+    check_finite(result, "the merged weight does not fit into its type, or the weight itself is not finite");
+    return result;
+  }
+
+  /// Throws when `merge` could not put anything here; changes nothing.
+  void check_mergeable() const {
+    if (is_told_apart()) place_.slot->check_replaceable(name());
+  }
+
+  /// Puts `values`, which `merged` computed, into the model. Takes no memory, so that it cannot fail half way.
+  void merge(at::Tensor values, std::vector<MergedMethod> methods) {
+    const detail::BelowInterception below;
+    at::NoGradGuard no_grad;
+    const auto weight = place_.slot->read();
+    if (is_told_apart()) {
+      auto former = place_.slot->handles();
+      place_.slot->set({values, values});
+      merged_ = Merged{std::move(former), values, 0, /*is_apart=*/true, std::move(methods)};
+      return;
+    }
+    exchange(weight.detach(), values);
+    merged_ = Merged{{values, values}, weight, version(weight), /*is_apart=*/false, std::move(methods)};
+  }
+
+  /// Whether the model still holds what `merge` put there.
+  bool can_unmerge() const {
+    const detail::BelowInterception below;
+    const auto now = weight();
+    const auto& former = merged_->former.member;
+    if (!now.is_same(merged_->weight)) return false;
+    if (now.scalar_type() != former.scalar_type() || now.device() != former.device()) return true;  // moved since
+    return merged_->is_apart || version(now) == merged_->version || now.equal(merged(former, merged_->methods));
+  }
 
   /// Puts the kept weight back. When the module was moved to another device or type meanwhile, the weight follows.
-  void unmerge(const detail::WeightSlot& slot) {
-    detail::put_back(slot, merged_->pristine);
+  void unmerge() {
+    const detail::BelowInterception below;
+    at::NoGradGuard no_grad;
+    auto former = std::move(merged_->former);
+    if (merged_->is_apart) {
+      const auto options = weight().options();
+      for (auto* handle : {&former.member, &former.registered}) {
+        if (handle->device() != options.device() || handle->dtype() != options.dtype())
+          handle->set_data(handle->detach().to(options.requires_grad(false)));
+      }
+      place_.slot->set(former);
+    } else {
+      write(weight(), former.member);
+    }
     merged_.reset();
   }
 
-  /// Forgets the kept weight, but for its requires_grad: what is merged stays for good.
-  void keep_merged(const detail::WeightSlot& slot) {
-    slot.keep(merged_->pristine);
+  /// Forgets the kept weight: what is merged stays for good, trainable if the weight was.
+  void keep_merged() {
+    if (merged_->is_apart) weight().requires_grad_(merged_->former.member.requires_grad());
     merged_.reset();
   }
 
-  /// The weight as it is without any merged update, also of a model that was moved since it was merged.
-  at::Tensor pristine(const detail::WeightSlot& slot) const {
-    const auto weight = slot.read();
-    return merged_ ? merged_->pristine.member.to(weight.device(), weight.scalar_type()) : weight;
-  }
-
-  /// Takes over from `other` that the weight in `slot`, a copy of the other's, is a merged one.
-  void copy_merged(const Site& other, const detail::WeightSlot& slot) {
+  /// Takes over from `other` that the weight, a copy of the other's, is a merged one; `methods` are copies of the
+  /// other's.
+  void copy_merged(const Site& other, std::vector<MergedMethod> methods) {
+    const detail::BelowInterception below;
     at::NoGradGuard no_grad;
     if (!other.merged_) return;
-    auto pristine = other.merged_->pristine.member.to(slot.read().device(), slot.read().scalar_type(), false, true);
-    merged_ = Merged{{pristine, pristine}, slot.read(), other.merged_->adapters};
+    const auto now = weight();
+    auto former = other.merged_->former.member.to(now.device(), now.scalar_type(), false, /*copy=*/true);
+    merged_ = Merged{{former, former}, now, version(now), /*is_apart=*/false, std::move(methods)};
   }
+
+  /// How many operators have used its adapters.
+  mutable std::atomic<int64_t> uses{0};
 
  private:
   struct Merged {
-    detail::WeightSlot::Handles pristine;
-    at::Tensor weight;
-    std::vector<std::string> adapters;
+    detail::WeightSlot::Handles former;
+    at::Tensor weight;  // that has the merged values
+    int64_t version;    // of it, by which is seen whether someone wrote to it since
+    bool is_apart;      // whether it was put in the place of the former one
+    std::vector<MergedMethod> methods;
   };
 
-  /// The adapter's method, unless it is not on this weight or is in it already.
-  const AnyMethod* acting(const std::string& adapter) const {
-    const auto* method = methods_.find(adapter);
-    const auto is_in = [&](const Merged& merged) {
-      return std::find(merged.adapters.begin(), merged.adapters.end(), adapter) != merged.adapters.end();
-    };
-    return method == nullptr || (merged_ && is_in(*merged_)) ? nullptr : method->get();
+  bool is_told_apart() const { return !place_.tied_to.empty() || place_.slot->is_apart(); }
+
+  /// W + the sum of the updates, in float at least; what replaces W, as it is.
+  at::Tensor sum(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const {
+    if (methods.size() == 1 && methods.front().method->replaces() && methods.front().weight == 1) {
+      auto value = methods.front().method->replacement(weight);
+      check_finite(value, "what was trained in its place is not finite (NaN or infinity)");
+      return value.is_alias_of(methods.front().method->tensors().front().tensor->detach()) ? value.clone() : value;
+    }
+    auto sum = weight.to(adapter_dtype(weight.scalar_type()));
+    const auto base = this->base(weight);
+    for (const auto& [adapter, method, factor] : methods) {
+      const auto delta = method->delta(base);
+      check_finite(delta, "the update of adapter \"" + adapter + "\" is not finite (NaN or infinity)");
+      sum = sum + view_->weight(factor == 1 ? delta : delta * factor);
+    }
+    return sum.is_same(weight) ? sum.clone() : sum;
   }
 
-  static void check_finite(const at::Tensor& tensor, const std::string& layer, const std::string& what) {
-    TORCH_CHECK(at::isfinite(tensor).all().item<bool>(), "lora::merge: ", layer, ": ", what, "; nothing was merged");
+  void check_finite(const at::Tensor& tensor, const std::string& what) const {
+    TORCH_CHECK(at::isfinite(tensor).all().item<bool>(), "lora::merge: ", name(), ": ", what, "; nothing was merged");
   }
 
-  MatrixView view_;
-  torch::OrderedDict<std::string, std::shared_ptr<AnyMethod>> methods_;
+  /// Tensors of inference mode have no version; they can only be written to there.
+  static int64_t version(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
+  static void write(const at::Tensor& tensor, const at::Tensor& values) {
+    c10::InferenceMode mode(tensor.is_inference());
+    tensor.detach().copy_(values);
+  }
+
+  /// Gives each of two tensors the values of the other, a piece at a time.
+  static void exchange(const at::Tensor& a, const at::Tensor& b) {
+    c10::InferenceMode mode(a.is_inference());
+    if (a.dim() == 0 || a.numel() == 0) {
+      const auto kept = a.clone();
+      a.copy_(b);
+      b.copy_(kept);
+      return;
+    }
+    constexpr int64_t kPiece = 1 << 16;
+    const auto rows = std::max<int64_t>(1, kPiece * a.size(0) / a.numel());
+    for (int64_t row = 0; row < a.size(0); row += rows) {
+      const auto count = std::min(rows, a.size(0) - row);
+      const auto mine = a.narrow(0, row, count), theirs = b.narrow(0, row, count);
+      const auto kept = mine.clone();
+      mine.copy_(theirs);
+      theirs.copy_(kept);
+    }
+  }
+
+  Place place_;
+  std::shared_ptr<const MatrixView> view_;
+  FileLayout files_;
   std::optional<Merged> merged_;
+  std::shared_ptr<Site> bias_site_;
+  std::shared_ptr<AnyMethod> own_;
 };
 
 }  // namespace LORA_ABI

@@ -141,23 +141,7 @@ TEST_CASE("Leaving a scope restores the thread exactly, in whatever order scopes
   CHECK(torch::equal(model->forward(x), base));
 }
 
-TEST_CASE("Operators are watched until every layer was reached, and no longer") {
-  testing::Stack model(1);
-  auto adapters = lora::attach(*model, kQueries);
-  const auto observes = [] {
-    return c10::impl::tls_local_dispatch_key_set().included_.has(lora::detail::kObservingKey);
-  };
-  auto x = torch::randn({2, 8}, testing::device());
-  auto active = adapters.activate();
-  CHECK(observes());
-  model->forward(x);
-  x.relu();
-  CHECK_FALSE(observes());
-  auto again = adapters.activate();
-  CHECK_FALSE(observes());
-}
-
-TEST_CASE("Leaving a scope that missed layers warns once, and names the operator that used the weight as it is") {
+TEST_CASE("Leaving a scope that missed layers warns once, and names the operator that took the weight as it is") {
   Warnings warnings;
   testing::Stack model(1);
   auto adapters = lora::attach(*model, kQueries);
@@ -165,11 +149,11 @@ TEST_CASE("Leaving a scope that missed layers warns once, and names the operator
   for (int pass = 0; pass < 2; ++pass) {
     auto active = adapters.activate();
     model->layers[0]->as<testing::Block>()->forward(x);
-    (x.narrow(1, 0, 6) * model->lm_head->weight.sum(1)).sum();
+    model->lm_head->weight.detach().mul_(1);  // writes to it
   }
   REQUIRE(warnings.texts.size() == 1);
   CHECK_THAT(warnings.texts[0], testing::contains("the adapters of lm_head") &&
-                                    testing::contains("aten::sum used the weight of lm_head as it is"));
+                                    testing::contains("aten::mul_ used the weight of lm_head as it is"));
   CHECK(adapters.unreached() == std::vector<std::string>{"lm_head"});
 }
 
@@ -204,8 +188,8 @@ TEST_CASE("diagnose tells every use of every adapted weight") {
   CHECK(uses.size() == 4);
   CHECK(count("layers.0.q_proj", "aten::addmm", true) == 1);
   CHECK(count("lm_head", "aten::matmul", true) == 1);
-  CHECK(count("lm_head", "aten::square", false) == 1);
-  CHECK(count("lm_head", "aten::to", false) == 1);
+  CHECK(count("lm_head", "aten::square", true) == 1);
+  CHECK(count("lm_head", "aten::_to_copy", true) == 1);
   uses = adapters.diagnose([&] {
     x.requires_grad_();
     model->forward(x).sum().backward();  // which multiplies with the weights, too

@@ -199,14 +199,14 @@ const std::vector<Kind>& kinds() {
   return all;
 }
 
-/// The name of the parameter that a target adapts.
-std::string parameter_of(const lora::Target& target) {
-  if (target.kind == "MultiheadAttention")
-    return target.name + (target.name.find("_weight") == std::string::npos ? ".in_proj_weight" : "");
+/// The name of the parameter that a site is.
+std::string parameter_of(const lora::Site& site) {
+  if (site.kind() == "MultiheadAttention")
+    return site.name() + (site.name().find("_weight") == std::string::npos ? ".in_proj_weight" : "");
   for (auto kind : {"Parameter", "LSTM", "GRU", "RNN"}) {
-    if (target.kind.find(kind) == 0) return target.name;
+    if (site.kind().find(kind) == 0) return site.name();
   }
-  return target.name + ".weight";
+  return site.name() + ".weight";
 }
 
 struct Fixture {
@@ -233,16 +233,16 @@ struct Fixture {
     auto tensors = adapters.named_parameters();
     auto parameters = holder->named_parameters();
     std::vector<Tensor> pristine;
-    for (const auto& layer : adapters.layers()) {
-      const auto& name = layer->target.name;
-      auto& weight = parameters[parameter_of(layer->target)];
+    for (const auto& site : adapters.sites()) {
+      const auto& name = site->name();
+      auto& weight = parameters[parameter_of(*site)];
       pristine.push_back(weight.clone());
       auto delta = kind.delta(tensors[name + ".lora_A"], tensors[name + ".lora_B"], adapters.scaling(name), weight);
       weight.copy_(weight.to(delta.scalar_type()) + delta);
     }
     auto result = run();
     for (size_t i = 0; i < pristine.size(); ++i)
-      parameters[parameter_of(adapters.layers()[i]->target)].copy_(pristine[i]);
+      parameters[parameter_of(*adapters.sites()[i])].copy_(pristine[i]);
     return result;
   }
 

@@ -1,4 +1,4 @@
-#include "support/testing.hpp"
+#include "support/methods.hpp"
 
 #include <lora/method/dora.hpp>
 
@@ -9,13 +9,13 @@ namespace {
 
 /// A DoRA adapter on W (out, in) in float64 whose tensors all have values of their own.
 struct Fixture {
-  Fixture(int64_t out, int64_t in, const LoRAOptions& options) : method(options) {
+  Fixture(int64_t out, int64_t in, const LoRAOptions& options)
+      : any(testing::make_method<DoRA>(options, out, in, torch::kDouble)) {
     torch::manual_seed(0);
     const auto type = testing::on_device(torch::kDouble);
     weight = torch::randn({out, in}, type);
     bias = torch::randn({out}, type);
-    method.allocate({{}, out, in}, type);
-    method.initialize(weight);
+    any.initialize(lora::DenseBase(weight));
     method.lora_B.normal_();
     method.lora_magnitude_vector.uniform_(0.5, 2);
     x = torch::randn({2, 3, in}, type);
@@ -26,42 +26,40 @@ struct Fixture {
     return method.lora_magnitude_vector.unsqueeze(1) * moved / moved.norm(2, 1, true);
   }
 
-  torch::Tensor forward(bool training = false) const {
-    return method.forward({x, x.matmul(weight.t()) + bias, weight, bias, training});
-  }
+  torch::Tensor forward(bool training = false) const { return testing::linear_with(any, x, weight, bias, training); }
 
-  DoRA method;
+  lora::MethodOf<DoRA> any;
+  DoRA& method = any.value;
   torch::Tensor weight, bias, x;
 };
 
 }  // namespace
 
 TEST_CASE("DoRA gives each output its magnitude, by hand") {
-  DoRA method(LoRAOptions(1).alpha(2));
-  method.allocate({{}, 1, 2}, testing::device());
-  auto weight = torch::tensor({{1.0F, 0.0F}}).to(testing::device());
-  method.initialize(weight);
+  auto any = testing::make_method<DoRA>(LoRAOptions(1).alpha(2), 1, 2);
+  auto& method = any.value;
+  const lora::DenseBase base(torch::tensor({{1.0F, 0.0F}}).to(testing::device()));
+  any.initialize(base);
   CHECK(method.lora_magnitude_vector.item<double>() == 1);
   method.lora_A.copy_(torch::tensor({{1.0, 2.0}}));
   method.lora_B.fill_(1);  // W + 2 B A = (3, 4), its norm 5
   method.lora_magnitude_vector.fill_(10);
-  CHECK(testing::distance(method.delta(weight), torch::tensor({{5.0, 8.0}})) < 1e-6);  // (6, 8) - (1, 0)
+  CHECK(testing::distance(any.delta(base), torch::tensor({{5.0, 8.0}})) < 1e-6);  // (6, 8) - (1, 0)
 }
 
 TEST_CASE("DoRA starts as the frozen layer") {
   torch::manual_seed(0);
-  DoRA method(LoRAOptions(2).alpha(6));
+  auto method = testing::make_method<DoRA>(LoRAOptions(2).alpha(6), 4, 5);
   auto weight = torch::randn({4, 5}, testing::device());
-  method.allocate({{}, 4, 5}, testing::device());
-  method.initialize(weight);
-  CHECK(testing::distance(method.lora_magnitude_vector, weight.norm(2, 1)) < 1e-6);
-  CHECK(testing::distance(method.delta(weight), torch::zeros({4, 5})) < 1e-6);
+  method.initialize(lora::DenseBase(weight));
+  CHECK(testing::distance(method.value.lora_magnitude_vector, weight.norm(2, 1)) < 1e-6);
+  CHECK(testing::distance(method.delta(lora::DenseBase(weight)), torch::zeros({4, 5})) < 1e-6);
 }
 
 TEST_CASE("DoRA's forward is x W'^T + b, with the bias not scaled") {
   Fixture f(4, 5, LoRAOptions(2).alpha(6));
   CHECK(testing::distance(f.forward(), f.x.matmul(f.by_hand().t()) + f.bias) < 1e-12);
-  CHECK(testing::distance(f.weight + f.method.delta(f.weight), f.by_hand()) < 1e-12);
+  CHECK(testing::distance(f.weight + f.any.delta(lora::DenseBase(f.weight)), f.by_hand()) < 1e-12);
 }
 
 TEST_CASE("No gradient of DoRA passes through the norm") {

@@ -76,15 +76,15 @@ TEST_CASE("Further adapters decide inside their scopes, and a layer's own one ou
   CHECK_FALSE(model->norm->weight.requires_grad());
   CHECK(model->head->lora_A().requires_grad());
   testing::randomize(adapters.parameters("second"));
+  auto hidden = torch::randn({4, 8}, testing::device());
+  const auto expected =
+      torch::linear(hidden, model->head->weight + adapters.delta("second", "head"), model->head->bias);
+  const auto entries = model->tokens->weight + adapters.delta("second", "tokens");
   torch::Tensor adapted;
   {
     auto active = adapters.activate("second");
     adapted = model->forward(ids());
-    auto hidden = torch::randn({4, 8}, testing::device());
-    CHECK(testing::distance(
-              model->head(hidden),
-              torch::linear(hidden, model->head->weight + adapters.delta("second", "head"), model->head->bias)) < 1e-5);
-    auto entries = model->tokens->weight + adapters.delta("second", "tokens");
+    CHECK(testing::distance(model->head(hidden), expected) < 1e-5);
     CHECK(testing::distance(model->tokens(ids()), entries.index({ids()})) < 1e-5);
   }
   CHECK(testing::distance(adapted, own) > 1e-3);

@@ -338,7 +338,7 @@ TEST_CASE("Projections that share their input are computed together where their 
         0);
   {
     lora::MergeGuard merged(*layer);
-    CHECK(products(layer) == 0);
+    CHECK(products(layer) == 1);  // merged values are written where the weights are
   }
   CHECK(products(layer) == 1);
   layer->to(torch::kDouble);

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from exchange_cases import CASES, IDS, MODELS, STEPS
 from exchange_model import LanguageNet, Net
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.lora.layer import MultiheadAttention
 from safetensors.torch import load_file, save_file
 from strict_peft import largest_distance, load_adapter
@@ -32,6 +32,7 @@ from strict_peft import largest_distance, load_adapter
 FILE = "adapter_model.safetensors"
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 0.1, "float16": 5e-3}
 RATE = 1e-2
+CONFIGS = {"LORA": LoraConfig, "VERA": VeraConfig, "IA3": IA3Config}
 
 
 def make_model(case):
@@ -83,11 +84,11 @@ def peft_model(case, noise):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(
-            make_model(case), LoraConfig(**case.config), autocast_adapter_dtype=not case.half_adapter
+            make_model(case), CONFIGS[case.type](**case.config), autocast_adapter_dtype=not case.half_adapter
         )
     add_noise(model, noise)
     if case.second:
-        model.add_adapter("second", LoraConfig(**case.second))
+        model.add_adapter("second", CONFIGS[case.type](**case.second))
         model.set_adapter("second")
         add_noise(model, noise)
     return add_once(model).eval()
@@ -172,7 +173,7 @@ class Exchange:
         for name, config in (("config", self.case.config), ("second", self.case.second)):
             if config:
                 files[name] = str(self.folder / f"{name}.json")
-                Path(files[name]).write_text(json.dumps({"peft_type": "LORA", **config}))
+                Path(files[name]).write_text(json.dumps({"peft_type": self.case.type, **config}))
         self.add_job("writing", **files, fused=self.case.fused, save=str(self.folder / "ours"))
 
     def prepare_training(self):

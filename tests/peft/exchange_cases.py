@@ -102,6 +102,7 @@ class Case:
     name: str
     model: str
     config: dict
+    type: str = "LORA"
     dtype: str = "float32"
     second: dict = field(default_factory=dict)  # configuration of one more adapter, whose output is compared
     fused: list = field(default_factory=list)  # parts of fused projections
@@ -116,7 +117,8 @@ class Case:
 
 def case(name, model, targets, **options):
     own = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
-    config = {"r": 4, "lora_alpha": 6, **({} if targets is None else {"target_modules": targets}), **options}
+    ranks = {"LORA": {"r": 4, "lora_alpha": 6}, "VERA": {"r": 6}, "IA3": {}}[own.get("type", "LORA")]
+    config = {**ranks, **({} if targets is None else {"target_modules": targets}), **options}
     return Case(name, model, config, **own)
 
 
@@ -136,6 +138,9 @@ QK, KV, QV = [True, True, False], [False, True, True], [True, False, True]
 UNEQUAL = [8, 4, 4]
 PART_PATTERNS = {"rank_pattern": {"layers.1.attn.c_attn": 2}, "alpha_pattern": {"c_attn": 3}}
 ATTENTION_PATTERNS = {"rank_pattern": {"block.attn": 2}, "alpha_pattern": {"attn": 3}}
+SEEDED = {"save_projection": False, "projection_prng_key": 7, "warning": "vera_A and vera_B"}
+FEEDFORWARD = {"feedforward_modules": ["fc1"]}
+GPT_FEEDFORWARD = {**GPT, "feedforward_modules": ["mlp.c_proj"]}
 EXPERTS = ["mlp.experts.gate_up", "mlp.experts.down"]
 EXPERT_PATTERNS = {  # which act, though peft says that they do not
     "rank_pattern": {"gate_up": 2},
@@ -236,6 +241,23 @@ CASES = [
     case("parameter that is a matrix", "experts", [], target_parameters=["experts.mix"]),
     case("three parameters of one module", "experts", [], target_parameters=[*EXPERTS, "experts.mix"]),
     case("weight of a layer as a parameter", "mlp", ["fc1"], target_parameters=["head.weight"]),
+    case("VeRA", "mlp", ["fc1", "fc2"], type="VERA", steps=STEPS),
+    case("VeRA of layers of different sizes, dropout", "text", ["q_proj", "fc1", "fc2"], type="VERA", vera_dropout=0.2),
+    case("VeRA by its seed alone", "mlp", ["fc1", "head"], type="VERA", **SEEDED, steps=STEPS),
+    case("VeRA, some blocks", "text", ["q_proj", "fc1"], type="VERA", layers_to_transform=[0, 2], d_initial=0.3),
+    case("VeRA, biases and a head in full", "mlp", ["fc1"], type="VERA", bias="vera_only", modules_to_save=["head"]),
+    case("VeRA on GPT-2's layers", "gpt", ["c_attn", "c_fc"], type="VERA", **GPT),
+    case("VeRA, float64", "mlp", ["fc1", "fc2"], type="VERA", dtype="float64"),
+    case("VeRA, bfloat16", "mlp", ["fc1", "fc2"], type="VERA", dtype="bfloat16"),
+    case("IA3", "mlp", ["fc1", "head"], type="IA3", steps=STEPS),
+    case("IA3 with feed-forward modules", "text", ["k_proj", "v_proj", "fc1"], type="IA3", **FEEDFORWARD, steps=STEPS),
+    case("IA3, exclude a list", "text", ["k_proj", "fc1"], type="IA3", **FEEDFORWARD, exclude_modules=["layers.0.mlp.fc1"]),
+    case("IA3 and a head in full", "mlp", ["fc1", "fc2"], type="IA3", feedforward_modules=["fc2"], modules_to_save=["head"]),
+    case("IA3, Conv2d", "conv2d", ["conv1", "conv2"], type="IA3", steps=STEPS),
+    case("IA3, Conv2d of two groups", "conv2d_groups", ["conv2"], type="IA3"),
+    case("IA3 on GPT-2's layers", "gpt", ["c_attn", "mlp.c_proj"], type="IA3", **GPT_FEEDFORWARD),
+    case("IA3, float64", "mlp", ["fc1", "head"], type="IA3", dtype="float64"),
+    case("IA3, bfloat16", "mlp", ["fc1", "head"], type="IA3", dtype="bfloat16"),
     case("float64", "text", ["embed", "q_proj", "fc1"], dtype="float64"),
     case("float64, DoRA", "mlp", ["fc1", "head"], **DORA, dtype="float64"),
     case("float64, Conv2d", "conv2d", ["conv1", "conv2"], dtype="float64"),

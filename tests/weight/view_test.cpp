@@ -86,7 +86,9 @@ void for_each_place(const View& row, const std::function<void(int64_t)>& visit) 
 Tensor expected_matrix(const View& row) {
   std::vector<double> values;
   for_each_place(row, [&](int64_t place) { values.push_back(static_cast<double>(place + 1)); });
-  return torch::tensor(values, torch::kDouble).view(row.shape.with(row.shape.out, row.shape.in)).to(testing::device());
+  auto sizes = row.shape.batch;
+  sizes.append({row.shape.out, row.shape.in});
+  return torch::tensor(values, torch::kDouble).view(sizes).to(testing::device());
 }
 
 /// 1 for the entries of the weight that are in the matrix, else 0.

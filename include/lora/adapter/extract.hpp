@@ -57,23 +57,26 @@ class Extraction {
     double total;
   };
 
-  std::vector<Factors> factorize(const AdapterPlan& plan) {
+  std::vector<Factors> factorize(const Adapter& plan) {
     at::NoGradGuard no_grad;
     std::vector<Factors> factors;
-    for (const auto& layer : plan.layers) factors.push_back(factorized(layer));
+    for (const auto& part : plan.parts) {
+      if (part.role == AdapterPart::Role::kLayer) factors.push_back(factorized(part));
+    }
     return factors;
   }
 
   /// The configuration with the ranks that keep enough energy. The layers of one module have one rank in files.
-  LoRAConfig with_ranks(const AdapterPlan& plan, const std::vector<Factors>& factors) const {
+  LoRAConfig with_ranks(const Adapter& plan, const std::vector<Factors>& factors) const {
     std::map<std::string, int64_t> ranks;
     for (size_t i = 0; i < factors.size(); ++i) {
-      const auto shares = plan.layers[i].target.site->view().shape().rank_shares;
-      auto& rank = ranks[plan.layers[i].module];
+      const auto shares = plan.parts[i].site->view().shape().rank_shares;
+      auto& rank = ranks[plan.parts[i].module];
       rank = std::max(rank, enough_rank(factors[i].s) * shares);
     }
     auto config = plan.config;
-    for (const auto& layer : plan.layers) {
+    for (const auto& layer : plan.parts) {
+      if (layer.role != AdapterPart::Role::kLayer) continue;
       const auto rank = ranks.extract(layer.module);  // once for each module
       if (rank.empty()) continue;
       const auto& planned = layer.method->options();
@@ -82,25 +85,27 @@ class Extraction {
     return config;
   }
 
-  ExtractReport fill(AdapterPlan& plan, const std::vector<Factors>& factors) {
+  ExtractReport fill(Adapter& plan, const std::vector<Factors>& factors) {
     at::NoGradGuard no_grad;
-    for (size_t i = 0; i < factors.size(); ++i) fill(plan.layers[i], factors[i]);
-    for (auto& full : plan.full) fill(full);
+    for (size_t i = 0; i < factors.size(); ++i) fill(plan.parts[i], factors[i]);
+    for (auto& part : plan.parts) {
+      if (part.role == AdapterPart::Role::kFull) fill_full(part);
+    }
     for (const auto& tensor : model_tensors_) {
-      const bool is_held = std::find(held_.begin(), held_.end(), tensor.name) != held_.end();
-      if (!is_held && differs(tensor)) report_.left_out.push_back(tensor.name);
+      const bool is_held = std::find(held_.begin(), held_.end(), tensor.place.name) != held_.end();
+      if (!is_held && differs(tensor)) report_.left_out.push_back(tensor.place.name);
     }
     return std::move(report_);
   }
 
  private:
-  Factors factorized(const AdapterPlan::Layer& layer) {
-    const auto& [name, weight] = tensor_of(layer.target);
+  Factors factorized(const AdapterPart& layer) {
+    const auto& [name, weight] = tensor_of(*layer.site);
     held_.push_back(name);
     const auto type = adapter_dtype(weight.scalar_type());
     const auto difference = tuned(name, weight.sizes()).to(weight.device(), type) - weight.to(type);
     check_finite(name, difference);
-    const auto& view = layer.target.site->view();
+    const auto& view = layer.site->view();
     const auto matrix = view.matrix(difference);
     const auto lost = energy(difference - view.weight(matrix));  // of parts that are not adapted
     if (lost > 0) report_.left_out.push_back(name);
@@ -109,7 +114,7 @@ class Extraction {
     return {u.narrow(-1, 0, rank).clone(), s, v.narrow(-2, 0, rank).clone(), energy(s) + lost};
   }
 
-  void fill(AdapterPlan::Layer& layer, const Factors& factors) {
+  void fill(AdapterPart& layer, const Factors& factors) {
     const auto& [u, s, v, total] = factors;
     auto* method = dynamic_cast<MethodOf<LowRank>*>(layer.method.get());
     TORCH_CHECK(method != nullptr, "lora::extract: a difference of weights is extracted as LowRank, not as ",
@@ -123,16 +128,18 @@ class Extraction {
     a.narrow(-2, 0, rank).copy_(v.narrow(-2, 0, rank));
     b.narrow(-1, 0, rank).copy_(u.narrow(-1, 0, rank) * kept.unsqueeze(-2) / method->scaling());
 
-    report_.layers.push_back({layer.target.name, method->options().rank(), total > 0 ? energy(kept) / total : 1});
+    report_.layers.push_back({layer.site->name(), method->options().rank(), total > 0 ? energy(kept) / total : 1});
   }
 
-  void fill(FullTensor& full) {
-    held_.push_back(full.place.name);
-    const auto& wanted = tuned(full.place.name, full.value.sizes());
-    check_finite(full.place.name, wanted);
-    if (full.scaling) {
+  void fill_full(AdapterPart& part) {
+    const auto& name = part.site->name();
+    auto& full = static_cast<MethodOf<FullDelta>&>(*part.method).value;
+    held_.push_back(name);
+    const auto& wanted = tuned(name, full.value.sizes());
+    check_finite(name, wanted);
+    if (full.scale) {
       const auto type = full.value.options();
-      full.value.copy_((wanted.to(type) - full.place.slot->read().to(type)) / *full.scaling);
+      full.value.copy_((wanted.to(type) - part.site->weight().to(type)) / *full.scale);
     } else {
       full.value.copy_(wanted);
     }
@@ -156,15 +163,16 @@ class Extraction {
   }
 
   /// The model's tensor that a target adapts; of tied ones that of the target's own module.
-  std::pair<std::string, at::Tensor> tensor_of(const Target& target) const {
-    const auto weight = target.slot->read();
-    const ModelTensor* found = nullptr;
+  std::pair<std::string, at::Tensor> tensor_of(const Site& site) const {
+    const auto weight = site.weight();
+    const Place* found = nullptr;
     for (const auto& tensor : model_tensors_) {
-      if (!tensor.slot->read().is_same(weight)) continue;
-      const bool is_own = tensor.name == target.name || tensor.name.rfind(target.name + ".", 0) == 0;
-      if (found == nullptr || is_own) found = &tensor;
+      const auto& place = tensor.place;
+      if (!place.slot->read().is_same(weight)) continue;
+      const bool is_own = place.name == site.name() || place.name.rfind(site.name() + ".", 0) == 0;
+      if (found == nullptr || is_own) found = &place;
     }
-    TORCH_INTERNAL_ASSERT(found != nullptr, target.name);
+    TORCH_INTERNAL_ASSERT(found != nullptr, site.name());
     return {found->name, weight};
   }
 
@@ -183,14 +191,14 @@ class Extraction {
     return names;
   }
 
-  bool differs(const ModelTensor& tensor) const {
-    const auto found = finetuned_.find(tensor.name);
+  bool differs(const LayerWeight& tensor) const {
+    const auto found = finetuned_.find(tensor.place.name);
     if (found == finetuned_.end()) return false;
-    const auto own = tensor.slot->read();
+    const auto own = tensor.place.slot->read();
     return found->second.sizes() != own.sizes() || !found->second.to(own.device(), own.scalar_type()).equal(own);
   }
 
-  const std::vector<ModelTensor> model_tensors_;
+  const LayerWeights model_tensors_;
   const std::map<std::string, at::Tensor>& finetuned_;
   const ExtractOptions options_;
   std::vector<std::string> held_;
@@ -234,7 +242,8 @@ inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at:
 inline Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, const LoRAConfig& config,
                         const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
   std::map<std::string, at::Tensor> tensors;
-  for (const auto& tensor : ModuleModel(finetuned).tensors()) tensors.emplace(tensor.name, tensor.slot->read());
+  for (const auto& tensor : ModuleModel(finetuned).tensors())
+    tensors.emplace(tensor.place.name, tensor.place.slot->read());
   return extract(base, tensors, config, options, report);
 }
 

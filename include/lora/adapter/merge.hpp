@@ -1,8 +1,9 @@
 #pragma once
 
-#include <lora/layers/target.hpp>
+#include <lora/site.hpp>
 #include <lora/version.hpp>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,40 +13,52 @@ inline namespace LORA_ABI {
 
 namespace detail {
 
-/// Throws when a weight cannot be replaced; changes nothing.
-inline void check_replaceable(const std::vector<Target>& targets) {
-  for (const auto& target : targets) target.slot->check_replaceable(target.name);
-}
+/// A site and what is to be merged into it.
+struct Merging {
+  std::shared_ptr<Site> site;
+  std::vector<MergedMethod> methods;
+};
 
-/// Merges `adapters` into every target, or, when an update is not finite or a weight cannot be replaced, into none.
-inline void merge(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
-  check_replaceable(targets);
-  std::vector<at::Tensor> merged;
-  for (const auto& target : targets)
-    merged.push_back(target.site->merged_weight(target.slot->read(), adapters, target.name));
-  for (size_t i = 0; i < targets.size(); ++i) targets[i].site->merge(*targets[i].slot, std::move(merged[i]), adapters);
-}
-
-/// Puts the weights of every target back as they were, or, when one was replaced by someone else, none.
-inline void unmerge(const std::vector<Target>& targets) {
-  for (const auto& target : targets) {
-    TORCH_CHECK(target.site->can_unmerge(*target.slot), "lora::unmerge: the weight of ", target.name,
-                " was replaced after it was merged; undo that first (other adapters merged later are unmerged first)");
+/// Throws when nothing can be put in one of the places.
+inline void check_places(const std::vector<Merging>& all) {
+  for (const auto& one : all) {
+    TORCH_CHECK(!one.site->is_merged(), "lora::merge: the weight of ", one.site->name(),
+                " has an adapter merged into it already; unmerge that first");
+    one.site->check_mergeable();
   }
-  for (const auto& target : targets) target.site->unmerge(*target.slot);
 }
 
 /// Throws where `merge` would; changes nothing.
-inline void check_mergeable(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
-  check_replaceable(targets);
-  for (const auto& target : targets) target.site->merged_weight(target.slot->read(), adapters, target.name);
+inline void check_mergeable(const std::vector<Merging>& all) {
+  check_places(all);
+  for (const auto& [site, methods] : all) site->merged(site->weight(), methods);
 }
 
-/// Merges for good, one layer at a time, so that no second copy of all weights is held.
-inline void merge_for_good(const std::vector<Target>& targets, const std::vector<std::string>& adapters) {
-  for (const auto& target : targets) {
-    target.site->merge(*target.slot, target.site->merged_weight(target.slot->read(), adapters, target.name), adapters);
-    target.site->keep_merged(*target.slot);
+/// Merges into every site, or, when an update is not finite or a weight cannot be replaced, into none.
+inline void merge(const std::vector<Merging>& all) {
+  const BelowInterception below;
+  check_places(all);
+  std::vector<at::Tensor> merged;
+  for (const auto& [site, methods] : all) merged.push_back(site->merged(site->weight(), methods));
+  for (size_t i = 0; i < all.size(); ++i) all[i].site->merge(std::move(merged[i]), all[i].methods);
+}
+
+/// Puts the weights of every site back as they were, or, when someone else changed one, none.
+inline void unmerge(const std::vector<std::shared_ptr<Site>>& sites) {
+  for (const auto& site : sites) {
+    TORCH_CHECK(site->can_unmerge(), "lora::unmerge: the weight of ", site->name(),
+                " was replaced or written after it was merged; undo that first (other adapters merged later are ",
+                "unmerged first)");
+  }
+  for (const auto& site : sites) site->unmerge();
+}
+
+/// Merges for good, one site at a time, so that no second copy of all weights is held.
+inline void merge_for_good(const std::vector<Merging>& all) {
+  const BelowInterception below;
+  for (const auto& [site, methods] : all) {
+    site->merge(site->merged(site->weight(), methods), methods);
+    site->keep_merged();
   }
 }
 

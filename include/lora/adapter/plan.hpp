@@ -1,81 +1,118 @@
 #pragma once
 
-#include <ATen/autocast_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 
-#include <lora/config.hpp>
-#include <lora/selection/text.hpp>
-#include <lora/model/module_model.hpp>
+#include <lora/adapter/adapter.hpp>
+#include <lora/model/index.hpp>
+#include <lora/selection/selection.hpp>
 #include <lora/version.hpp>
 
-#include <memory>
-#include <optional>
+#include <algorithm>
+#include <map>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
-
-/// A parameter of the model that an adapter trains in full, or a buffer that goes with one. The model keeps its own;
-/// in a scope, and when merged, the adapter's stands in for it.
-struct FullTensor {
-  ModelTensor place;                             ///< in the model
-  std::string name;                              ///< among the adapter's tensors
-  std::string file_name;                         ///< in PEFT's files
-  at::Tensor value;                              ///< the adapter's own
-  std::optional<double> scaling = std::nullopt;  ///< s, where `value` is b in bias + s b (`lora_bias`)
-
-  /// What stands in for `original`, differentiable.
-  at::Tensor substitute(const at::Tensor& original) const {
-    return (scaling ? original + *scaling * value : value).to(original.scalar_type());
-  }
-};
-
-/// An adapter that is worked out for a model but not part of it yet: its layers and its tensors, without values.
-struct AdapterPlan {
-  struct Layer {
-    Target target;
-    std::shared_ptr<AnyMethod> method;
-    std::string module;  ///< by whose name it has its rank and alpha; that of the target, but for parts of a module
-  };
-
-  LoRAConfig config;
-  std::vector<Layer> layers;
-  std::vector<FullTensor> full;  ///< for modules_to_save and biases; with the values of the model, or zero
-
-  /// Gives every tensor its first values.
-  void initialize() {
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    for (auto& layer : layers) {
-      const auto& site = *layer.target.site;
-      layer.method->initialize(site.view().matrix(site.pristine(*layer.target.slot)));
-    }
-  }
-};
-
 namespace detail {
 
-/// Writes down the rank and alpha of one layer, where they differ from those that `config` gives it so far.
-inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options,
-                         const LoRAOptions& so_far) {
-  const auto pattern = escaped(layer);
-  auto ranks = config.rank_pattern();
-  auto alphas = config.alpha_pattern();  // of which the first that matches counts
-  if (options.rank() != so_far.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
-  if (options.alpha() != so_far.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
-  config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
-}
+/// Works out the adapter that a configuration means for a model: its parts, with tensors that have no values yet. The
+/// sites are those of `index` where it has them; nothing is changed.
+class Planner {
+ public:
+  Planner(const Model& model, const SiteIndex& index, const LoRAConfig& config)
+      : index_(index), config_(config), selection_(model, config) {}
 
-inline MethodKind kind_named(std::string_view name) {
-  for (const auto& kind : all_methods()) {
-    if (kind.info().name == name) return kind;
+  Adapter run() {
+    const BelowInterception below;
+    adapter_.config = config_;
+    for (auto& selected : selection_.run()) add(selected);
+    share_tensors();
+    const auto layers = adapter_.parts.size();
+    for (const auto& full : selection_.full()) add(full, layers);
+    for (size_t i = 0; i < layers; ++i) {
+      const auto& part = adapter_.parts[i];
+      if (part.method->changes_bias() && part.site->place().bias) adapter_.parts.push_back(bias_part(part));
+    }
+    return std::move(adapter_);
   }
-  TORCH_CHECK(false, "lora::adapters_of: ", name, " is not one of lora::all_methods()");
-}
+
+ private:
+  void add(Selection::Layer& selected) {
+    auto site = known(selected.site);
+    const auto weight = site->weight();
+    const auto tensor_options = weight.options().dtype(adapter_dtype(weight.scalar_type())).requires_grad(false);
+    auto method = config_.method().make(selected.options, site->name(), site->view().shape(), tensor_options);
+    const auto name = site->name();
+    adapter_.parts.push_back({AdapterPart::Role::kLayer, std::move(site), std::move(method), name,
+                              selected.candidate.file_name, selected.module});
+  }
+
+  /// What is trained in full, with the values of the model, or zero.
+  void add(const FullSelection::Full& full, size_t layers) {
+    auto site = known(full.tensor.site());
+    const auto original = site->pristine().detach();
+    const auto& name = full.tensor.place.name;
+    if (full.biased.empty()) {
+      const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();
+      return add_full(std::move(site), FullDelta(original.clone().requires_grad_(is_trained)), name, full.file_name);
+    }
+    const auto is_it = [&](const AdapterPart& part) { return part.site->name() == full.biased; };
+    const auto end = adapter_.parts.begin() + static_cast<std::ptrdiff_t>(layers);
+    const auto layer = std::find_if(adapter_.parts.begin(), end, is_it);
+    const auto bias = at::zeros_like(original, adapter_dtype(original.scalar_type())).requires_grad_(true);
+    add_full(std::move(site), FullDelta(bias, layer->method->scaling()), full.biased + ".lora_B.bias", full.file_name);
+  }
+
+  void add_full(std::shared_ptr<Site> site, FullDelta delta, const std::string& name, const std::string& file_name) {
+    auto method = std::make_shared<MethodOf<FullDelta>>(std::move(delta));
+    adapter_.parts.push_back({AdapterPart::Role::kFull, std::move(site), std::move(method), name, file_name, ""});
+  }
+
+  /// The site as it is known from an earlier adapter, which knows what is merged.
+  std::shared_ptr<Site> known(std::shared_ptr<Site> site) const {
+    const auto found = index_.find(site->slot());
+    if (!found) return site;
+    const auto &wanted = site->view(), &view = found->view();
+    TORCH_CHECK(wanted.part_rows() == view.part_rows() && wanted.chosen_parts() == view.chosen_parts(),
+                "lora::Adapters: \"", found->name(),
+                "\" is adapted already, with other parts (`fused`) than are asked for; "
+                "all adapters of one layer have the same");
+    return found;
+  }
+
+  /// Gives the methods one tensor for each that they share, as large as the largest of them needs it.
+  void share_tensors() {
+    std::map<std::string, at::Tensor> shared;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (const auto& part : adapter_.parts) {
+        for (const auto& item : part.method->tensors()) {
+          if (!item.is_shared) continue;
+          auto& common = shared[item.name];
+          if (pass == 0) {
+            common = common.defined() ? larger(common, *item.tensor) : *item.tensor;
+          } else {
+            *item.tensor = common;
+          }
+        }
+      }
+    }
+  }
+
+  static at::Tensor larger(const at::Tensor& a, const at::Tensor& b) {
+    auto sizes = a.sizes().vec();
+    for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = std::max(sizes[i], b.size(static_cast<int64_t>(i)));
+    return a.sizes() == sizes ? a : at::empty(sizes, a.options()).requires_grad_(a.requires_grad());
+  }
+
+  const SiteIndex& index_;
+  const LoRAConfig& config_;
+  Selection selection_;
+  Adapter adapter_{LoRAConfig(1), {}};
+};
 
 }  // namespace detail
-
 }  // namespace LORA_ABI
 }  // namespace lora

@@ -2,7 +2,12 @@
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/tensor.h>
+#include <torch/csrc/autograd/graph_task.h>
 
+#include <lora/intercept/observe.hpp>
+#include <lora/intercept/weight_table.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -18,32 +23,43 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// Keys that no backend uses and that lie above autograd and autocast. They can be avoided with these macros where
-/// other code claims them; the second one has to be above the first.
-#ifndef LORA_DISPATCH_KEY
-#define LORA_DISPATCH_KEY TESTING_ONLY_GenericWrapper
-#endif
-#ifndef LORA_OBSERVING_DISPATCH_KEY
-#define LORA_OBSERVING_DISPATCH_KEY TESTING_ONLY_GenericMode
-#endif
-inline constexpr auto kInterceptionKey = c10::DispatchKey::LORA_DISPATCH_KEY;
-inline constexpr auto kObservingKey = c10::DispatchKey::LORA_OBSERVING_DISPATCH_KEY;
+/// One activation. It is shared by the threads it is carried to, and not changed while it is active.
+struct Scope {
+  /// The adapters in effect, and their owner: of several scopes of one owner the innermost decides, those of different
+  /// owners add up.
+  std::shared_ptr<const ActiveSet> set;
+  std::shared_ptr<Usage> usage;
+  const void* owner() const { return usage.get(); }
 
-class Scope;
+  /// The pass of autograd's backward in which the scope was opened; -1 outside of any.
+  const int64_t backward_pass = torch::autograd::get_current_graph_task_id();
+
+  /// Whether autograd evaluates one of its own formulas, whose operands are those of the forward pass and are not to be
+  /// adapted once more; what is computed again in a backward pass, by a function of somebody's own, is no such formula.
+  bool is_in_formula() const {
+    if (torch::autograd::get_current_graph_task_id() == backward_pass) return false;
+    const auto node = torch::autograd::get_current_node();
+    return dynamic_cast<torch::autograd::TraceableFunction*>(node.get()) != nullptr ||
+           dynamic_cast<torch::autograd::CopySlices*>(node.get()) != nullptr;
+  }
+};
 
 /// An unchangeable list of scopes, the outermost first.
 class ActiveScopes final : public c10::DebugInfoBase {
  public:
-  using List = std::vector<std::shared_ptr<Scope>>;
+  using List = std::vector<std::shared_ptr<const Scope>>;
 
-  explicit ActiveScopes(List all);
+  explicit ActiveScopes(List all) : all_(std::move(all)) {
+    for (auto scope = all_.begin(); scope != all_.end(); ++scope) {
+      const auto same_owner = [&](const auto& inner) { return inner->owner() == (*scope)->owner(); };
+      if (std::none_of(std::next(scope), all_.end(), same_owner)) effective_.push_back(*scope);
+    }
+  }
 
   /// Every scope that was opened and not left.
   const List& all() const { return all_; }
   /// Those that count: of several scopes of one owner the innermost.
   const List& effective() const { return effective_; }
-  /// Whether one of them wants to see every operator.
-  bool observe() const { return observe_; }
 
   /// The scopes of this thread; nullptr when there was none yet.
   static const ActiveScopes* current() {
@@ -59,14 +75,13 @@ class ActiveScopes final : public c10::DebugInfoBase {
   }
 
   List all_, effective_;
-  bool observe_ = false;
 };
 
 /// Makes a scope active on this thread while it lives, and leaves the thread exactly as it found it. Ends on the thread
 /// it began on.
 class ScopeGuard {
  public:
-  explicit ScopeGuard(std::shared_ptr<Scope> scope) : scope_(std::move(scope)) {
+  explicit ScopeGuard(std::shared_ptr<const Scope> scope) : scope_(std::move(scope)) {
     auto all = scopes();
     all.push_back(scope_);
     before_ = c10::ThreadLocalDebugInfo::current();
@@ -79,7 +94,7 @@ class ScopeGuard {
     rest.erase(std::remove(rest.begin(), rest.end(), scope_), rest.end());
     if (c10::ThreadLocalDebugInfo::current() == after_) {
       c10::ThreadLocalDebugInfo::_forceCurrentDebugInfo(before_);
-      include_keys();
+      include_key();
     } else {  // not in reverse order, or something else was put on top
       push(std::move(rest));
     }
@@ -96,19 +111,53 @@ class ScopeGuard {
 
   static void push(ActiveScopes::List all) {
     c10::ThreadLocalDebugInfo::_push(ActiveScopes::kind(), std::make_shared<ActiveScopes>(std::move(all)));
-    include_keys();
+    include_key();
   }
 
-  static void include_keys() {
+  static void include_key() {
     const auto* active = ActiveScopes::current();
-    const bool any = active != nullptr && !active->all().empty();
-    c10::impl::tls_set_dispatch_key_included(kInterceptionKey, any);
-    c10::impl::tls_set_dispatch_key_included(kObservingKey, any && active->observe());
+    c10::impl::tls_set_dispatch_key_included(kInterceptionKey, active != nullptr && !active->all().empty());
   }
 
-  std::shared_ptr<Scope> scope_;
+  std::shared_ptr<const Scope> scope_;
   std::shared_ptr<c10::ThreadLocalDebugInfo> before_, after_;
 };
+
+/// Calls `visit(scope, active, part)` for every adapted weight of the active scopes of which `operand` is a part, for
+/// the uses that are meant.
+template <class Visit>
+void for_each_match(const at::Tensor& operand, Use use, const Visit& visit) {
+  const auto* scopes = ActiveScopes::current();
+  if (scopes == nullptr) return;
+  for (const auto& scope : scopes->effective()) {
+    scope->set->table().for_each_in_storage_of(operand, [&](const ActiveSite& active) {
+      if (!overlap(active.site->use(), use) || scope->is_in_formula()) return;
+      if (const auto part = part_of(active.base.weight(), operand)) visit(*scope, active, *part);
+    });
+  }
+}
+
+/// The updates that act on an operand of `operation`, which is going to compute with them. What is merged, also since
+/// the scope opened, is in the weight and does not act again.
+inline Updates find_updates(const at::Tensor& operand, Use use, const char* operation) {
+  Updates updates;
+  for_each_match(operand, use, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+    scope.usage->record(*active.site, operation, /*adapted=*/true);
+    const bool training = active.site->is_training();
+    for (const auto& acting : active.methods) {
+      const bool is_merged = active.site->is_merged() && active.site->is_in(acting.method.get());
+      if (!is_merged) updates.push_back({acting.method.get(), &active.base, part, training, acting.weight});
+    }
+  });
+  return updates;
+}
+
+/// Whether an active scope of this thread adapts the weight.
+inline bool is_in_scope(const at::Tensor& weight) {
+  bool found = false;
+  for_each_match(weight, Use::kAny, [&](const Scope&, const ActiveSite&, const Part&) { found = true; });
+  return found;
+}
 
 }  // namespace detail
 }  // namespace LORA_ABI

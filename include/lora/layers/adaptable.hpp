@@ -1,6 +1,8 @@
 #pragma once
 
-#include <lora/layers/target.hpp>
+#include <torch/nn/module.h>
+
+#include <lora/site.hpp>
 #include <lora/version.hpp>
 
 #include <memory>
@@ -14,17 +16,9 @@ inline namespace LORA_ABI {
 class AdaptableModule {
  public:
   virtual ~AdaptableModule() = default;
-  /// Its weights; `name` is that of the module in its model.
-  virtual std::vector<Target> targets(const std::string& name) = 0;
+  /// The sites of its weights, which it keeps; with `Site::own`, where it has an adapter of its own.
+  virtual std::vector<std::shared_ptr<Site>> own_sites() = 0;
 };
 
-namespace layers {
-
-inline std::vector<Target> find_adaptable(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
-  auto* adaptable = dynamic_cast<AdaptableModule*>(module.get());
-  return adaptable == nullptr ? std::vector<Target>() : adaptable->targets(name);
-}
-
-}  // namespace layers
 }  // namespace LORA_ABI
 }  // namespace lora

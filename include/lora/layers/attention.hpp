@@ -5,6 +5,10 @@
 #include <lora/layers/linear.hpp>
 #include <lora/version.hpp>
 
+#include <memory>
+#include <string>
+#include <utility>
+
 namespace lora {
 inline namespace LORA_ABI {
 namespace layers {
@@ -13,25 +17,28 @@ namespace layers {
 /// those of keys and values that have a width of their own, and the output projection (E, E). As in PEFT they are
 /// adapted together, with one rank and alpha, and the files name the last one "<name>.base_layer.out_proj".
 /// PEFT up to 0.21.2 adds the update of the output projection twice when it runs or merges such an adapter.
-inline std::vector<Target> find_attention(const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
-  auto* layer = module->as<torch::nn::MultiheadAttentionImpl>();
+inline LayerWeights find_attention(const std::string& name, torch::nn::Module& module) {
+  auto* layer = module.as<torch::nn::MultiheadAttentionImpl>();
   if (layer == nullptr) return {};
-  const auto target = [&](const std::string& suffix, at::Tensor& weight, const char* parameter) {
-    return member_target(name + suffix, "MultiheadAttention", module, weight, parameter,
-                         MatrixView::plain(weight.sizes()));
+  LayerWeights found;
+  const auto take = [&](const std::string& suffix, at::Tensor& weight, const char* parameter) {
+    found.push_back(member_weight(name + suffix, "MultiheadAttention", module, weight, parameter));
+    found.back().place.row_axis = 1;  // (length, batch, width)
   };
-  std::vector<Target> targets;
   if (layer->in_proj_weight.defined()) {
-    targets.push_back(target("", layer->in_proj_weight, "in_proj_weight"));
+    take("", layer->in_proj_weight, "in_proj_weight");
+    if (layer->in_proj_bias.defined())
+      found.back().place.bias = std::make_shared<detail::MemberSlot>(module, layer->in_proj_bias, "in_proj_bias");
   } else {
-    targets.push_back(target(".q_proj_weight", layer->q_proj_weight, "q_proj_weight"));
-    targets.push_back(target(".k_proj_weight", layer->k_proj_weight, "k_proj_weight"));
-    targets.push_back(target(".v_proj_weight", layer->v_proj_weight, "v_proj_weight"));
+    take(".q_proj_weight", layer->q_proj_weight, "q_proj_weight");
+    take(".k_proj_weight", layer->k_proj_weight, "k_proj_weight");
+    take(".v_proj_weight", layer->v_proj_weight, "v_proj_weight");
   }
-  auto out_proj = find_linear(name + ".out_proj", layer->out_proj.ptr()).front();
-  out_proj.file_name = name + ".base_layer.out_proj";
-  targets.push_back(std::move(out_proj));
-  return targets;
+  auto out_proj = find_linear(name + ".out_proj", *layer->out_proj).front();
+  out_proj.place.file_name = name + ".base_layer.out_proj";
+  out_proj.place.row_axis = 1;
+  found.push_back(std::move(out_proj));
+  return found;
 }
 
 }  // namespace layers

@@ -1,16 +1,37 @@
 #pragma once
 
 #include <lora/method/dora.hpp>
+#include <lora/method/ia3.hpp>
 #include <lora/method/low_rank.hpp>
+#include <lora/method/vera.hpp>
 #include <lora/version.hpp>
+
+#include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
+namespace detail {
 
-/// Every method of the library; the first one is the default. A new method is added here and nowhere else.
-inline const std::vector<MethodKind>& all_methods() {
-  static const std::vector<MethodKind> methods{MethodKind::of<LowRank>(), MethodKind::of<DoRA>()};
+inline std::vector<MethodKind>& method_list() {
+  static std::vector<MethodKind> methods{LowRank(), DoRA(), VeRA(), IA3()};
   return methods;
+}
+
+}  // namespace detail
+
+/// Every method of the library; the first one is the default. A new method is added above and nowhere else.
+inline const std::vector<MethodKind>& all_methods() { return detail::method_list(); }
+
+/// Makes a method of a user's own known to the readers of adapter files. Called once, before files are read, and not
+/// beside other threads that do. Throws c10::ValueError when its name, or its type and flag in files, are taken.
+inline void register_method(const MethodKind& method) {
+  for (const auto& known : all_methods()) {
+    const auto &a = known.info(), &b = method.info();
+    TORCH_CHECK_VALUE(a.name != b.name && (a.peft_type != b.peft_type || a.peft_flag != b.peft_flag),
+                      "lora::register_method: \"", b.name, "\" (peft_type \"", b.peft_type, "\", flag \"", b.peft_flag,
+                      "\") cannot be told from the method \"", a.name, "\" that is known already");
+  }
+  detail::method_list().push_back(method);
 }
 
 }  // namespace LORA_ABI

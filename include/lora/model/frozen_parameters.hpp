@@ -1,6 +1,6 @@
 #pragma once
 
-#include <lora/model/module_model.hpp>
+#include <lora/model/model.hpp>
 #include <lora/version.hpp>
 
 #include <set>
@@ -14,8 +14,9 @@ namespace detail {
 inline std::set<const c10::TensorImpl*> adapter_tensors(const Model& model) {
   std::set<const c10::TensorImpl*> adapters;
   for (const auto& part : model.parts()) {
-    for (const auto& target : part.targets) {
-      for (const auto& tensor : target.site->tensors()) adapters.insert(tensor.unsafeGetTensorImpl());
+    for (const auto& site : part.own) {
+      if (!site->own()) continue;
+      for (const auto& item : site->own()->tensors()) adapters.insert(item.tensor->unsafeGetTensorImpl());
     }
   }
   return adapters;
@@ -36,7 +37,9 @@ class FrozenParameters {
   }
 
   void freeze() const {
-    for (const auto& tensor : tensors_) tensor.requires_grad_(false);
+    for (const auto& tensor : tensors_) {
+      if (tensor.requires_grad()) tensor.requires_grad_(false);  // where passes run meanwhile nothing is written
+    }
   }
 
   /// Makes trainable what was, and forgets it.

@@ -2,8 +2,11 @@
 
 #include <torch/nn/cloneable.h>
 
-#include <lora/layers/adaptable.hpp>
 #include <lora/adapter/merge.hpp>
+#include <lora/functional.hpp>
+#include <lora/intercept/scope.hpp>
+#include <lora/layers/adaptable.hpp>
+#include <lora/layers/layer_weight.hpp>
 #include <lora/method/all.hpp>
 #include <lora/version.hpp>
 
@@ -19,14 +22,14 @@ inline namespace LORA_ABI {
 /// What all layers written with the library have in common: a frozen weight and bias, one adapter of their own, and the
 /// verbs of merging. `Derived` offers
 ///
-///   options                         with `adapter()`, the LoRAOptions
+///   options                                with `adapter()`, the LoRAOptions
 ///   static constexpr const char* kName = "LoRALinear", *kKind = "Linear";
-///   static constexpr detail::Use kUse;    what the layer does with its weight
-///   MatrixView view() const;              how its weight is seen as a matrix
-///   FileLayout files() const;             how its adapter is kept in files
+///   void describe(LayerWeight&) const;     how its weight is seen as a matrix, and what the layer does with it
 ///
-/// and calls `build` from `reset`. The layer's own adapter acts in every forward pass. Inside a scope of `Adapters`
-/// that has this layer, the scope decides instead; and what is merged is in the weight and not added again.
+/// calls `build` from `reset`, and `adapt` from `forward`. The layer's own adapter acts in every forward pass. Inside a
+/// scope of `Adapters` that has this layer, the scope decides instead; and what is merged is in the weight and not
+/// added again. Merging leaves a layer that was wrapped as it is, and writes into the weight of one that was built from
+/// sizes.
 template <class Derived, class Method>
 class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModule {
  public:
@@ -36,23 +39,37 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   /// Folds the update into `weight`; the weight as it was is kept. Throws, with nothing changed, when it is not finite.
   void merge() {
     TORCH_CHECK(!is_merged(), "lora::merge: this ", Derived::kName, " is merged already");
-    detail::merge(targets(Derived::kName), {kAdapter});
+    detail::merge(mergings());
   }
 
   /// Brings back the weight from before `merge`, bit by bit.
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: this ", Derived::kName, " is not merged");
-    detail::unmerge(targets(Derived::kName));
+    std::vector<std::shared_ptr<Site>> sites;
+    for (const auto& merging : mergings()) sites.push_back(merging.site);
+    detail::unmerge(sites);
   }
 
   bool is_merged() const { return site_->is_merged(); }
+
+  /// What merging would fold in, and where: the weight, and the bias where the method changes that.
+  std::vector<detail::Merging> mergings() const {
+    std::vector<detail::Merging> all{{site_, {{kAdapter, method_}}}};
+    if (changes_bias()) {
+      auto update = std::make_shared<MethodOf<detail::BiasUpdate>>(detail::BiasUpdate(method_));
+      all.push_back({site_->bias_site(), {{kAdapter, std::move(update)}}});
+    }
+    return all;
+  }
 
   /// Copies the layer; the copy is frozen and merged where this one is.
   std::shared_ptr<torch::nn::Module> clone(const std::optional<torch::Device>& device = std::nullopt) const override {
     auto copy = torch::nn::Cloneable<Derived>::clone(device);
     AdaptedModule& layer = *copy->template as<Derived>();
     layer.method().scaling = method().scaling;
-    layer.site_->copy_merged(*site_, detail::MemberSlot(layer, layer.weight, "weight"));
+    const auto from = mergings();
+    auto to = layer.mergings();
+    for (size_t i = 0; i < from.size(); ++i) to[i].site->copy_merged(*from[i].site, std::move(to[i].methods));
     return copy;
   }
 
@@ -68,12 +85,16 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
     torch::nn::Module::load(archive);
   }
 
-  /// The layer as `Adapters` see it, under the name that it has in a model.
-  std::vector<Target> targets(const std::string& name) override {
-    auto slot = std::make_shared<detail::MemberSlot>(*this, weight, "weight");
+  /// The layer as `Adapters` see it; who holds it holds the layer.
+  std::vector<std::shared_ptr<Site>> own_sites() override {
     const auto self = this->weak_from_this().lock();
-    const auto training = [self, layer = this] { return layer->is_training(); };
-    return {{name, name, Derived::kKind, training, std::move(slot), site_, Derived::kUse, derived().files()}};
+    return {self ? std::shared_ptr<Site>(self, site_.get()) : site_};
+  }
+
+  /// The update W' - W, shaped like the weight, in the type of the adapter.
+  at::Tensor delta() const {
+    const detail::BelowInterception below;
+    return site_->view().weight(method_->delta(site_->base()));
   }
 
   /// The method with its tensors.
@@ -86,41 +107,68 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   at::Tensor weight, bias;
 
  protected:
-  /// Registers the frozen tensors and a new, uninitialized adapter for them.
-  void build(const at::Tensor& frozen_weight, const at::Tensor& frozen_bias) {
+  /// Registers the frozen tensors and a new, uninitialized adapter for them. `is_shared`: whether they are those of a
+  /// layer that is wrapped.
+  void build(const at::Tensor& frozen_weight, const at::Tensor& frozen_bias, const Method& prototype, bool is_shared) {
     frozen_weight.requires_grad_(false);
     if (frozen_bias.defined()) frozen_bias.requires_grad_(false);
     weight = this->register_parameter("weight", frozen_weight, /*requires_grad=*/false);
     bias = this->register_parameter("bias", frozen_bias, /*requires_grad=*/false);
-    site_ = std::make_shared<Site>(derived().view());
-    method_ = std::make_shared<MethodOf<Method>>(derived().options.adapter(), site_->view().shape(),
+    is_shared_ = is_shared;
+    site_ = make_site();
+    method_ = std::make_shared<MethodOf<Method>>(prototype, derived().options.adapter(), site_->view().shape(),
                                                  weight.options().dtype(adapter_dtype(weight.scalar_type())));
-    for (const auto& item : method_->tensors()) *item.tensor = this->register_parameter(item.name, *item.tensor);
-    site_->add(kAdapter, method_);
+    for (const auto& item : method_->tensors()) {
+      *item.tensor = item.is_trained ? this->register_parameter(item.name, *item.tensor)
+                                     : this->register_buffer(item.name, *item.tensor);
+    }
+    site_->set_own(method_);
   }
 
   /// Starts the adapter anew.
-  void initialize_adapter() { method().initialize(site_->view().matrix(weight)); }
-
-  /// Whether the layer's own adapter is to be added to what the frozen layer computed.
-  bool adds_own() const { return site_->contains(kAdapter) && !is_merged() && !detail::is_in_scope(weight); }
-
-  /// x W'^T + b from x W^T + b.
-  at::Tensor add_own(const at::Tensor& x, const at::Tensor& y,
-                     std::function<at::Tensor(const at::Tensor&, const at::Tensor&)> multiply = {}) const {
-    if (!adds_own()) return y;
-    return site_->forward({x, y, site_->view().matrix(weight), bias, this->is_training(), std::move(multiply)},
-                          {kAdapter});
+  void initialize_adapter() {
+    method_->initialize_shared();
+    method_->initialize(site_->base());
   }
 
-  /// W' - W of the layer's own adapter, in the layout of the weight.
-  at::Tensor own_delta() const { return site_->delta(weight, {kAdapter}, /*dropout=*/false); }
+  /// y = op(x, W') + b', with the layer's own update where it acts.
+  at::Tensor adapt(const at::Tensor& x, Product::Run run, Product::Times times, bool adds = true) const {
+    if (!acts()) return run(x, weight, bias);
+    const auto base = own_base();
+    return adapted_product({x, weight, own_bias(), run, times, adds}, own_update(base));
+  }
+
+ public:
+  /// Whether the layer's own update is to be added: not within a scope that has this layer, and not once it is merged.
+  bool acts() const { return site_->own() == method_ && !site_->is_in(method_.get()) && !detail::is_in_scope(weight); }
+  /// Whether the update can be one of several in a product with more weights than this layer's.
+  bool joins_products() const { return method_->has_term() && !method_->changes_bias(); }
+  /// W as the method sees it, b', and the update itself, for products that are larger than this layer's.
+  DenseBase own_base() const { return site_->base(weight); }
+  at::Tensor own_bias() const {
+    return changes_bias() ? bias + in_type(method_->bias_delta(bias), bias.scalar_type()) : bias;
+  }
+  Update own_update(const DenseBase& base) const {
+    return {method_.get(), &base, detail::whole_part(weight), this->is_training()};
+  }
 
  private:
+  bool changes_bias() const { return bias.defined() && method_->changes_bias(); }
+
   const Derived& derived() const { return static_cast<const Derived&>(*this); }
+
+  std::shared_ptr<Site> make_site() {
+    LayerWeight described;
+    described.place = {Derived::kName, Derived::kName, Derived::kKind,
+                       std::make_shared<detail::MemberSlot>(*this, weight, "weight", is_shared_)};
+    if (bias.defined()) described.place.bias = std::make_shared<detail::MemberSlot>(*this, bias, "bias", is_shared_);
+    derived().describe(described);
+    return described.site();
+  }
 
   std::shared_ptr<MethodOf<Method>> method_;
   std::shared_ptr<Site> site_;
+  bool is_shared_ = false;
 };
 
 }  // namespace LORA_ABI

@@ -36,8 +36,8 @@ struct AttentionProjection {
   const at::Tensor& bias() const { return adapted ? adapted->bias : frozen->bias; }
 
   at::Tensor forward(const at::Tensor& x) const { return adapted ? adapted->forward(x) : frozen->forward(x); }
-  /// The same for an x W^T + b that is there already.
-  at::Tensor adapt(const at::Tensor& x, const at::Tensor& y) const { return adapted ? adapted->adapt(x, y) : y; }
+  /// Whether it has an update of its own to add.
+  bool acts() const { return adapted && adapted->acts(); }
 
   /// The adapted layer: `attention->q_proj->lora_A()`.
   LoRALinearImpl<Method>* operator->() const {
@@ -56,8 +56,8 @@ struct AttentionProjection {
 /// (num_kv_heads * head_dim, kdim), W_v (num_kv_heads * head_dim, vdim), W_o (width, num_heads * head_dim). The
 /// submodules are "q_proj", "k_proj", "v_proj" and "o_proj", the names of Hugging Face's models; an adapted one is a
 /// LoRALinear, the others are torch::nn::Linear. Weights that share their input and lie together in memory, as those of
-/// a torch::nn::MultiheadAttention and of a layer built from sizes do, are applied in one product until they are
-/// merged.
+/// a torch::nn::MultiheadAttention and of a layer built from sizes do, are applied in one product; those of layers that
+/// are wrapped until they are merged, since what was wrapped stays as it is.
 ///
 /// Errors: c10::ValueError for options out of range; c10::Error for inputs and masks whose shapes do not fit,
 /// when merged twice, or when an update is not finite. Reference: Vaswani et al. 2017, "Attention Is All You Need",
@@ -131,13 +131,23 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
   /// are kept; a wrapped layer keeps its own and gives the same output as before.
   void merge() {
     TORCH_CHECK(!is_merged(), "lora::merge: this LoRAAttention, or a part of it, is merged already; unmerge it first");
-    detail::merge(targets(/*merged=*/false), {LoRALinearImpl<Method>::kAdapter});
+    std::vector<detail::Merging> all;
+    for (auto* projection : projections()) {
+      if (!projection->adapted) continue;
+      for (auto& merging : projection->adapted->mergings()) all.push_back(std::move(merging));
+    }
+    detail::merge(all);
   }
 
   /// Brings back the weights from before `merge`, bit by bit.
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: this LoRAAttention is not merged");
-    detail::unmerge(targets(/*merged=*/true));
+    std::vector<std::shared_ptr<Site>> sites;
+    for (auto* projection : projections()) {
+      if (!projection->adapted || !projection->adapted->is_merged()) continue;
+      for (auto& merging : projection->adapted->mergings()) sites.push_back(std::move(merging.site));
+    }
+    detail::unmerge(sites);
   }
 
   bool is_merged() const {
@@ -266,6 +276,7 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
   }
 
   void put(size_t i, const std::shared_ptr<LoRALinearImpl<Method>>& layer) {
+    for (const auto& site : layer->own_sites()) site->rename(std::string("LoRAAttention.") + Projections::kNames[i]);
     *projections()[i] = {this->register_module(Projections::kNames[i], layer), nullptr};
   }
   void put(size_t i, const std::shared_ptr<torch::nn::LinearImpl>& layer) {
@@ -313,18 +324,6 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
     if (packed && !is_packed()) pack();
   }
 
-  /// Those of the adapted projections that are merged, or those that are not.
-  std::vector<Target> targets(bool merged) {
-    std::vector<Target> all;
-    for (size_t i = 0; i < 4; ++i) {
-      const auto& layer = projections()[i]->adapted;
-      if (!layer || layer->is_merged() != merged) continue;
-      for (auto& target : layer->targets(std::string("LoRAAttention.") + Projections::kNames[i]))
-        all.push_back(std::move(target));
-    }
-    return all;
-  }
-
   void check_inputs(const at::Tensor& x, const at::Tensor& keys, const at::Tensor& values) const {
     TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "lora::LoRAAttention: the input has to be (batch, length, width) or ",
                 "(length, width), but its shape is ", x.sizes());
@@ -362,26 +361,39 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
   void project(const at::Tensor& x, size_t first, size_t last, std::array<at::Tensor, 3>& outputs) const {
     const auto all = projections();
     const auto parts = products(x, {all.begin() + first, all.begin() + last});
-    for (size_t i = first; i < last; ++i) {
-      outputs[i] = parts.empty() ? all[i]->forward(x) : all[i]->adapt(x, parts[i - first]);
-    }
+    for (size_t i = first; i < last; ++i) outputs[i] = parts.empty() ? all[i]->forward(x) : parts[i - first];
   }
 
-  /// x W^T + b of each of the projections, from one product; empty where that is not possible.
+  /// x W'^T + b' of each of the projections, from one product; empty where that is not possible.
   static std::vector<at::Tensor> products(const at::Tensor& x, const std::vector<const Projection*>& some) {
-    // An attached adapter looks for the weight of one layer in each product.
     if (some.size() == 1) return {};
     for (const auto* one : some) {
+      // A scope looks for the weight of one layer in each product.
       if (detail::is_in_scope(one->weight())) return {};
     }
     const auto weight = detail::stacked(weights(some));
     const auto parts = biases(some);
     const auto bias = parts.size() == some.size() ? detail::stacked(parts) : at::Tensor();
     if (!weight.defined() || bias.defined() == parts.empty()) return {};
+    std::vector<DenseBase> bases;
+    Updates updates;
     std::vector<int64_t> columns;
-    for (const auto* one : some) columns.push_back(one->weight().size(0));
+    bases.reserve(some.size());
+    int64_t row = 0;
+    for (const auto* one : some) {
+      const auto rows = one->weight().size(0);
+      if (one->acts()) {
+        if (!one->adapted->joins_products()) return {};
+        bases.push_back(one->adapted->own_base());
+        updates.push_back(one->adapted->own_update(bases.back()));
+        updates.back().at = row;
+      }
+      columns.push_back(rows);
+      row += rows;
+    }
+    const auto run = [](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) { return at::linear(x, w, b); };
     // Unlike `narrow`, whose gradients would be padded and added up; and each part may be written to.
-    return at::linear(x, weight, bias).unsafe_split_with_sizes(columns, -1);
+    return adapted_product({x, weight, bias, run, linear_times}, updates).unsafe_split_with_sizes(columns, -1);
   }
 
   /// (..., length, heads * head_dim) -> (batch, heads, length, head_dim)

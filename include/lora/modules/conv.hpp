@@ -1,12 +1,10 @@
 #pragma once
 
 #include <ATen/ops/convolution.h>
-#include <ATen/ops/dropout.h>
 #include <ATen/ops/pad.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/pimpl.h>
 
-#include <lora/layers/convolution.hpp>
 #include <lora/modules/adapted.hpp>
 #include <lora/version.hpp>
 
@@ -94,7 +92,6 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
  public:
   static constexpr const char* kName = D == 1 ? "LoRAConv1d" : D == 2 ? "LoRAConv2d" : "LoRAConv3d";
   static constexpr const char* kKind = D == 1 ? "Conv1d" : D == 2 ? "Conv2d" : "Conv3d";
-  static constexpr auto kUse = detail::Use::kProduct;
 
   /// A new layer, initialized as the stock one is.
   explicit LoRAConvImpl(LoRAConvOptions<D> options_) : options(std::move(options_)) { reset(); }
@@ -105,7 +102,7 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
   LoRAConvImpl(torch::nn::ModuleHolder<detail::StockConv<D>> base, LoRAOptions adapter)
       : options(options_of(base->options), std::move(adapter)) {
     validate();
-    this->build(base->weight, base->bias);
+    this->build(base->weight, base->bias, Method(), /*is_shared=*/true);
     this->initialize_adapter();
   }
 
@@ -114,7 +111,8 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
     const auto like = weight.defined() ? weight.options().requires_grad(false) : at::TensorOptions();
     detail::StockConv<D> fresh(options.conv());  // has the values a stock layer starts with
     fresh.to(like.device(), c10::typeMetaToScalarType(like.dtype()));
-    this->build(fresh.weight.detach(), fresh.bias.defined() ? fresh.bias.detach() : at::Tensor());
+    this->build(fresh.weight.detach(), fresh.bias.defined() ? fresh.bias.detach() : at::Tensor(), Method(),
+                /*is_shared=*/false);
     this->initialize_adapter();
   }
 
@@ -127,16 +125,16 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
 
   at::Tensor forward(const at::Tensor& input) {
     const detail::Convolution<D> frozen(options.conv());
-    if (!this->adds_own()) return frozen.run(input, weight, bias);
-    const auto delta = this->own_delta();
-    const auto dropout = this->is_training() ? options.adapter().dropout() : 0;
-    if (dropout == 0) return frozen.run(input, (weight.to(delta.scalar_type()) + delta).to(weight.scalar_type()), bias);
-    const auto update = frozen.run(at::dropout(input, dropout, /*train=*/true), delta.to(input.scalar_type()), {});
-    return frozen.run(input, weight, bias) + update;
+    const auto run = [&](const at::Tensor& x, const at::Tensor& kernel, const at::Tensor& b) {
+      return frozen.run(x, kernel, b);
+    };
+    return this->adapt(input, run, linear_times, /*adds=*/false);
   }
 
-  MatrixView view() const { return MatrixView::kernel(weight.sizes(), options.conv().groups(), false); }
-  FileLayout files() const { return layers::ConvolutionFiles(view().shape(), weight.sizes().slice(2).vec()).layout(); }
+  void describe(LayerWeight& weight) const {
+    weight.form = LayerWeight::Form::kKernel;
+    weight.groups = options.conv().groups();
+  }
 
   using AdaptedModule<LoRAConvImpl, Method>::weight;
   using AdaptedModule<LoRAConvImpl, Method>::bias;

@@ -4,8 +4,7 @@
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/pimpl.h>
 
-#include <lora/intercept/kernels.hpp>
-#include <lora/layers/embedding.hpp>
+#include <lora/layers/norm_limit.hpp>
 #include <lora/modules/adapted.hpp>
 #include <lora/version.hpp>
 
@@ -37,7 +36,6 @@ template <class Method = LowRank>
 class LoRAEmbeddingImpl : public AdaptedModule<LoRAEmbeddingImpl<Method>, Method> {
  public:
   static constexpr const char *kName = "LoRAEmbedding", *kKind = "Embedding";
-  static constexpr auto kUse = detail::Use::kLookup;
 
   /// A new layer, initialized as torch::nn::Embedding is.
   explicit LoRAEmbeddingImpl(LoRAEmbeddingOptions options_) : options(std::move(options_)) {
@@ -48,7 +46,7 @@ class LoRAEmbeddingImpl : public AdaptedModule<LoRAEmbeddingImpl<Method>, Method
   /// Wraps `base`: its table is shared, not copied, and frozen from now on.
   LoRAEmbeddingImpl(torch::nn::Embedding base, LoRAOptions adapter) : options(base->options, std::move(adapter)) {
     options.adapter().validate("lora::LoRAEmbedding");
-    this->build(base->weight, {});
+    this->build(base->weight, {}, Method(), /*is_shared=*/true);
     this->initialize_adapter();
   }
 
@@ -62,7 +60,7 @@ class LoRAEmbeddingImpl : public AdaptedModule<LoRAEmbeddingImpl<Method>, Method
     TORCH_CHECK_VALUE(padding >= -entries && padding < entries,
                       "lora::LoRAEmbedding: padding_idx has to be one of the ", entries, " entries, but got ", padding);
     const auto like = weight.defined() ? weight.options().requires_grad(false) : at::TensorOptions();
-    this->build(torch::empty({entries, width}, like), {});
+    this->build(torch::empty({entries, width}, like), {}, Method(), /*is_shared=*/false);
   }
 
   /// Fills the table as torch::nn::Embedding does, and starts the adapter anew.
@@ -83,17 +81,19 @@ class LoRAEmbeddingImpl : public AdaptedModule<LoRAEmbeddingImpl<Method>, Method
     const auto& frozen = options.embedding();
     auto padding = frozen.padding_idx().value_or(-1);
     if (frozen.padding_idx() && padding < 0) padding += frozen.num_embeddings();
-    const auto look_up = [&](const at::Tensor& i, const at::Tensor& matrix) {
-      return at::embedding(matrix.t(), i, padding, frozen.scale_grad_by_freq(), /*sparse=*/false);
+    const auto look_up = [&](const at::Tensor& i, const at::Tensor& table, const at::Tensor& /*bias*/) {
+      return at::embedding(table, i, padding, frozen.scale_grad_by_freq(), /*sparse=*/false);
     };
-    auto entries = at::embedding(weight, input, padding, frozen.scale_grad_by_freq(), /*sparse=*/false);
-    entries = this->add_own(input, entries, look_up);
+    const auto times = [&](const at::Tensor& i, const at::Tensor& matrix) { return look_up(i, matrix.t(), {}); };
+    const auto entries = this->adapt(input, look_up, times);
     if (!frozen.max_norm()) return entries;
     return detail::NormLimit{*frozen.max_norm(), frozen.norm_type()}.apply(entries);
   }
 
-  MatrixView view() const { return MatrixView::lookup(weight.sizes()); }
-  FileLayout files() const { return layers::embedding_files(); }
+  void describe(LayerWeight& weight) const {
+    weight.form = LayerWeight::Form::kLookup;
+    weight.place.use = Use::kLookup;
+  }
 
   using AdaptedModule<LoRAEmbeddingImpl, Method>::weight;
 

@@ -39,7 +39,6 @@ template <class Method = LowRank>
 class LoRALinearImpl : public AdaptedModule<LoRALinearImpl<Method>, Method> {
  public:
   static constexpr const char *kName = "LoRALinear", *kKind = "Linear";
-  static constexpr auto kUse = detail::Use::kProduct;
 
   /// A new layer, initialized as torch::nn::Linear is.
   explicit LoRALinearImpl(LoRALinearOptions options_) : options(std::move(options_)) {
@@ -52,7 +51,7 @@ class LoRALinearImpl : public AdaptedModule<LoRALinearImpl<Method>, Method> {
       : options(LoRALinearOptions(base->options.in_features(), base->options.out_features(), std::move(adapter))
                     .bias(base->bias.defined())) {
     options.adapter().validate("lora::LoRALinear");  // before anything of `base` is frozen
-    this->build(base->weight, base->bias);
+    this->build(base->weight, base->bias, Method(), /*is_shared=*/true);
     this->initialize_adapter();
   }
 
@@ -63,7 +62,8 @@ class LoRALinearImpl : public AdaptedModule<LoRALinearImpl<Method>, Method> {
                       "lora::LoRALinear: in_features and out_features have to be at least 1, but got ", in, " and ",
                       out);
     const auto like = weight.defined() ? weight.options().requires_grad(false) : at::TensorOptions();
-    this->build(torch::empty({out, in}, like), options.bias() ? torch::empty({out}, like) : at::Tensor());
+    this->build(torch::empty({out, in}, like), options.bias() ? torch::empty({out}, like) : at::Tensor(), Method(),
+                /*is_shared=*/false);
   }
 
   /// Fills weight and bias as torch::nn::Linear does, and starts the adapter anew.
@@ -84,17 +84,15 @@ class LoRALinearImpl : public AdaptedModule<LoRALinearImpl<Method>, Method> {
     TORCH_CHECK(input.dim() > 0 && input.size(-1) == options.in_features(),
                 "lora::LoRALinear: the last dimension of the input has to be ", options.in_features(),
                 ", but the input has shape ", input.sizes());
-    return adapt(input, torch::nn::functional::linear(input, weight, bias));
+    return this->adapt(
+        input,
+        [](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) {
+          return torch::nn::functional::linear(x, w, b);
+        },
+        linear_times);
   }
 
-  /// What `forward` makes of the frozen x W^T + b (..., out_features), which someone else computed, e.g. as a part of a
-  /// larger product.
-  at::Tensor adapt(const at::Tensor& input, const at::Tensor& frozen_output) const {
-    return this->add_own(input, frozen_output);
-  }
-
-  MatrixView view() const { return MatrixView::plain(weight.sizes()); }
-  FileLayout files() const { return {}; }
+  void describe(LayerWeight& /*weight*/) const {}  // (out, in), as it is
 
   using AdaptedModule<LoRALinearImpl, Method>::weight;
   using AdaptedModule<LoRALinearImpl, Method>::bias;

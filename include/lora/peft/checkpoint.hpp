@@ -27,11 +27,11 @@ inline namespace LORA_ABI {
 namespace detail {
 
 /// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
-inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
-                                                    const LoadOptions& options) {
+inline std::pair<Adapter, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
+                                                const LoadOptions& options) {
   const FolderLock lock(directory, LOCK_SH);  // so that both files are of one save
   auto config = read_adapter_config(directory / kAdapterConfig);
-  PeftTensors tensors(directory, options);
+  PeftTensors tensors(directory, options, config);
   try {
     if (!options.key_mapping().empty()) config = tensors.mapped(std::move(config));
     auto plan = adapters.plan(tensors.with_saved(std::move(config)));
@@ -48,44 +48,46 @@ inline std::pair<AdapterPlan, LoadReport> read_plan(const Adapters& adapters, co
 /// and the same s.
 using StackedOptions = std::map<std::string, LoRAOptions>;
 
-inline StackedOptions stacked_options(const std::vector<Target>& targets, const std::string& adapter) {
+inline StackedOptions stacked_options(const Adapter& adapter) {
   StackedOptions stacked;
-  for (const auto& target : targets) {
-    if (target.site->view().part_rows().empty()) continue;
-    const auto& options = target.site->at(adapter).options();
-    const auto parts = target.site->view().shape().batch.front();
+  for (const auto& part : adapter.parts) {
+    if (part.site->view().part_rows().empty()) continue;
+    const auto& options = part.method->options();
+    const auto parts = part.site->view().shape().batch.front();
     const auto factor = static_cast<double>(parts);
     const auto alpha = options.alpha() * (options.rank_stabilized() ? std::sqrt(factor) : factor);
-    stacked.emplace(target.name, LoRAOptions(options).rank(options.rank() * parts).alpha(alpha));
+    stacked.emplace(part.site->name(), LoRAOptions(options).rank(options.rank() * parts).alpha(alpha));
   }
   return stacked;
 }
 
 /// The configuration as it is written: with the names of what was selected where PEFT would select something else. By
-/// "all linear layers" it means all but the head, and it wants a prefix before a list of blocks.
-inline LoRAConfig written_config(LoRAConfig config, const std::vector<Target>& targets, const std::string& adapter,
-                                 const StackedOptions& stacked) {
-  for (const auto& target : targets) {
-    const auto of_parts = stacked.find(target.name);
-    if (of_parts != stacked.end())
-      note_options(config, target.name, of_parts->second, target.site->at(adapter).options());
+/// "all linear layers" it means all but the head, it wants a prefix before a list of blocks, and not every type of its
+/// configurations can exclude modules.
+inline LoRAConfig written_config(const Adapter& adapter, const StackedOptions& stacked) {
+  auto config = adapter.config;
+  std::vector<std::string> names;
+  for (const auto& part : adapter.parts) {
+    if (part.role != AdapterPart::Role::kLayer) continue;
+    const auto& name = part.site->name();
+    const auto of_parts = stacked.find(name);
+    if (of_parts != stacked.end()) note_options(config, name, of_parts->second, part.method->options());
+    if (part.file_name == name) names.push_back(name);  // else it comes with its parent
   }
   const bool by_blocks = !config.layers_to_transform().empty();
-  const auto is_inside = [](const Target& target) { return target.file_name != target.name; };  // comes with its parent
-  if (!config.target_modules().is_all_linear() && !by_blocks) return config;
-  std::vector<std::string> names;
-  for (const auto& target : targets) {
-    if (!is_inside(target)) names.push_back(target.name);
-  }
+  const bool cannot_exclude =
+      !config.exclude_modules().empty() && !has_field(config.method().info(), "exclude_modules");
+  if (!config.target_modules().is_all_linear() && !by_blocks && !cannot_exclude) return config;
   return config.target_modules(names).exclude_modules({}).layers_to_transform({}).layers_pattern({});
 }
 
-/// A tensor as the file keeps it, filled up with zeros to the rank of the module that the target is an inner part of:
-/// in a file all of a module has one rank, and with it s stays.
-inline at::Tensor to_file(const Target& target, const NamedTensor& tensor, const StackedOptions& stacked) {
-  const auto stored = to_file(target, tensor);
-  const auto module = stacked.find(owner_of(target.name));
-  if (target.file_name == target.name || module == stacked.end()) return stored;
+/// A tensor as the file keeps it, filled up with zeros to the rank of the module that the layer is an inner part of: in
+/// a file all of a module has one rank, and with it s stays.
+inline at::Tensor to_file(const AdapterPart& part, const NamedTensor& tensor, const StackedOptions& stacked) {
+  const auto stored = to_file(part, tensor);
+  const auto& name = part.site->name();
+  const auto module = stacked.find(owner_of(name));
+  if (part.file_name == name || module == stacked.end()) return stored;
   const auto rank = module->second.rank();
   if (tensor.name == "lora_A") return at::constant_pad_nd(stored, {0, 0, 0, rank - stored.size(0)});
   if (tensor.name == "lora_B") return at::constant_pad_nd(stored, {0, rank - stored.size(1)});
@@ -93,8 +95,8 @@ inline at::Tensor to_file(const Target& target, const NamedTensor& tensor, const
 }
 
 /// Writes both files of an adapter's directory, which is made when it does not exist.
-inline void write_adapter(const std::filesystem::path& directory, const std::string& config,
-                          const std::map<std::string, at::Tensor>& tensors) {
+inline void write_files(const std::filesystem::path& directory, const std::string& config,
+                        const std::map<std::string, at::Tensor>& tensors) {
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (error) throw CheckpointError(directory, "cannot be created: ", error.message());
@@ -106,72 +108,72 @@ inline void write_adapter(const std::filesystem::path& directory, const std::str
 
 }  // namespace detail
 
-/// Writes the only adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
+/// Writes one adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
 ///
 /// Both files appear under their names at one moment. Whoever is interrupted before it, by an error or by the end of
 /// the process, leaves the adapter that was there; of two that save to the same place at a time, one is left complete.
 ///
 /// Errors: CheckpointError with the path and the reason of the operating system.
-inline void Adapters::save(const std::filesystem::path& directory) const { save(directory, only()); }
-
-/// The same for one adapter among several.
-inline void Adapters::save(const std::filesystem::path& directory, const std::string& adapter) const {
-  const auto targets = targets_of(known(adapter));
+inline void write_adapter(const Adapters& adapters, const std::string& name, const std::filesystem::path& directory) {
+  const detail::BelowInterception below;
+  const auto adapter = adapters.adapter(name);
+  const auto& parts = adapter->parts;
   std::map<std::string, at::Tensor> tensors;
-  const auto stacked = detail::stacked_options(targets, adapter);
-  for (const auto& target : targets) {
-    for (const auto& item : target.site->at(adapter).tensors())
-      tensors[detail::kPrefix + detail::peft_key(target, item)] = detail::to_file(target, item, stacked);
-  }
-  for (const auto& full : full_[adapter]) tensors[detail::kPrefix + full.file_name] = full.value;
-  if (!configs_[adapter].modules_to_save().empty()) {
-    for (const auto& tensor : model().tensors()) {  // PEFT fails without those that only it saves
-      const auto owner = detail::owner_of(tensor.name);
-      const auto is_it = [&](const Target& target) { return target.name == owner; };
-      if (!detail::saved_by_peft(configs_[adapter], owner).empty() &&
-          std::none_of(targets.begin(), targets.end(), is_it))
-        tensors.emplace(detail::kPrefix + tensor.name, tensor.slot->read());
+  const auto stacked = detail::stacked_options(*adapter);
+  adapter->for_each_tensor([&](const AdapterPart& part, const NamedTensor& tensor) {
+    if (!tensor.is_saved) return;
+    const auto key =
+        tensor.is_shared ? detail::kSharedPrefix + tensor.file_name : detail::kPrefix + detail::peft_key(part, tensor);
+    tensors[key] = detail::to_file(part, tensor, stacked);
+  });
+  if (!adapter->config.modules_to_save().empty()) {
+    for (const auto& tensor : adapters.model().tensors()) {  // PEFT fails without those that only it saves
+      const auto owner = detail::owner_of(tensor.place.name);
+      const auto is_it = [&](const AdapterPart& part) { return part.site->name() == owner; };
+      if (!detail::saved_by_peft(adapter->config, owner).empty() && std::none_of(parts.begin(), parts.end(), is_it))
+        tensors.emplace(detail::kPrefix + tensor.place.name, tensor.place.slot->read());
     }
   }
-  const auto written = detail::written_config(configs_[adapter], targets, adapter, stacked);
+  const auto written = detail::written_config(*adapter, stacked);
   const auto text = detail::PeftConfigWriter(directory / detail::kAdapterConfig, written).text();
-  detail::write_adapter(directory, text, tensors);
+  detail::write_files(directory, text, tensors);
 }
 
-/// Writes every parameter and buffer of the model under its name, with the only adapter merged in (and without its
-/// tensors, where layers have it as their own), as a safetensors file. It is what `merge` makes of the model, which is
-/// as before when the file is written; a forward pass on another thread meanwhile would see the merged weights.
+/// Writes every parameter and buffer of the model under its name, with an adapter merged in (and without its tensors,
+/// where layers have it as their own), as a safetensors file. It is what `merge` makes of the model, which is as before
+/// when the file is written; a forward pass on another thread meanwhile would see the merged weights.
 ///
 /// Errors: those of `merge`; CheckpointError with the path and the reason of the operating system.
-inline void Adapters::save_merged(const std::filesystem::path& file) { save_merged(file, only()); }
-
-/// The same for one adapter among several.
-inline void Adapters::save_merged(const std::filesystem::path& file, const std::string& adapter) {
+inline void write_merged(Adapters& adapters, const std::string& name, const std::filesystem::path& file) {
+  const auto adapter = adapters.adapter(name);
+  adapters.model();  // which throws when it is gone
+  const detail::BelowInterception below;
   std::optional<MergeGuard<Adapters>> merged;
-  if (merged_ != known(adapter)) merged.emplace(*this, adapter);
+  if (adapters.merged() != name) merged.emplace(adapters, name);
   std::map<std::string, at::Tensor> tensors;
   std::set<const c10::TensorImpl*> merged_in;  // of layers that have the adapter as their own
-  for (const auto& target : targets_of(adapter)) {
-    for (const auto& item : target.site->at(adapter).tensors()) merged_in.insert(item.tensor->unsafeGetTensorImpl());
-  }
-  for (const auto& tensor : model().tensors()) {
-    const auto value = tensor.slot->read();
-    if (value.defined() && merged_in.count(value.unsafeGetTensorImpl()) == 0) tensors.emplace(tensor.name, value);
+  adapter->for_each_tensor(
+      [&](const AdapterPart&, const NamedTensor& tensor) { merged_in.insert(tensor.tensor->unsafeGetTensorImpl()); });
+  for (const auto& tensor : adapters.model().tensors()) {
+    const auto value = tensor.place.slot->read();
+    if (value.defined() && merged_in.count(value.unsafeGetTensorImpl()) == 0) tensors.emplace(tensor.place.name, value);
   }
   write_safetensors(file, tensors);
 }
 
-inline LoadReport Adapters::load(const std::string& name, const std::filesystem::path& directory,
-                                 const LoadOptions& options) {
-  auto [plan, report] = detail::read_plan(*this, directory, options);
-  add(name, std::move(plan));
+/// Adds the adapter in a PEFT directory to those of a model. Errors: those of `load_adapter`.
+inline LoadReport read_adapter(Adapters& adapters, const std::string& name, const std::filesystem::path& directory,
+                               const LoadOptions& options) {
+  auto [adapter, report] = detail::read_plan(adapters, directory, options);
+  adapters.add(name, std::move(adapter));
   return report;
 }
 
 /// Writes every adapter: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT
-/// does. Errors: as for `save`; those written before the one that fails are there.
-inline void Adapters::save_all(const std::filesystem::path& directory) const {
-  for (const auto& name : names()) save(name == "default" ? directory : directory / name, name);
+/// does. Errors: as for one; those written before the one that fails are there.
+inline void write_adapters(const Adapters& adapters, const std::filesystem::path& directory) {
+  for (const auto& name : adapters.names())
+    write_adapter(adapters, name, name == "default" ? directory : directory / name);
 }
 
 /// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"

@@ -11,7 +11,9 @@
 #include <filesystem>
 #include <map>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace lora {
@@ -26,16 +28,19 @@ class PeftConfigReader {
   LoRAConfig read() const {
     if (!json_.is_object()) throw CheckpointError(path_, "has to hold one JSON object, but holds ", json_.type_name());
     const auto method = read_method();
-    check_fields();
-    LoRAConfig config(whole_number("r", "r", value("r")));
-    config.method(method).alpha(number("lora_alpha", value("lora_alpha")));
-    config.dropout(number("lora_dropout", value("lora_dropout"))).rank_stabilized(flag("use_rslora"));
-    config.init(read_init()).fan_in_fan_out(flag("fan_in_fan_out"));
+    const auto& info = method.info();
+    check_fields(method);
+    LoRAConfig config(info.rank_name.empty() ? 8 : read_rank(info));
+    config.method(method);
+    if (!info.alpha_name.empty()) config.alpha(number("lora_alpha", value("lora_alpha")));
+    if (!info.dropout_name.empty()) config.dropout(read_dropout(info));
+    if (info.peft_type == "LORA") config.rank_stabilized(flag("use_rslora")).init(read_init());
+    config.fan_in_fan_out(flag("fan_in_fan_out"));
     config.target_modules(selector("target_modules")).exclude_modules(selector("exclude_modules"));
     config.layers_to_transform(layers()).layers_pattern(names("layers_pattern"));
     config.rank_pattern(ranks()).alpha_pattern(alphas());
-    config.target_parameters(names("target_parameters")).modules_to_save(names("modules_to_save")).bias(read_bias());
-    config.lora_bias(flag("lora_bias"));
+    config.target_parameters(names("target_parameters")).modules_to_save(names("modules_to_save"));
+    config.bias(read_bias(info)).lora_bias(flag("lora_bias"));
     config.base_model_name_or_path(text("base_model_name_or_path")).task_type(text("task_type"));
     check_ranges(config);
     return config;
@@ -50,7 +55,9 @@ class PeftConfigReader {
   /// The value of a field; PEFT's default where the file says nothing.
   PeftJson value(const char* field) const {
     const auto found = json_.find(field);
-    return found == json_.end() || found->is_null() ? PeftJson::parse(peft_field(field)->standard) : *found;
+    if (found != json_.end() && !found->is_null()) return *found;
+    const auto* known = peft_field(field);
+    return known == nullptr ? PeftJson() : PeftJson::parse(known->standard);
   }
 
   /// The method whose flag is set, or the one of this type that has none.
@@ -68,7 +75,38 @@ class PeftConfigReader {
     }
     if (flagged == nullptr && plain == nullptr)
       fail("peft_type", "is ", type->dump(), ", but known here are ", types());
-    return flagged != nullptr ? *flagged : *plain;
+    return with_own_options(flagged != nullptr ? *flagged : *plain);
+  }
+
+  /// The method with the options of its own that the file has.
+  MethodKind with_own_options(const MethodKind& method) const {
+    const auto own = method.prototype().copy();
+    for (const auto& [name, standard] : own->own_options()) {
+      const auto found = json_.find(name);
+      if (found == json_.end() || found->is_null()) continue;
+      const auto wanted = std::visit([&](const auto& like) { return option(name, *found, like); }, standard);
+      TORCH_INTERNAL_ASSERT(own->set_option(name, wanted), name);
+    }
+    return MethodKind(own);
+  }
+
+  OptionValue option(std::string_view name, const PeftJson& /*value*/, bool) const { return flag(name.data()); }
+  OptionValue option(std::string_view name, const PeftJson& value, int64_t) const {
+    return whole_number(name.data(), std::string(name), value);
+  }
+  OptionValue option(std::string_view name, const PeftJson& value, double) const { return number(name.data(), value); }
+  OptionValue option(std::string_view name, const PeftJson& /*value*/, const std::vector<std::string>&) const {
+    return names(name.data());
+  }
+
+  int64_t read_rank(const MethodInfo& info) const {
+    const auto found = json_.find(info.rank_name);
+    return found == json_.end() ? info.peft_rank : whole_number(info.rank_name.data(), "rank", *found);
+  }
+
+  double read_dropout(const MethodInfo& info) const {
+    const auto found = json_.find(info.dropout_name);
+    return found == json_.end() || found->is_null() ? 0 : number(info.dropout_name.data(), *found);
   }
 
   bool is_set(std::string_view field) const {
@@ -86,11 +124,11 @@ class PeftConfigReader {
   }
 
   /// Refuses what asks for more than this library does, and warns of what it does not know.
-  void check_fields() const {
+  void check_fields(const MethodKind& method) const {
     std::string unknown;
     for (const auto& [name, value] : json_.items()) {
-      const auto* field = peft_field(name);
-      if (field == nullptr && !is_method_flag(name)) unknown += (unknown.empty() ? "\"" : ", \"") + name + "\"";
+      const auto* field = has_field(method.info(), name) ? peft_field(name) : nullptr;
+      if (field == nullptr && !is_of(method, name)) unknown += (unknown.empty() ? "\"" : ", \"") + name + "\"";
       if (field == nullptr || is_off(value) || value == PeftJson::parse(field->standard)) continue;
       if (field->effect == PeftEffect::kUnsupported) fail(field->name, "is ", value.dump(), ", which is not supported");
       if (field->effect == PeftEffect::kTraining)
@@ -100,11 +138,21 @@ class PeftConfigReader {
     if (!unknown.empty()) TORCH_WARN(path_.string(), ": unknown fields are ignored: ", unknown);
   }
 
-  Bias read_bias() const {
+  /// Whether a field is one of the method itself.
+  static bool is_of(const MethodKind& method, std::string_view name) {
+    const auto& info = method.info();
+    if (name == info.rank_name || name == info.dropout_name || name == info.init_name) return true;
+    if (info.peft_type == "LORA" && is_method_flag(name)) return true;
+    const auto own = method.prototype().own_options();
+    return std::any_of(own.begin(), own.end(), [&](const auto& option) { return option.first == name; });
+  }
+
+  Bias read_bias(const MethodInfo& info) const {
     const auto bias = text("bias");
     if (bias == "none" || bias.empty()) return Bias::kNone;
     if (bias == "all") return Bias::kAll;
-    if (bias != "lora_only") fail("bias", "has to be \"none\", \"all\" or \"lora_only\", but is \"", bias, "\"");
+    if (bias != only_name(info))
+      fail("bias", "has to be \"none\", \"all\" or \"", only_name(info), "\", but is \"", bias, "\"");
     return Bias::kAdaptedOnly;
   }
 
@@ -219,50 +267,83 @@ class PeftConfigWriter {
   PeftConfigWriter(const std::filesystem::path& path, const LoRAConfig& config) : path_(path), config_(config) {}
 
   std::string text() const {
-    auto fields = standard_fields();
-    fields["peft_type"] = config_.method().info().peft_type;
-    if (const auto flag = config_.method().info().peft_flag; !flag.empty()) fields[std::string(flag)] = true;
-    fields["r"] = config_.rank();
-    fields["lora_alpha"] = short_number(config_.alpha());
-    fields["lora_dropout"] = config_.dropout();
-    fields["use_rslora"] = config_.rank_stabilized();
+    const auto& info = config_.method().info();
+    auto fields = standard_fields(info);
+    fields["peft_type"] = info.peft_type;
+    if (!info.peft_flag.empty()) fields[std::string(info.peft_flag)] = true;
+    for (const auto& [name, value] : config_.method().prototype().own_options())
+      fields[std::string(name)] = std::visit([](const auto& option) { return to_json(option); }, value);
+    if (!info.rank_name.empty()) fields[std::string(info.rank_name)] = config_.rank();
+    if (!info.alpha_name.empty()) fields[std::string(info.alpha_name)] = short_number(config_.alpha());
+    if (!info.dropout_name.empty()) fields[std::string(info.dropout_name)] = config_.dropout();
     // PEFT refuses the combination with lora_bias, and how an adapter began does not matter any more.
-    if (config_.init() == Init::kGaussian && !config_.lora_bias()) fields["init_lora_weights"] = "gaussian";
-    fields["lora_bias"] = config_.lora_bias();
-    fields["fan_in_fan_out"] = config_.fan_in_fan_out();
+    const bool says_start = info.peft_type == "LORA" && config_.init() == Init::kGaussian && !config_.lora_bias();
+    fields[std::string(info.init_name)] = says_start ? PeftJson("gaussian") : PeftJson(true);
+    set(fields, "use_rslora", config_.rank_stabilized(), config_.rank_stabilized() && !info.alpha_name.empty());
+    set(fields, "lora_bias", config_.lora_bias(), config_.lora_bias());
+    set(fields, "fan_in_fan_out", config_.fan_in_fan_out(), config_.fan_in_fan_out());
     fields["target_modules"] = selector(config_.target_modules());
-    fields["bias"] = config_.bias() == Bias::kNone ? "none" : config_.bias() == Bias::kAll ? "all" : "lora_only";
-    if (!config_.modules_to_save().empty()) fields["modules_to_save"] = config_.modules_to_save();
-    if (!config_.target_parameters().empty()) {
-      fields["target_parameters"] = config_.target_parameters();
-      if (config_.target_modules().empty()) fields["target_modules"] = PeftJson::array();  // null asks PEFT to choose
-    }
-    fields["exclude_modules"] = selector(config_.exclude_modules());
-    if (!config_.layers_to_transform().empty()) fields["layers_to_transform"] = config_.layers_to_transform();
-    if (!config_.layers_pattern().empty()) fields["layers_pattern"] = config_.layers_pattern();
-    for (const auto& [pattern, rank] : config_.rank_pattern()) fields["rank_pattern"].emplace(pattern, rank);
-    for (const auto& [pattern, alpha] : config_.alpha_pattern())
-      fields["alpha_pattern"].emplace(pattern, short_number(alpha));
-    if (!config_.base_model_name_or_path().empty())
-      fields["base_model_name_or_path"] = config_.base_model_name_or_path();
-    if (!config_.task_type().empty()) fields["task_type"] = config_.task_type();
+    set(fields, "bias",
+        config_.bias() == Bias::kNone  ? "none"
+        : config_.bias() == Bias::kAll ? "all"
+                                       : only_name(info),
+        config_.bias() != Bias::kNone);
+    set_unless_empty(fields, "modules_to_save", config_.modules_to_save());
+    set_unless_empty(fields, "target_parameters", config_.target_parameters());
+    if (!config_.target_parameters().empty() && config_.target_modules().empty())
+      fields["target_modules"] = PeftJson::array();  // null asks PEFT to choose
+    set(fields, "exclude_modules", selector(config_.exclude_modules()), !config_.exclude_modules().empty());
+    set_unless_empty(fields, "layers_to_transform", config_.layers_to_transform());
+    set_unless_empty(fields, "layers_pattern", config_.layers_pattern());
+    auto ranks = PeftJson::object(), alphas = PeftJson::object();
+    for (const auto& [pattern, rank] : config_.rank_pattern()) ranks.emplace(pattern, rank);
+    for (const auto& [pattern, alpha] : config_.alpha_pattern()) alphas.emplace(pattern, short_number(alpha));
+    set(fields, "rank_pattern", ranks, !ranks.empty() && !info.rank_name.empty());
+    set(fields, "alpha_pattern", alphas, !alphas.empty() && !info.alpha_name.empty());
+    set_unless_empty(fields, "base_model_name_or_path", config_.base_model_name_or_path());
+    set_unless_empty(fields, "task_type", config_.task_type());
     return dump(fields);
   }
 
  private:
   using Fields = std::map<std::string, PeftJson>;
 
-  static Fields standard_fields() {
+  static Fields standard_fields(const MethodInfo& info) {
     Fields fields;
-    for (const auto& field : kPeftFields) fields[field.name] = PeftJson::parse(field.standard);
+    const bool is_lora = info.peft_fields.empty();
+    for (const auto& field : kPeftFields) {
+      if (has_field(info, field.name)) fields[field.name] = PeftJson::parse(field.standard);
+    }
     for (const auto& method : all_methods()) {
-      if (!method.info().peft_flag.empty()) fields[std::string(method.info().peft_flag)] = false;
+      if (is_lora && !method.info().peft_flag.empty()) fields[std::string(method.info().peft_flag)] = false;
     }
     fields["inference_mode"] = true;
     fields["peft_version"] = kPeftVersion;
     fields.erase("runtime_config");  // PEFT writes it never, and warns where it finds it
     return fields;
   }
+
+  /// Sets a field that PEFT has for this method; one that it has not cannot be written, unless it asks for nothing.
+  void set(Fields& fields, const char* name, PeftJson value, bool asks) const {
+    const auto& info = config_.method().info();
+    if (has_field(info, name)) {
+      fields[name] = std::move(value);
+    } else if (asks) {
+      throw CheckpointError(path_, "cannot be written: PEFT's ", info.peft_type, " has no \"", name, "\"");
+    }
+  }
+
+  template <class Value>
+  void set_unless_empty(Fields& fields, const char* name, const Value& value) const {
+    if (!value.empty()) set(fields, name, value, true);
+  }
+
+  static PeftJson to_json(const std::vector<std::string>& names) {
+    return names.empty() ? PeftJson() : PeftJson(names);
+  }
+  static PeftJson to_json(double value) { return value; }
+  static PeftJson to_json(int64_t value) { return value; }
+  static PeftJson to_json(bool value) { return value; }
 
   /// Python expects alpha to be an int and prints it; 16 is better there than 16.0.
   static PeftJson short_number(double number) {

@@ -148,7 +148,7 @@ inline void subtract_start(const std::filesystem::path& trained_directory, const
   }
   config["init_lora_weights"] = true;
   for (const auto* details : {"corda_config", "lora_ga_config"}) config[details] = nullptr;  // of the former start
-  detail::write_adapter(output, config.dump(2, ' ', /*ensure_ascii=*/true), tensors);
+  detail::write_files(output, config.dump(2, ' ', /*ensure_ascii=*/true), tensors);
 }
 
 }  // namespace LORA_ABI

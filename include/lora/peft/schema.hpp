@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
+#include <string>
 #include <string_view>
 
 namespace lora {
@@ -82,6 +84,25 @@ inline const PeftField* peft_field(std::string_view name) {
   const auto* found =
       std::find_if(kPeftFields.begin(), kPeftFields.end(), [&](const auto& field) { return name == field.name; });
   return found == kPeftFields.end() ? nullptr : found;
+}
+
+/// Fields that every configuration of PEFT has.
+inline constexpr std::array<std::string_view, 7> kCommonFields{
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"};
+
+/// Whether one of PEFT's configurations has, for that method, the field of a LoRA's.
+inline bool has_field(const MethodInfo& method, std::string_view name) {
+  if (method.peft_fields.empty() || std::find(kCommonFields.begin(), kCommonFields.end(), name) != kCommonFields.end())
+    return true;
+  const auto found = (" " + std::string(method.peft_fields) + " ").find(" " + std::string(name) + " ");
+  return found != std::string::npos;
+}
+
+/// The value of `bias` by which PEFT means the biases of the adapted layers: "lora_only".
+inline std::string only_name(const MethodInfo& method) {
+  std::string name(method.peft_type);
+  for (auto& letter : name) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+  return name + "_only";
 }
 
 /// Whether a field selects one of the methods.

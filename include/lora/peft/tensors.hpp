@@ -1,10 +1,10 @@
 #pragma once
 
-#include <lora/adapters.hpp>
-#include <lora/selection/patterns.hpp>
+#include <lora/adapter/adapter.hpp>
 #include <lora/peft/load_options.hpp>
 #include <lora/files/pickled.hpp>
 #include <lora/files/safetensors.hpp>
+#include <lora/selection/patterns.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -31,16 +31,22 @@ inline constexpr const char* kLegacyTensors = "adapter_model.bin";
 
 inline constexpr const char* kPrefix = "base_model.model.";
 
-/// The name of a tensor in adapter_model.safetensors, without the prefix.
-inline std::string peft_key(const Target& target, const NamedTensor& tensor) {
-  const auto name = target.files.name ? target.files.name(tensor) : tensor.file_name;
-  return target.file_name + "." + name;
+/// What all layers share is beside the layers.
+inline constexpr const char* kSharedPrefix = "base_model.";
+
+/// The name of a tensor of a part in adapter_model.safetensors, without the prefix.
+inline std::string peft_key(const AdapterPart& part, const NamedTensor& tensor) {
+  const auto& files = part.site->files();
+  const auto name = files.name ? files.name(tensor) : tensor.file_name;
+  return name.empty() ? part.file_name : part.file_name + "." + name;
 }
 
-/// A tensor of a layer as PEFT's file keeps it.
-inline at::Tensor to_file(const Target& target, const NamedTensor& tensor) {
+/// A tensor of a part as PEFT's file keeps it.
+inline at::Tensor to_file(const AdapterPart& part, const NamedTensor& tensor) {
   at::NoGradGuard no_grad;
-  return target.files.to_file ? target.files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
+  const auto& files = part.site->files();
+  const bool is_own = files.to_file && !tensor.is_shared && part.role == AdapterPart::Role::kLayer;
+  return is_own ? files.to_file(tensor.name, *tensor.tensor) : *tensor.tensor;
 }
 
 /// The module that PEFT saves in full and that is `name` or has it inside; empty when there is none. Unlike here any
@@ -58,7 +64,8 @@ inline std::string saved_by_peft(const LoRAConfig& config, std::string name) {
 /// The tensors of an adapter file, by their names in the model at hand.
 class PeftTensors {
  public:
-  PeftTensors(const std::filesystem::path& directory, const LoadOptions& options) : options_(options) {
+  PeftTensors(const std::filesystem::path& directory, const LoadOptions& options, const LoRAConfig& config)
+      : options_(options), tensor_start_("." + config.method().prototype().tensor_prefix()) {
     const auto newer = directory / kAdapterTensors, older = directory / kLegacyTensors;
     path_ = !std::filesystem::exists(newer) && std::filesystem::exists(older) ? older : newer;
     for (const auto& [pattern, replacement] : options.key_mapping())
@@ -104,7 +111,7 @@ class PeftTensors {
  private:
   /// Whether the file has an adapter of the module `name`.
   bool is_adapted(const std::string& name) const {
-    const auto first = name + ".lora_";
+    const auto first = name + tensor_start_;
     const auto found = content_.lower_bound(first);
     return found != content_.end() && found->first.compare(0, first.size(), first) == 0;
   }
@@ -163,7 +170,7 @@ class PeftTensors {
       here = std::regex_replace(here, expression, replacement, std::regex_constants::format_first_only);
       break;
     }
-    const auto adapter = name.find(".lora_"), adapter_here = here.find(".lora_");
+    const auto adapter = name.find(tensor_start_), adapter_here = here.find(tensor_start_);
     const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
     if (is_layer && here.find(".base_layer.") == std::string::npos)
       layers_.emplace(here.substr(0, adapter_here), name.substr(0, adapter));
@@ -173,6 +180,7 @@ class PeftTensors {
   }
 
   LoadOptions options_;
+  std::string tensor_start_;  // ".lora_", with which the name of an adapter's tensor begins behind that of its layer
   std::filesystem::path path_;
   std::vector<std::pair<std::regex, std::string>> mapping_;
   std::map<std::string, at::Tensor> content_;  // without the prefix
@@ -186,20 +194,22 @@ class PeftTensors {
 class PeftTensorReader {
  public:
   PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
-      : path_(tensors.path()), content_(std::move(tensors.content())), options_(options) {
-    for (const auto& [key, tensor] : tensors.foreign()) report_.unexpected.push_back(shown(key, tensor.sizes()));
-  }
+      : path_(tensors.path()), content_(std::move(tensors.content())), foreign_(tensors.foreign()), options_(options) {}
 
-  LoadReport fill(AdapterPlan& plan) {
-    for (auto& layer : plan.layers) {
-      for (const auto& tensor : layer.method->tensors()) match(layer.target, tensor);
+  LoadReport fill(Adapter& adapter) {
+    bool computes = false;  // what the file does not have to hold
+    adapter.for_each_tensor([&](const AdapterPart& part, const NamedTensor& tensor) {
+      computes = computes || !tensor.is_saved;
+      tensor.is_shared ? match_shared(tensor) : match(part, tensor);
+    });
+    for (const auto& part : adapter.parts) {
+      if (part.role == AdapterPart::Role::kLayer) match_base(part);
     }
-    for (auto& full : plan.full) match(full.file_name, full.value, full.value.sizes(), {});
-    for (const auto& layer : plan.layers) match_base(layer.target);
-    drop_copies(plan);
+    drop_copies(adapter);
     for (const auto& [name, tensor] : content_) report_.unexpected.push_back(shown(in_file(name), tensor.sizes()));
+    for (const auto& [key, tensor] : foreign_) report_.unexpected.push_back(shown(key, tensor.sizes()));
     if (options_.strict()) refuse();
-    if (!report_.missing.empty() || !report_.misshapen.empty()) plan.initialize();
+    if (computes || !report_.missing.empty() || !report_.misshapen.empty()) adapter.initialize();
     at::NoGradGuard no_grad;
     for (auto& [target, source] : copies_) copy(*target, source);
     return std::move(report_);
@@ -213,11 +223,22 @@ class PeftTensorReader {
   }
   std::string in_file(const std::string& name) const { return options_.prefix() + name; }
 
-  void match(const Target& target, const NamedTensor& tensor) {
+  void match(const AdapterPart& part, const NamedTensor& tensor) {
     FromFile from_file;
-    if (target.files.from_file)
-      from_file = [&](const at::Tensor& stored) { return target.files.from_file(tensor.name, stored); };
-    match(peft_key(target, tensor), *tensor.tensor, to_file(target, tensor).sizes(), from_file);
+    if (part.site->files().from_file && part.role == AdapterPart::Role::kLayer)
+      from_file = [&](const at::Tensor& stored) { return part.site->files().from_file(tensor.name, stored); };
+    match(peft_key(part, tensor), *tensor.tensor, to_file(part, tensor).sizes(), from_file);
+  }
+
+  /// Not below the prefix of the layers; it may be left out where it can be computed.
+  void match_shared(const NamedTensor& tensor) {
+    const auto found = foreign_.find(kSharedPrefix + tensor.file_name);
+    if (found != foreign_.end()) {
+      content_.insert_or_assign(tensor.file_name, found->second);
+      foreign_.erase(found);
+    }
+    if (content_.count(tensor.file_name) > 0 || tensor.is_saved)
+      match(tensor.file_name, *tensor.tensor, tensor.tensor->sizes(), {});
   }
 
   /// Finds the tensor `key`, which has to have the sizes `stored_sizes` in the file, for `target`.
@@ -240,11 +261,11 @@ class PeftTensorReader {
   }
 
   /// PEFT writes the frozen tables of adapted embeddings along, in case the vocabulary grew.
-  void match_base(const Target& target) {
-    const auto found = content_.find(target.file_name + ".base_layer.weight");
+  void match_base(const AdapterPart& part) {
+    const auto found = content_.find(part.file_name + ".base_layer.weight");
     if (found == content_.end()) return;
     const auto& theirs = found->second;
-    const auto own = target.site->pristine(*target.slot).to(theirs.device());
+    const auto own = part.site->pristine().to(theirs.device());
     const bool is_same = theirs.sizes() == own.sizes() &&
                          (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
     if (!is_same)
@@ -254,9 +275,10 @@ class PeftTensorReader {
   }
 
   /// With "bias": "all" PEFT writes the biases inside of modules_to_save two times more, under names of its wrapper.
-  void drop_copies(const AdapterPlan& plan) {
-    for (const auto& full : plan.full) {
-      const auto& name = full.file_name;
+  void drop_copies(const Adapter& adapter) {
+    for (const auto& part : adapter.parts) {
+      if (part.role != AdapterPart::Role::kFull) continue;
+      const auto& name = part.file_name;
       for (auto dot = name.find('.'); dot != std::string::npos; dot = name.find('.', dot + 1)) {
         for (const auto* wrapper : {".original_module", ".modules_to_save"})
           content_.erase(name.substr(0, dot) + wrapper + name.substr(dot));
@@ -267,7 +289,7 @@ class PeftTensorReader {
   void copy(at::Tensor& target, const at::Tensor& source) const {
     const auto type = options_.keep_dtype() ? source.scalar_type() : options_.dtype().value_or(target.scalar_type());
     if (type != target.scalar_type() && target.is_floating_point()) target.set_data(target.detach().to(type));
-    target.copy_(source);
+    target.copy_(source.numel() == target.numel() ? source.reshape(target.sizes()) : source);
   }
 
   void refuse() const {
@@ -282,6 +304,7 @@ class PeftTensorReader {
 
   const std::filesystem::path path_;
   std::map<std::string, at::Tensor> content_;  // what no layer has claimed yet
+  std::map<std::string, at::Tensor> foreign_;  // the same of what is not below the prefix
   LoadOptions options_;
   std::vector<std::pair<at::Tensor*, at::Tensor>> copies_;
   LoadReport report_;

@@ -2,7 +2,8 @@
 
 #include <lora/config.hpp>
 #include <lora/selection/text.hpp>
-#include <lora/model/module_model.hpp>
+#include <lora/model/model.hpp>
+#include <lora/selection/candidate.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -31,34 +32,37 @@ class FullSelection {
  public:
   /// A parameter or buffer that is trained in full, or to which the adapter of a layer adds a bias of its own.
   struct Full {
-    ModelTensor tensor;
+    LayerWeight tensor;
     std::string file_name;
     std::string biased = "";  // the layer whose update has the bias
   };
 
   /// `targets` are the weights that are adapted, out of `parts`.
   FullSelection(const Model& model, const LoRAConfig& config, const std::vector<ModelPart>& parts,
-                const std::vector<Target>& targets)
+                const std::vector<Candidate>& targets)
       : model_(model), config_(config), parts_(parts), targets_(targets) {}
 
   std::vector<Full> run() const {
     std::vector<Full> found;
     if (config_.modules_to_save().empty() && config_.bias() == Bias::kNone && !config_.lora_bias()) return found;
     std::set<std::string> saved;
-    for (auto& tensor : model_.tensors()) {
-      const auto owner = owner_of(tensor.name);
+    const auto tensors = model_.tensors();
+    for (const auto& tensor : tensors) {
+      const auto& name = tensor.place.name;
+      const auto owner = owner_of(name);
       const auto entry = saving_entry(config_, owner);
       if (!entry.empty()) {
         saved.insert(entry);
         check_layout(tensor, owner);
-        take({tensor, tensor.name}, found);
-      } else if (!tensor.is_buffer && is_trained_bias(tensor.name, owner)) {
-        take({tensor, file_name_of_bias(tensor.name, owner)}, found);
-      } else if (config_.lora_bias() && tensor.name == owner + ".bias" && target_named(owner) != nullptr) {
+        take({tensor, name}, found);
+      } else if (!tensor.is_buffer && is_trained_bias(name, owner)) {
+        take({tensor, file_name_of_bias(name, owner)}, found);
+      } else if (config_.lora_bias() && name == owner + ".bias" && target_named(owner) != nullptr) {
         take({tensor, target_named(owner)->file_name + ".lora_B.bias", owner}, found);
       }
     }
     check_biases(found);
+    for (auto& full : found) note_ties(full.tensor.place, tensors);
     for (const auto& entry : config_.modules_to_save()) {
       TORCH_CHECK(saved.count(entry) > 0, "lora::attach: no module with parameters matches \"", entry,
                   "\" of modules_to_save;", did_you_mean(entry, with_last_parts(part_names())),
@@ -71,21 +75,33 @@ class FullSelection {
   /// A module that the model has under several names is trained once, under its first name. Of two modules with one
   /// tensor the uses could not be told apart.
   static void take(Full full, std::vector<Full>& found) {
-    const auto tensor = full.tensor.slot->read();
     for (const auto& [other, file_name, biased] : found) {
-      if (other.slot->place() == full.tensor.slot->place()) return;
-      const auto theirs = other.slot->read();
-      const bool is_shared = tensor.numel() > 0 && tensor.is_alias_of(theirs) &&
-                             tensor.storage_offset() == theirs.storage_offset() && overlap(other.use, full.tensor.use);
-      TORCH_CHECK(!is_shared, "lora::attach: \"", other.name, "\" and \"", full.tensor.name,
-                  "\" are one tensor, which cannot be trained in full in two places; ",
+      const auto &mine = full.tensor.place, &theirs = other.place;
+      if (theirs.slot->place() == mine.slot->place()) return;
+      TORCH_CHECK(!is_same_memory(mine, theirs) || !overlap(theirs.use, mine.use), "lora::attach: \"", theirs.name,
+                  "\" and \"", mine.name, "\" are one tensor, which cannot be trained in full in two places; ",
                   "give one of the modules a copy of it first");
     }
     found.push_back(std::move(full));
   }
 
-  const Target* target_named(const std::string& name) const {
-    const auto has_name = [&](const Target& target) { return target.name == name; };
+  static bool is_same_memory(const Place& a, const Place& b) {
+    const auto mine = a.slot->read(), theirs = b.slot->read();
+    return mine.numel() > 0 && mine.has_storage() && mine.is_alias_of(theirs) &&
+           mine.storage_offset() == theirs.storage_offset();
+  }
+
+  /// Notes where else the model uses the tensor, in a way that is not meant.
+  static void note_ties(Place& place, const LayerWeights& tensors) {
+    if (place.use == Use::kAny) return;
+    for (const auto& [other, form, groups, is_buffer] : tensors) {
+      if (other.slot->place() != place.slot->place() && is_same_memory(place, other))
+        place.tied_to.push_back(other.name);
+    }
+  }
+
+  const Candidate* target_named(const std::string& name) const {
+    const auto has_name = [&](const Candidate& target) { return target.name() == name; };
     const auto found = std::find_if(targets_.begin(), targets_.end(), has_name);
     return found == targets_.end() ? nullptr : &*found;
   }
@@ -101,12 +117,13 @@ class FullSelection {
   }
 
   /// Of a square weight nobody would notice that Python keeps it as (in, out).
-  void check_layout(const ModelTensor& tensor, const std::string& owner) const {
-    const auto weight = tensor.slot->read();
+  void check_layout(const LayerWeight& tensor, const std::string& owner) const {
+    const auto weight = tensor.place.slot->read();
     const auto is_it = [&](const ModelPart& part) { return part.name == owner && part.is_linear; };
     const bool is_square = weight.dim() == 2 && weight.size(0) == weight.size(1);
     TORCH_CHECK(!config_.fan_in_fan_out() || !is_square || std::none_of(parts_.begin(), parts_.end(), is_it),
-                "lora::attach: \"", tensor.name, "\" of modules_to_save is square, and with fan_in_fan_out Python may ",
+                "lora::attach: \"", tensor.place.name,
+                "\" of modules_to_save is square, and with fan_in_fan_out Python may ",
                 "keep it as (in, out) or as (out, in), which its file does not say; make the module a target instead");
   }
 
@@ -119,9 +136,9 @@ class FullSelection {
                       "lora::LoRAConfig: lora_bias is for ", all_methods().front().info().name, ", not for ",
                       config_.method().info().name);
     for (const auto& target : targets_) {
-      const auto is_its = [&](const Full& item) { return item.biased == target.name; };
+      const auto is_its = [&](const Full& item) { return item.biased == target.name(); };
       TORCH_CHECK(std::any_of(full.begin(), full.end(), is_its), "lora::attach: lora_bias adds to the biases of the ",
-                  "adapted layers, but \"", target.name, "\" (", target.kind, ") has none named \"bias\"");
+                  "adapted layers, but \"", target.name(), "\" (", target.place().kind, ") has none named \"bias\"");
     }
   }
 
@@ -134,7 +151,7 @@ class FullSelection {
   const Model& model_;
   const LoRAConfig& config_;
   const std::vector<ModelPart>& parts_;
-  const std::vector<Target>& targets_;
+  const std::vector<Candidate>& targets_;
 };
 
 }  // namespace detail

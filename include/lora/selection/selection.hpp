@@ -2,11 +2,10 @@
 
 #include <lora/config.hpp>
 #include <lora/selection/patterns.hpp>
+#include <lora/selection/candidate.hpp>
 #include <lora/selection/full.hpp>
 #include <lora/selection/text.hpp>
-#include <lora/layers/parameter.hpp>
-#include <lora/layers/parts.hpp>
-#include <lora/model/module_model.hpp>
+#include <lora/model/model.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -30,7 +29,8 @@ namespace detail {
 class Selection {
  public:
   struct Layer {
-    Target target;
+    Candidate candidate;
+    std::shared_ptr<Site> site;
     LoRAOptions options;
     std::string module;  // whose name patterns have to match
   };
@@ -58,36 +58,35 @@ class Selection {
   std::vector<std::string> adaptable() const {
     std::vector<std::string> names;
     for (const auto& part : parts_) {
-      for (const auto& target : part.targets) names.push_back(target.name);
+      part.for_each_place([&](const Place& place) { names.push_back(place.name); });
     }
     return names;
   }
 
-  /// Gives the targets of which only parts are adapted a site of those.
+  /// Notes which parts are adapted where that is not all of a target.
   void take_parts() {
     for (const auto& fused : config_.fused()) {
       bool found = false;
       for (auto& target : targets_) {
-        if (!is_or_ends_with(target.name, fused.module)) continue;
+        if (!is_or_ends_with(target.name(), fused.module)) continue;
         found = true;
         check_parts(target, fused);
-        target.site =
-            std::make_shared<Site>(MatrixView::parts(target.slot->read().sizes(), fused.sizes, fused.adapted));
-        target.files = layers::PartFiles(target.site->view()).layout();
+        target.part_rows = fused.sizes;
+        target.chosen_parts = fused.adapted;
       }
       check_matched(found, fused.module, "fused");
     }
   }
 
-  static void check_parts(const Target& target, const FusedProjection& fused) {
-    const auto weight = target.slot->read();
+  static void check_parts(const Candidate& target, const FusedProjection& fused) {
+    const auto weight = target.tensor();
     const auto rows = std::accumulate(fused.sizes.begin(), fused.sizes.end(), int64_t{0});
     const bool positive = std::all_of(fused.sizes.begin(), fused.sizes.end(), [](auto size) { return size > 0; });
-    TORCH_CHECK_VALUE(positive && weight.dim() == 2 && rows == weight.size(0) && target.use == Use::kProduct,
-                      "lora::attach: the parts of the fused projection \"", target.name, "\" have ", fused.sizes,
+    TORCH_CHECK_VALUE(positive && weight.dim() == 2 && rows == weight.size(0) && target.use() == Use::kProduct,
+                      "lora::attach: the parts of the fused projection \"", target.name(), "\" have ", fused.sizes,
                       " rows, together ", rows, ", but its weight is ", weight.sizes());
     const auto chosen = std::count(fused.adapted.begin(), fused.adapted.end(), true);
-    TORCH_CHECK_VALUE(fused.adapted.size() == fused.sizes.size() && chosen > 0, "lora::attach: \"", target.name,
+    TORCH_CHECK_VALUE(fused.adapted.size() == fused.sizes.size() && chosen > 0, "lora::attach: \"", target.name(),
                       "\" has ", fused.sizes.size(),
                       " parts; FusedProjection::adapted has to say of each of them whether "
                       "it is adapted, and of at least one that it is, but has ",
@@ -160,14 +159,15 @@ class Selection {
   }
 
   void take(const ModelPart& part) {
-    TORCH_CHECK(!part.targets.empty(), "lora::attach: \"", part.name, "\" is a ", part.type,
+    TORCH_CHECK(!part.weights.empty() || !part.own.empty(), "lora::attach: \"", part.name, "\" is a ", part.type,
                 ", which has no weight that can be adapted; name layers inside it instead. Here are ",
                 list(adaptable()));
-    for (const auto& target : part.targets) {
-      const bool excluded = target.name != part.name && is_excluded(target.name);  // one that comes with its parent
-      if (excluded || !taken_.insert(target.name).second) continue;
-      targets_.push_back(target);
-      if (target.file_name != target.name) modules_[target.name] = part.name;
+    for (auto& target : candidates(part)) {
+      const auto& name = target.name();
+      const bool excluded = name != part.name && is_excluded(name);  // one that comes with its parent
+      if (excluded || !taken_.insert(name).second) continue;
+      if (target.file_name != name) modules_[name] = part.name;
+      targets_.push_back(std::move(target));
     }
   }
 
@@ -184,8 +184,7 @@ class Selection {
         if (is_or_ends_with(parameter.name, entry)) found = matched.insert(entry).second || true;
       }
       if (!found) continue;
-      targets_.push_back(model_.parameter_target(parameter.name));
-      targets_.back().files = layers::parameter_files(targets_.back().slot->read());
+      targets_.emplace_back(model_.parameter(parameter.name));
     }
     name_parameters();
     for (const auto& entry : entries) {
@@ -199,11 +198,11 @@ class Selection {
   void name_parameters() {
     std::map<std::string, std::string> names;
     for (auto target = targets_.rbegin(); target != targets_.rend(); ++target) {
-      if (target->kind != "Parameter") continue;
-      const auto owner = owner_of(target->name);
+      if (target->place().kind != "Parameter") continue;
+      const auto owner = owner_of(target->name());
       auto& name = names[owner];
       if (name.empty()) {
-        name = owner.empty() ? target->name : owner;
+        name = owner.empty() ? target->name() : owner;
       } else {
         name += ".base_layer";
       }
@@ -255,21 +254,17 @@ class Selection {
   /// Uses of a weight are known by its memory, so those of two layers with one weight can be told apart only where one
   /// multiplies with it and the other looks entries up.
   void check_shared_weights() {
-    std::multimap<const void*, std::pair<const Target*, at::Tensor>> others;  // by their memory: there are many pairs
-    for (const auto& part : parts_) {
-      for (const auto& other : part.targets) {
-        auto theirs = other.slot->read();
-        others.emplace(memory_of(theirs), std::pair(&other, theirs));
-      }
-    }
+    std::multimap<const void*, const Place*> others;  // by their memory: there are many pairs
+    for (const auto& part : parts_)
+      part.for_each_place([&](const Place& place) { others.emplace(memory_of(place.slot->read()), &place); });
     std::vector<at::Tensor> weights;
     for (auto& target : targets_) {
-      const auto weight = target.slot->read();
+      const auto weight = target.tensor();
       const auto [first, last] = others.equal_range(memory_of(weight));
-      for (auto it = first; it != last; ++it) check_shared_weight(target, weight, *it->second.first, it->second.second);
+      for (auto it = first; it != last; ++it) check_shared_weight(target, weight, *it->second);
       for (size_t i = 0; i < weights.size(); ++i) {
-        TORCH_CHECK(!weight.is_same(weights[i]) || !overlap(target.use, targets_[i].use), "lora::attach: \"",
-                    targets_[i].name, "\" and \"", target.name, "\" are the same weight; adapt one of them");
+        TORCH_CHECK(!weight.is_same(weights[i]) || !overlap(target.use(), targets_[i].use()), "lora::attach: \"",
+                    targets_[i].name(), "\" and \"", target.name(), "\" are the same weight; adapt one of them");
       }
       weights.push_back(weight);
     }
@@ -280,20 +275,20 @@ class Selection {
     return tensor.defined() && tensor.has_storage() ? tensor.storage().data() : nullptr;
   }
 
-  static void check_shared_weight(Target& target, const at::Tensor& mine, const Target& other,
-                                  const at::Tensor& theirs) {
-    const bool shared = mine.defined() && mine.is_alias_of(theirs) && other.name != target.name &&
+  static void check_shared_weight(Candidate& target, const at::Tensor& mine, const Place& other) {
+    const auto theirs = other.slot->read();
+    const bool shared = mine.defined() && mine.is_alias_of(theirs) && other.name != target.name() &&
                         mine.stride(0) != 0 && mine.storage_offset() == theirs.storage_offset();
-    if (!shared || target.use == Use::kAny) return;
-    TORCH_CHECK(!overlap(target.use, other.use), "lora::attach: \"", target.name, "\" and \"", other.name,
+    if (!shared || target.use() == Use::kAny) return;
+    TORCH_CHECK(!overlap(target.use(), other.use), "lora::attach: \"", target.name(), "\" and \"", other.name,
                 "\" share one weight, so products of one cannot be told from those of the other; ",
                 "give one of them a copy of it first");
     target.tied_to.push_back(other.name);
   }
 
-  static std::vector<std::string> names_of(const std::vector<Target>& targets) {
+  static std::vector<std::string> names_of(const std::vector<Candidate>& targets) {
     std::vector<std::string> names;
-    for (const auto& target : targets) names.push_back(target.name);
+    for (const auto& target : targets) names.push_back(target.name());
     return names;
   }
 
@@ -302,23 +297,24 @@ class Selection {
     Patterns alphas(config_.alpha_pattern());
     std::vector<Layer> layers;
     for (auto& target : targets_) {
-      const auto module = modules_.find(target.name);
-      const auto& name = module == modules_.end() ? target.name : module->second;
+      const auto module = modules_.find(target.name());
+      const auto& name = module == modules_.end() ? target.name() : module->second;
       LoRAOptions options(config_);
       options.rank(ranks.value(name, config_.rank()));
       options.alpha(alphas.value(name, config_.alpha()));
       options.validate("lora::LoRAConfig");
-      check_rank(target, options.rank());
-      layers.push_back({target, options, name});
+      auto site = target.site();
+      check_rank(*site, options.rank());
+      layers.push_back({target, std::move(site), options, name});
     }
     for (const auto& pattern : ranks.unused()) check_matched(false, pattern, "rank_pattern");
     for (const auto& pattern : alphas.unused()) check_matched(false, pattern, "alpha_pattern");
     return layers;
   }
 
-  static void check_rank(const Target& target, int64_t rank) {
-    const auto shares = target.site->view().shape().rank_shares;
-    TORCH_CHECK_VALUE(rank % shares == 0, "lora::attach: \"", target.name, "\" is a ", target.kind, " of ", shares,
+  static void check_rank(const Site& site, int64_t rank) {
+    const auto shares = site.view().shape().rank_shares;
+    TORCH_CHECK_VALUE(rank % shares == 0, "lora::attach: \"", site.name(), "\" is a ", site.kind(), " of ", shares,
                       " groups, among which the rank is divided; so it has to be a multiple of that, but is ", rank,
                       "; rank_pattern gives a layer a rank of its own");
   }
@@ -341,7 +337,7 @@ class Selection {
   const Model& model_;
   LoRAConfig config_;
   std::vector<ModelPart> parts_;
-  std::vector<Target> targets_;
+  std::vector<Candidate> targets_;
   std::map<std::string, std::string> modules_;  // whose rank and alpha a target has that PEFT keeps inside of another
   std::set<std::string> taken_, matched_targets_, matched_excludes_;
   std::set<int64_t> present_layers_;

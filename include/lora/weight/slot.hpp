@@ -4,6 +4,7 @@
 
 #include <lora/version.hpp>
 
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -30,16 +31,19 @@ class WeightSlot {
   virtual ~WeightSlot() = default;
   /// The weight that forward passes use.
   virtual at::Tensor read() const = 0;
-  virtual Handles handles() const = 0;
-  /// What `set` changes: equal for two slots of one place.
-  virtual const void* place() const = 0;
+  virtual Handles handles() const { return {read(), read()}; }
+  /// Whether the layer is in training mode.
+  virtual bool is_training() const = 0;
+  /// Equal for two slots of one place.
+  virtual const void* place() const { return read().unsafeGetTensorImpl(); }
+  /// Whether merged values go into a tensor of their own: where the tensor is that of another layer, too, which is to
+  /// stay as it is, or where the layer writes to it.
+  virtual bool is_apart() const { return false; }
+
+  /// Puts another tensor in the place, for a weight that has to be told apart from what it is tied to.
   virtual void set(const Handles& handles) const = 0;
   /// Throws when forward passes would not see what is put here; `layer` is for the error.
   virtual void check_replaceable(const std::string& /*layer*/) const {}
-  /// Whether `weight` is what was put here last.
-  virtual bool holds(const at::Tensor& weight) const { return read().is_same(weight); }
-  /// Lets the weight that is here now stay for good, trainable if `former` was.
-  virtual void keep(const Handles& former) const { read().requires_grad_(former.member.requires_grad()); }
 };
 
 /// A weight that is a member of its layer. The member and the parameter registered under a name are two handles: after
@@ -47,12 +51,18 @@ class WeightSlot {
 /// and put back, separately, and what the weight is tied to is not touched.
 class MemberSlot final : public WeightSlot {
  public:
-  MemberSlot(torch::nn::Module& module, at::Tensor& member, std::string parameter)
-      : module_(&module), member_(&member), parameter_(std::move(parameter)) {}
+  MemberSlot(torch::nn::Module& module, at::Tensor& member, std::string parameter, bool is_apart = false)
+      : module_(&module),
+        owner_(module.weak_from_this().lock()),
+        member_(&member),
+        parameter_(std::move(parameter)),
+        is_apart_(is_apart) {}
 
   at::Tensor read() const override { return *member_; }
   Handles handles() const override { return {*member_, Registry::parameters(*module_)[parameter_]}; }
+  bool is_training() const override { return module_->is_training(); }
   const void* place() const override { return member_; }
+  bool is_apart() const override { return is_apart_; }
   void set(const Handles& handles) const override {
     *member_ = handles.member;
     Registry::parameters(*module_)[parameter_] = handles.registered;
@@ -60,61 +70,27 @@ class MemberSlot final : public WeightSlot {
 
  private:
   torch::nn::Module* module_;
+  std::shared_ptr<const torch::nn::Module> owner_;  // keeps the layer alive, where something can
   at::Tensor* member_;
   std::string parameter_;
+  bool is_apart_;
 };
 
-/// A weight whose member is out of reach: a parameter of a user's own module, or of a recurrent layer. The tensor stays
-/// the same object for everyone who holds it, and gets other values.
-class ParameterSlot final : public WeightSlot {
+/// A parameter or buffer whose member is out of reach: one of a user's own module, or of a recurrent layer.
+class TensorSlot final : public WeightSlot {
  public:
-  ParameterSlot(torch::nn::Module& module, std::string parameter)
-      : module_(&module), parameter_(std::move(parameter)) {}
+  TensorSlot(torch::nn::Module& module, at::Tensor tensor)
+      : module_(&module), owner_(module.weak_from_this().lock()), tensor_(std::move(tensor)) {}
 
-  at::Tensor read() const override { return Registry::parameters(*module_)[parameter_]; }
-  Handles handles() const override {
-    const auto values = read().detach();  // another object over the same memory, which keeps it
-    return {values, values};
-  }
-  const void* place() const override { return read().unsafeGetTensorImpl(); }
-  void set(const Handles& handles) const override { read().set_data(handles.member); }
-  bool holds(const at::Tensor& weight) const override {
-    const auto now = read();
-    const bool moved = now.device() != weight.device() || now.dtype() != weight.dtype();
-    return moved || now.is_alias_of(weight);
-  }
-  void keep(const Handles& /*former*/) const override {}  // the parameter itself was never replaced
+  at::Tensor read() const override { return tensor_; }
+  bool is_training() const override { return module_->is_training(); }
+  void set(const Handles& handles) const override { tensor_.set_data(handles.member); }
 
  private:
   torch::nn::Module* module_;
-  std::string parameter_;
-};
-
-/// A tensor of which there is only this handle, e.g. a buffer. It gets other values, too.
-class TensorSlot final : public WeightSlot {
- public:
-  explicit TensorSlot(at::Tensor tensor) : tensor_(std::move(tensor)) {}
-
-  at::Tensor read() const override { return tensor_; }
-  Handles handles() const override { return {tensor_.detach(), tensor_.detach()}; }
-  const void* place() const override { return tensor_.unsafeGetTensorImpl(); }
-  void set(const Handles& handles) const override { tensor_.set_data(handles.member); }
-  bool holds(const at::Tensor& /*weight*/) const override { return true; }
-  void keep(const Handles& /*former*/) const override {}
-
- private:
+  std::shared_ptr<const torch::nn::Module> owner_;
   at::Tensor tensor_;
 };
-
-/// Puts back what was in a slot. When the module was moved to another device or type meanwhile, it follows.
-inline void put_back(const WeightSlot& slot, WeightSlot::Handles handles) {
-  const auto options = slot.read().options();
-  for (auto* handle : {&handles.member, &handles.registered}) {
-    if (handle->device() != options.device() || handle->dtype() != options.dtype())
-      handle->set_data(handle->detach().to(options.requires_grad(false)));
-  }
-  slot.set(handles);
-}
 
 }  // namespace detail
 }  // namespace LORA_ABI

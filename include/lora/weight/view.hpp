@@ -6,8 +6,8 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
-#include <lora/method/contract.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/shape.hpp>
 
 #include <algorithm>
 #include <numeric>
@@ -67,6 +67,13 @@ class MatrixView {
     return view;
   }
 
+  /// A tensor that is no matrix, as it is: a bias, or whatever is trained in full.
+  static MatrixView none(at::IntArrayRef sizes) {
+    MatrixView view;
+    view.sizes_ = sizes;
+    return view;
+  }
+
   /// The rows of each projection, and which of them are chosen; empty unless made by `parts`.
   const std::vector<int64_t>& part_rows() const { return rows_; }
   const std::vector<bool>& chosen_parts() const { return chosen_; }
@@ -87,6 +94,8 @@ class MatrixView {
   }
 
  private:
+  MatrixView() : is_plain_(true) {}
+
   /// Splits `sizes` into `split`, permutes by `order`, and joins what follows the first `leading` dimensions; 0 joins
   /// nothing.
   MatrixView(at::IntArrayRef sizes, at::IntArrayRef split, at::DimVector order, size_t leading)

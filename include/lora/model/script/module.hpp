@@ -27,9 +27,9 @@ bool any_node(const torch::jit::Block& block, const Predicate& predicate) {
                      [&](const auto* node) { return predicate(*node) || in_blocks(node->blocks()); });
 }
 
-/// A weight that is an attribute of a TorchScript module. It is replaced in that module, also in lists it is part of (a
-/// recurrent layer computes with a list of its weights); or, for a weight that is adapted in every use, in the whole
-/// model.
+/// A weight that is an attribute of a TorchScript module. Where it has to be told apart from what it is tied to, it is
+/// replaced in that module, also in lists it is part of (a recurrent layer computes with a list of its weights); a
+/// weight that is adapted in every use is one for the whole model.
 class ScriptSlot final : public WeightSlot {
  public:
   ScriptSlot(torch::jit::Module model, torch::jit::Module module, std::string attribute, bool everywhere)
@@ -39,7 +39,11 @@ class ScriptSlot final : public WeightSlot {
         everywhere_(everywhere) {}
 
   at::Tensor read() const override { return module_.attr(attribute_).toTensor(); }
-  Handles handles() const override { return {read(), read()}; }
+  bool is_training() const override { return module_.is_training(); }
+  /// Each lookup with max_norm writes to the table.
+  bool is_apart() const override {
+    return module_.hasattr("max_norm") && !module_.attr("max_norm").isNone() && attribute_ == "weight";
+  }
   const void* place() const override {
     if (everywhere_) return read().unsafeGetTensorImpl();
     const auto object = module_._ivalue();
@@ -122,23 +126,20 @@ class ScriptModule {
   /// What the module does with its weight.
   Use use() const { return is_linear() ? Use::kProduct : is_table() ? Use::kLookup : Use::kAny; }
 
-  std::vector<Target> targets() const {
-    if (is_linear()) return weight(MatrixView::plain);
-    if (is_one_of({"Bilinear"}) && has_weight(3, 3)) return weight(MatrixView::rows);
-    if (is_table()) return table();
-    if (is_convolution()) return kernel();
+  LayerWeights weights() const {
+    using Form = LayerWeight::Form;
+    if (is_linear()) return layers::only(weight(Form::kPlain, Use::kProduct));
+    if (is_one_of({"Bilinear"}) && has_weight(3, 3)) return layers::only(weight(Form::kRows, Use::kProduct));
+    if (is_table()) return layers::only(weight(Form::kLookup, Use::kLookup));
+    if (is_convolution()) return layers::only(kernel());
     if (is_one_of({"MultiheadAttention"}) && module_.hasattr("out_proj")) return attention();
     return matrices(is_one_of({"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}) ? Use::kProduct : Use::kAny);
   }
 
-  Target parameter(const std::string& attribute, std::string name, MatrixView view, Use use) const {
-    return {name,
-            name,
-            use == Use::kAny ? "Parameter" : type_,
-            [module = module_] { return module.is_training(); },
-            slot(attribute, use),
-            std::make_shared<Site>(std::move(view)),
-            use};
+  LayerWeight parameter(const std::string& attribute, std::string name, Use use) const {
+    LayerWeight found;
+    found.place = {name, name, use == Use::kAny ? "Parameter" : type_, slot(attribute, use), use};
+    return found;
   }
 
   std::shared_ptr<ScriptSlot> slot(const std::string& attribute, Use use) const {
@@ -164,23 +165,20 @@ class ScriptModule {
     return weight.defined() && weight.dim() >= least && weight.dim() <= most;
   }
 
-  std::vector<Target> weight(MatrixView (*view)(at::IntArrayRef)) const {
-    return layers::only(parameter("weight", name_, view(tensor("weight").sizes()), Use::kProduct));
+  LayerWeight weight(LayerWeight::Form form, Use use) const {
+    auto found = parameter("weight", name_, use);
+    found.form = form;
+    const bool has_bias = module_.hasattr("bias") && module_.attr("bias").isTensor();
+    if (has_bias && use == Use::kProduct) found.place.bias = slot("bias", Use::kProduct);
+    return found;
   }
 
-  std::vector<Target> table() const {
-    auto target = parameter("weight", name_, MatrixView::lookup(tensor("weight").sizes()), Use::kLookup);
-    target.files = layers::embedding_files();
-    return layers::only(std::move(target));
-  }
-
-  std::vector<Target> kernel() const {
-    const auto sizes = tensor("weight").sizes().vec();
-    auto view = MatrixView::kernel(sizes, groups(), type_.find("Transpose") != std::string::npos);
-    auto files = layers::ConvolutionFiles(view.shape(), {sizes.begin() + 2, sizes.end()}).layout();
-    auto target = parameter("weight", name_, std::move(view), Use::kProduct);
-    target.files = std::move(files);
-    return layers::only(std::move(target));
+  LayerWeight kernel() const {
+    const bool is_transposed = type_.find("Transpose") != std::string::npos;
+    auto found =
+        weight(is_transposed ? LayerWeight::Form::kTransposedKernel : LayerWeight::Form::kKernel, Use::kProduct);
+    found.groups = groups();
+    return found;
   }
 
   /// The groups of a convolution: a constant of its class or, in a trace, of the operator. One that the trace never
@@ -197,24 +195,25 @@ class ScriptModule {
     return 1;
   }
 
-  std::vector<Target> attention() const {
-    auto targets = matrices(Use::kProduct);
-    if (targets.size() == 1) targets.front().name = targets.front().file_name = name_;  // in_proj_weight
+  LayerWeights attention() const {
+    auto found = matrices(Use::kProduct);
+    if (found.size() == 1) found.front().place.name = found.front().place.file_name = name_;  // in_proj_weight
     const ScriptModule out_proj(model_, name_ + ".out_proj", module_.attr("out_proj").toModule());
-    for (auto& target : out_proj.targets()) {
-      target.file_name = name_ + ".base_layer.out_proj";
-      targets.push_back(std::move(target));
+    for (auto& weight : out_proj.weights()) {
+      weight.place.file_name = name_ + ".base_layer.out_proj";
+      found.push_back(std::move(weight));
     }
-    return targets;
+    for (auto& weight : found) weight.place.row_axis = std::nullopt;  // its inputs may have the batch first or not
+    return found;
   }
 
-  std::vector<Target> matrices(Use use) const {
-    std::vector<Target> targets;
+  LayerWeights matrices(Use use) const {
+    LayerWeights found;
     for (const auto& item : module_.named_parameters(/*recurse=*/false)) {
       if (item.value.dim() != 2 && (use != Use::kAny || item.value.dim() != 3)) continue;
-      targets.push_back(parameter(item.name, name_ + "." + item.name, MatrixView::plain(item.value.sizes()), use));
+      found.push_back(parameter(item.name, name_ + "." + item.name, use));
     }
-    return targets;
+    return found;
   }
 
   torch::jit::Module model_;

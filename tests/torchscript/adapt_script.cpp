@@ -1,4 +1,4 @@
-// Adapts the TorchScript modules of a folder, as script_live.py exported them, and writes down what they compute.
+// Adapts the TorchScript modules of a folder, as torchscript_live.py exported them, and writes down what they compute.
 //
 // usage: adapt_script FOLDER     reads FOLDER/cases.json, ID.pt and ID.inputs; writes ID.results and ID.merged.pt
 #include <torch/script.h>

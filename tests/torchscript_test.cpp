@@ -1,7 +1,7 @@
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
-#include <lora/model/script/model.hpp>
+#include <lora/torchscript.hpp>
 
 #include <torch/csrc/jit/api/function_impl.h>
 #include <torch/script.h>

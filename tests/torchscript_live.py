@@ -2,7 +2,7 @@
 modules in Python whose weights are W + s B A: outputs and gradients, with and without gradient, in training and
 evaluation mode, merged, saved, and loaded again by both.
 
-usage: script_live.py ADAPT_SCRIPT_PROGRAM
+usage: torchscript_live.py ADAPT_SCRIPT_PROGRAM
 """
 
 import json

@@ -1,0 +1,127 @@
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/api/include/torch/ordered_dict.h>
+
+#include <lora/config.hpp>
+#include <lora/method/full_delta.hpp>
+#include <lora/selection/text.hpp>
+#include <lora/site.hpp>
+#include <lora/version.hpp>
+#include <lora/weight/key.hpp>
+
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// One tensor of the model that an adapter changes, and how.
+struct AdapterPart {
+  enum class Role : uint8_t {
+    kLayer,  ///< the weight of an adapted layer
+    kBias,   ///< the bias of one, where the method changes that, too
+    kFull    ///< trained in full: modules_to_save, bias and lora_bias of the configuration
+  };
+
+  Role role = Role::kLayer;
+  std::shared_ptr<Site> site;
+  std::shared_ptr<AnyMethod> method;
+  std::string name;       ///< that its tensors have among the adapter's: "fc2" in "fc2.lora_A"
+  std::string file_name;  ///< the same in PEFT's files
+  std::string module;     ///< by whose name it has its rank and alpha
+
+  /// The name of one of its tensors among the adapter's. What all layers share has no layer's name.
+  std::string name_of(const NamedTensor& tensor) const {
+    if (tensor.is_shared) return tensor.name;
+    return tensor.name.empty() ? name : name + "." + tensor.name;
+  }
+};
+
+/// One adapter: a configuration, and what it does to each tensor of a model. A value that is not changed once it is
+/// part of the adapters of a model, but for the numbers in its tensors, which training changes.
+struct Adapter {
+  LoRAConfig config;
+  std::vector<AdapterPart> parts;  ///< the layers in the order of the model, then what is trained in full
+
+  /// Gives every tensor its first values.
+  void initialize() {
+    const detail::BelowInterception below;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    at::NoGradGuard no_grad;
+    if (!parts.empty()) parts.front().method->initialize_shared();
+    for (const auto& part : parts) part.method->initialize(part.site->base());
+  }
+
+  /// Calls `visit(part, tensor)` for every tensor, those that are shared once.
+  template <class Visit>
+  void for_each_tensor(const Visit& visit) const {
+    std::set<const c10::TensorImpl*> seen;
+    for (const auto& part : parts) {
+      for (const auto& tensor : part.method->tensors()) {
+        if (!tensor.is_shared || seen.insert(tensor.tensor->unsafeGetTensorImpl()).second) visit(part, tensor);
+      }
+    }
+  }
+
+  /// The trained tensors by name.
+  torch::OrderedDict<std::string, at::Tensor> named_parameters() const {
+    torch::OrderedDict<std::string, at::Tensor> all;
+    for_each_tensor([&](const AdapterPart& part, const NamedTensor& tensor) {
+      if (tensor.is_trained) all.insert(part.name_of(tensor), *tensor.tensor);
+    });
+    return all;
+  }
+
+  /// The part that changes the weight of the layer of that name, or the bias or other tensor; null where none does.
+  const AdapterPart* part(const std::string& name) const {
+    for (const auto& part : parts) {
+      if (part.site->name() == name) return &part;
+    }
+    return nullptr;
+  }
+};
+
+namespace detail {
+
+/// The part of a layer's bias in the update of a method; it has no tensors of its own.
+struct BiasUpdate : Method {
+  static constexpr MethodInfo info{"BiasUpdate", "", "", "", "", ""};
+
+  BiasUpdate() = default;
+  explicit BiasUpdate(std::shared_ptr<AnyMethod> method) : method(std::move(method)) {}
+
+  std::vector<MethodField<BiasUpdate>> fields() const { return {}; }
+  void initialize(const Base& /*base*/) {}
+  at::Tensor delta(const Base& base) const { return method->bias_delta(base.dense()); }
+
+  std::shared_ptr<AnyMethod> method;
+};
+
+/// The part for the bias of a layer whose method changes it.
+inline AdapterPart bias_part(const AdapterPart& layer) {
+  auto part = layer;
+  part.role = AdapterPart::Role::kBias;
+  part.site = layer.site->bias_site();
+  part.method = std::make_shared<MethodOf<BiasUpdate>>(BiasUpdate(layer.method));
+  return part;
+}
+
+/// Writes down the rank and alpha of one layer, where they differ from those that `config` gives it so far.
+inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options,
+                         const LoRAOptions& so_far) {
+  const auto pattern = escaped(layer);
+  auto ranks = config.rank_pattern();
+  auto alphas = config.alpha_pattern();  // of which the first that matches counts
+  if (options.rank() != so_far.rank()) ranks.insert(ranks.begin(), {"^" + pattern, options.rank()});
+  if (options.alpha() != so_far.alpha()) alphas.insert(alphas.begin(), {"^" + pattern, options.alpha()});
+  config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,297 @@
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/ones.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/SmallVector.h>
+
+#include <lora/method/contract.hpp>
+#include <lora/version.hpp>
+#include <lora/weight/part.hpp>
+
+#include <algorithm>
+#include <utility>
+
+// The one place that computes with adapters: a product with updates, and a weight with updates.
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// One update that acts on an operand.
+struct Update {
+  const AnyMethod* method;
+  const DenseBase* base;  ///< the whole frozen weight
+  detail::Part part;      ///< which part of it the operand is
+  bool training;          ///< whether dropout acts
+  double weight = 1;      ///< a factor for the update as a whole
+  int64_t at = 0;         ///< the first output of the product that is its own, where the operand holds several weights
+};
+
+using Updates = c10::SmallVector<Update, 4>;
+
+namespace detail {
+
+/// Whether and how an update drops. What is dropped is the input of the adapter alone; a lookup drops nothing.
+class Dropout {
+ public:
+  explicit Dropout(const Update& update)
+      : probability_(update.training && !update.base->shape().is_lookup ? update.method->options().dropout() : 0) {}
+
+  bool acts() const { return probability_ > 0; }
+
+  at::Tensor of_input(const at::Tensor& x) const { return acts() ? at::dropout(x, probability_, /*train=*/true) : x; }
+
+  /// For operators that take a weight whole: whole input features are dropped, A diag(mask / (1 - p)) in place of A.
+  /// `delta` is (out, in), or a batch.
+  at::Tensor of_columns(const at::Tensor& delta) const {
+    return acts() ? delta * at::dropout(at::ones({delta.size(-1)}, delta.options()), probability_, true) : delta;
+  }
+
+ private:
+  double probability_;
+};
+
+/// W' - W of one update, in the layout of the weight and the type of the adapter.
+inline at::Tensor layout_delta(const Update& update, bool drop_columns) {
+  auto delta = update.method->delta(*update.base);
+  if (drop_columns) delta = Dropout(update).of_columns(delta);
+  delta = update.base->view().weight(delta);
+  return update.weight == 1 ? delta : delta * update.weight;
+}
+
+/// W' in the place of an operand that is a part of W, for the updates that `wanted` takes: W + the sum of W' - W,
+/// rounded once to the type of W.
+template <class Wanted>
+at::Tensor adapted_operand(const at::Tensor& operand, c10::ArrayRef<Update> updates, bool drop_columns,
+                           const Wanted& wanted) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  at::Tensor sum;
+  for (const auto& update : updates) {
+    if (!wanted(update)) continue;
+    const auto& weight = update.base->weight();
+    if (updates.size() == 1 && update.weight == 1) {
+      if (auto stand_in = update.method->replacement(weight); stand_in.defined())
+        return same_part(stand_in, weight, operand, update.part);
+    }
+    const auto delta = same_part(layout_delta(update, drop_columns), weight, operand, update.part);
+    sum = sum.defined() ? sum + delta : delta;
+  }
+  return sum.defined() ? (operand.to(sum.scalar_type()) + sum).to(operand.scalar_type()) : operand;
+}
+
+inline at::Tensor adapted_operand(const at::Tensor& operand, c10::ArrayRef<Update> updates) {
+  return adapted_operand(operand, updates, /*drop_columns=*/true, [](const Update&) { return true; });
+}
+
+/// Adds up a product and the updates that act on it, in the type of the adapters.
+class ProductSum {
+ public:
+  ProductSum(const Product& product, c10::ArrayRef<Update> updates) : product_(product), single_(updates.size() == 1) {
+    c10::SmallVector<Term, 2> terms;
+    for (const auto& update : updates)
+      terms.push_back(update.method->has_term() ? update.method->term(*update.base) : Term());
+    // A gain scales x W^T alone, so then the bias comes last.
+    const bool scales = std::any_of(terms.begin(), terms.end(), [](const Term& term) { return term.scales_weight(); });
+    if (scales) late_bias_ = product.bias;
+    for (size_t i = 0; i < updates.size(); ++i) add(updates[i], terms[i]);
+  }
+
+  at::Tensor result() {
+    if (!y_.defined()) return product_.frozen();
+    if (late_bias_.defined()) y_ = y_ + late_bias_;
+    return in_type(y_, type_);
+  }
+
+ private:
+  /// The rows [first, first + count) of a term act on the outputs [at, at + count).
+  struct Rows {
+    int64_t first, at, count;
+  };
+
+  void add(const Update& update, const Term& term) {
+    if (update.method->has_term()) {
+      const auto all = outputs_of(update);
+      return update.base->shape().batch.empty() ? add(update, term, all) : add_parts(update, term);
+    }
+    if (update.method->has_forward() && is_whole(update)) {
+      const auto adapted = update.method->forward(product_);
+      if (single_ && update.weight == 1 && !late_bias_.defined()) {
+        y_ = adapted;
+        type_ = adapted.scalar_type();
+      } else {
+        y_ = start() + (adapted - product_.frozen()) * update.weight;
+      }
+      return;
+    }
+    const auto matrix =
+        update.method->delta(*update.base).narrow(0, outputs_of(update).first, outputs_of(update).count);
+    const auto x = Dropout(update).of_input(in_type(product_.x, matrix.scalar_type()));
+    y_ = start() + product_.times(x, matrix) * update.weight;
+  }
+
+  /// x W^T, with the bias unless that comes last.
+  const at::Tensor& frozen() {
+    if (!frozen_.defined()) {
+      frozen_ = late_bias_.defined() ? product_.without_bias(product_.x, product_.operand) : product_.frozen();
+      type_ = frozen_.scalar_type();
+    }
+    return frozen_;
+  }
+
+  at::Tensor start() { return y_.defined() ? y_ : frozen(); }
+
+  static bool is_whole(const Update& update) { return outputs_of(update).count == update.base->shape().out; }
+
+  /// The outputs of the weight that are those of the operand. A lookup, which has entries for rows, has them all.
+  static Rows outputs_of(const Update& update) {
+    const auto& shape = update.base->shape();
+    return shape.is_lookup ? Rows{0, update.at, shape.out} : Rows{update.part.first, update.at, update.part.count};
+  }
+
+  /// The parts of a fused weight: each acts on its own outputs, as far as these are among those of the operand.
+  void add_parts(const Update& update, const Term& term) {
+    const auto& view = update.base->view();
+    int64_t part = 0, row = 0;
+    for (size_t i = 0; i < view.part_rows().size(); row += view.part_rows()[i++]) {
+      if (!view.chosen_parts()[i]) continue;
+      const auto first = std::max(row, update.part.first);
+      const auto last = std::min(row + view.part_rows()[i], update.part.first + update.part.count);
+      const auto number = part++;
+      if (first >= last) continue;
+      const auto of_part = [&](const at::Tensor& batch) { return batch.defined() ? batch[number] : batch; };
+      add(update, {of_part(term.A), of_part(term.B), term.scale, of_part(term.gain), of_part(term.input_gain)},
+          {first - row, update.at + first - update.part.first, last - first});
+    }
+  }
+
+  void add(const Update& update, Term term, const Rows& rows) {
+    if (term.B.defined()) term.B = narrowed(term.B, rows);
+    if (term.gain.defined()) term.gain = narrowed(term.gain, rows);
+    if (!term.scales_weight()) {
+      term.scale *= update.weight;
+      const auto projected = project(term, Dropout(update).of_input(x_for(term)));
+      y_ = on_rows(start(), rows, [&](const at::Tensor& y) { return add_low_rank(y, projected, term); });
+    } else {
+      add_scaled(update, term, rows);
+    }
+  }
+
+  /// y += gain * (z W^T + s z A^T B^T) - x W^T, where z is x, dropped and scaled.
+  void add_scaled(const Update& update, const Term& term, const Rows& rows) {
+    const Dropout dropout(update);
+    auto x = dropout.of_input(x_for(term));
+    const bool same_product = !dropout.acts();
+    const auto plain = same_product ? frozen() : again(x);
+    if (term.input_gain.defined()) x = x * term.input_gain;
+    const auto scaled = term.input_gain.defined() ? again(x) : plain;
+    const auto projected = term.A.defined() ? project(term, x) : at::Tensor();
+    const auto changed = [&](const at::Tensor& rows_of_product) {
+      const auto moved = term.A.defined() ? add_low_rank(rows_of_product, projected, term) : rows_of_product;
+      return term.gain.defined() ? term.gain * moved : moved;
+    };
+    if (same_product && !y_.defined() && update.weight == 1) {
+      y_ = term.input_gain.defined() ? on_rows_of(plain, scaled, rows, changed) : on_rows(plain, rows, changed);
+      return;
+    }
+    const auto difference = [&](const at::Tensor& of_scaled, const at::Tensor& of_plain) {
+      return (changed(of_scaled) - of_plain) * update.weight;
+    };
+    const auto update_rows = difference(of_rows(scaled, rows), of_rows(plain, rows));
+    y_ = on_rows(start(), rows, [&](const at::Tensor& y) { return y + update_rows; });
+  }
+
+  /// x W^T once more, for an x of the adapter's type.
+  at::Tensor again(const at::Tensor& x) const {
+    return product_.without_bias(x, in_type(product_.operand, x.scalar_type()));
+  }
+
+  /// x in the adapter's type; numbers of columns stay as they are.
+  at::Tensor x_for(const Term& term) const {
+    return at::isFloatingType(product_.x.scalar_type()) ? in_type(product_.x, term.dtype()) : product_.x;
+  }
+
+  at::Tensor project(const Term& term, const at::Tensor& x) const { return product_.times(x, term.A); }
+
+  /// y (..., count) + scale p B^T for p (..., rank), in the type of p; the scale costs no pass of its own.
+  static at::Tensor add_low_rank(const at::Tensor& y, const at::Tensor& p, const Term& term) {
+    const auto type = p.scalar_type();
+    if (y.dim() == 2) return at::addmm(in_type(y, type), p, term.B.t(), /*beta=*/1, term.scale);
+    const auto flat = [&](const at::Tensor& t) { return in_type(t.reshape({-1, t.size(-1)}), type); };
+    return at::addmm(flat(y), flat(p), term.B.t(), 1, term.scale).view(y.sizes());
+  }
+
+  static at::Tensor narrowed(const at::Tensor& tensor, const Rows& rows) {
+    return rows.count == tensor.size(0) ? tensor : tensor.narrow(0, rows.first, rows.count);
+  }
+
+  /// The outputs of `rows`.
+  static at::Tensor of_rows(const at::Tensor& y, const Rows& rows) {
+    return rows.count == y.size(-1) ? y : y.narrow(-1, rows.at, rows.count);
+  }
+
+  /// y with `change` applied to the outputs of `rows`.
+  template <class Change>
+  static at::Tensor on_rows(const at::Tensor& y, const Rows& rows, const Change& change) {
+    return on_rows_of(y, y, rows, change);
+  }
+
+  /// y with `change(other)` in the outputs of `rows`.
+  template <class Change>
+  static at::Tensor on_rows_of(const at::Tensor& y, const at::Tensor& other, const Rows& rows, const Change& change) {
+    const auto outputs = y.size(-1), end = rows.at + rows.count;
+    const auto changed = change(of_rows(other, rows));
+    if (rows.count == outputs) return changed;
+    const auto whole = in_type(y, changed.scalar_type());
+    return at::cat({whole.narrow(-1, 0, rows.at), changed, whole.narrow(-1, end, outputs - end)}, -1);
+  }
+
+  const Product& product_;
+  const bool single_;
+  at::Tensor late_bias_, frozen_, y_;
+  at::ScalarType type_ = at::kFloat;
+};
+
+/// Whether an update can be added to what the operator computes.
+inline bool can_add(const Product& product, const Update& update) {
+  const auto& shape = update.base->shape();
+  const bool is_known = update.part.kind != Part::Kind::kOther && shape.out > 0 &&
+                        (!shape.is_lookup || update.part.count == update.base->weight().size(0));
+  const bool matrix = shape.batch.empty() || (!update.base->view().part_rows().empty() && update.method->has_term());
+  return product.adds && is_known && matrix && !update.method->replaces();
+}
+
+}  // namespace detail
+
+/// y = op(x, W') + b for all updates at once:
+///
+///   y = x W^T + b + sum_i w_i (x_i W'_i^T - x_i W^T)
+///
+/// where x_i is x with the dropout of update i. Where updates cannot be added to the operator's result, or are no terms
+/// on all of it, the operator runs with W' in the place of W; there, too, dropout acts on the input of the update
+/// alone.
+inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> updates) {
+  using detail::Dropout;
+  const auto adds = [&](const Update& update) { return detail::can_add(product, update); };
+  if (std::all_of(updates.begin(), updates.end(), adds)) return detail::ProductSum(product, updates).result();
+
+  const auto drops = [](const Update& update) { return Dropout(update).acts(); };
+  auto y = product.run(product.x,
+                       detail::adapted_operand(product.operand, updates, /*drop_columns=*/false,
+                                               [&](const Update& update) { return !drops(update); }),
+                       product.bias);
+  for (const auto& update : updates) {
+    if (!drops(update)) continue;
+    const auto delta = detail::same_part(detail::layout_delta(update, /*drop_columns=*/false), update.base->weight(),
+                                         product.operand, update.part);
+    y = y + product.without_bias(Dropout(update).of_input(product.x), delta.to(y.scalar_type()));
+  }
+  return y;
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,112 @@
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <lora/intercept/operands.hpp>
+#include <lora/intercept/scope.hpp>
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <string_view>
+
+// Every use of an adapted weight that is no known product. Adapted weights, and the views of them, carry a dispatch key
+// of their own, so that whatever is done with them comes here, and what is done with other tensors does not.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// Whether an operator computes nothing and only looks at its operand in another way. What it returns carries the key
+/// on. Views that give numbers another meaning are none here, since no part of W' could be named for them.
+inline bool makes_view(const c10::OperatorHandle& op) {
+  static constexpr std::array<std::string_view, 5> kOthers{"aten::view_as_real", "aten::view_as_complex", "aten::_conj",
+                                                           "aten::_neg_view", "aten::resolve_conj"};
+  const auto& name = op.operator_name();
+  if (std::find(kOthers.begin(), kOthers.end(), name.name) != kOthers.end()) return false;
+  if (name.name == "aten::view" && name.overload_name == "dtype") return false;
+  bool any = false;
+  for (const auto& argument : op.schema().arguments()) {
+    if (argument.alias_info() == nullptr) continue;
+    if (argument.alias_info()->isWrite()) return false;
+    any = true;
+  }
+  return any;
+}
+
+/// What stands in for a weight that an operator writes to: the adapter's own tensor, where there is one in its place.
+inline at::Tensor written_operand(const at::Tensor& operand, const char* operation) {
+  auto written = operand;
+  for_each_match(operand, Use::kAny, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+    const auto& weight = active.base.weight();
+    const bool replaces = !active.methods.empty() && active.methods.back().method->replaces();
+    if (replaces)
+      written = same_part(active.methods.back().method->replacement(weight), weight, operand, part);
+    else
+      scope.usage->record(*active.site, operation, /*adapted=*/false);
+  });
+  return written;
+}
+
+/// Puts W' in the place of every operand that is an adapted weight, or a part of one.
+inline void adapt_operands(const c10::OperatorHandle& op, torch::jit::Stack& stack, Use use) {
+  const auto* name = op.operator_name().name.c_str();
+  for_each_operand(op, stack, [&](const at::Tensor& operand, const c10::Argument& argument) {
+    if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) return written_operand(operand, name);
+    const auto updates = find_updates(operand, use, name);
+    return updates.empty() ? operand : adapted_operand(operand, updates);
+  });
+}
+
+/// The kernel of all operators for the key that weights carry.
+inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto* scopes = ActiveScopes::current();
+  const bool in_scope = scopes != nullptr && !scopes->effective().empty();
+  if (!in_scope || makes_view(op)) {
+    op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), stack);
+    return;
+  }
+  const BelowInterception below;
+  adapt_operands(op, *stack, Use::kAny);
+  op.callBoxed(stack);
+}
+
+/// Operators that never need to come here: those that the key of the thread sees, and the most frequent views.
+inline constexpr const char* kNotForWeights[] = {"t",
+                                                 "transpose.int",
+                                                 "permute",
+                                                 "view",
+                                                 "reshape",
+                                                 "expand",
+                                                 "narrow",
+                                                 "slice.Tensor",
+                                                 "select.int",
+                                                 "unsqueeze",
+                                                 "squeeze",
+                                                 "squeeze.dim",
+                                                 "chunk",
+                                                 "split.Tensor",
+                                                 "unflatten.int",
+                                                 "detach",
+                                                 "alias",
+                                                 "as_strided",
+                                                 "_has_compatible_shallow_copy_type",
+                                                 "set_data",
+                                                 "requires_grad_",
+                                                 "_version",
+                                                 "is_leaf",
+                                                 "output_nr",
+                                                 "retain_grad",
+                                                 "_fw_primal",
+                                                 "conv1d",
+                                                 "conv2d",
+                                                 "conv3d",
+                                                 "conv_transpose1d",
+                                                 "conv_transpose2d.input",
+                                                 "conv_transpose3d.input"};
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

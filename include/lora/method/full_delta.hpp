@@ -1,0 +1,55 @@
+#pragma once
+
+#include <ATen/TensorOperators.h>
+
+#include <lora/method/contract.hpp>
+#include <lora/version.hpp>
+
+#include <optional>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// Training in full: a tensor of its own that stands in for one of the model, or, with a scale, is added to it.
+///
+///   W' = V,   or   b' = b + s V
+///
+/// Shapes: V as the model's tensor, whatever that is: a matrix, a bias, a running statistic. It is what
+/// `modules_to_save`, `bias` and `lora_bias` of a configuration mean, and is chosen by these.
+struct FullDelta : Method {
+  static constexpr MethodInfo info{"FullDelta", "", "", "", "", ""};
+
+  FullDelta() = default;
+  explicit FullDelta(at::Tensor value, std::optional<double> scale = std::nullopt)
+      : value(std::move(value)), scale(scale) {
+    scaling = scale.value_or(1);
+  }
+
+  std::vector<MethodField<FullDelta>> fields() const {
+    return {{"", &FullDelta::value, {}, "", /*is_trained=*/value.defined() && value.requires_grad()}};
+  }
+
+  void initialize(const Base& base) {
+    if (scale) {
+      value.zero_();
+    } else {
+      value.copy_(base.dense());
+    }
+  }
+
+  at::Tensor delta(const Base& base) const {
+    const auto weight = base.dense();
+    return scale ? *scale * value : value.to(weight.device()) - weight;
+  }
+
+  at::Tensor replacement(const at::Tensor& weight) const {
+    return (scale ? weight + *scale * value : value).to(weight.scalar_type());
+  }
+
+  at::Tensor value;
+  std::optional<double> scale;
+};
+
+}  // namespace LORA_ABI
+}  // namespace lora

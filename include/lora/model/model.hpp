@@ -1,0 +1,56 @@
+#pragma once
+
+#include <lora/layers/layer_weight.hpp>
+#include <lora/version.hpp>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// One module of a model, as the rules of selection see it.
+struct ModelPart {
+  std::string name;
+  std::string type;                        ///< for errors: "torch::nn::LinearImpl"
+  bool is_linear = false;                  ///< whether `all_linear` means it
+  LayerWeights weights;                    ///< those that can be adapted
+  std::vector<std::shared_ptr<Site>> own;  ///< the same where the module brings them
+
+  /// Calls `visit(place)` for each of them.
+  template <class Visit>
+  void for_each_place(const Visit& visit) const {
+    for (const auto& weight : weights) visit(weight.place);
+    for (const auto& site : own) visit(site->place());
+  }
+};
+
+/// A parameter as `named_parameters` has it.
+struct NamedParameter {
+  std::string name;
+  at::Tensor tensor;
+};
+
+/// What `Adapters` have to know of a model, whatever it is written with.
+class Model {
+ public:
+  virtual ~Model() = default;
+  /// Every module below the model itself, each once, under its first name.
+  virtual std::vector<ModelPart> parts() const = 0;
+  /// Every parameter, each once, under its first name.
+  virtual std::vector<NamedParameter> parameters() const = 0;
+  /// Every parameter and buffer of every module, as something that is trained whole.
+  virtual LayerWeights tensors() const = 0;
+  /// The parameter of that name as something that can be adapted whatever it is used for.
+  virtual LayerWeight parameter(const std::string& name) const = 0;
+  /// Whether the model was destroyed, as far as that can be known.
+  virtual bool is_gone() const = 0;
+  /// Whether TorchScript runs it, whose optimizer has to be kept from replacing autograd.
+  virtual bool is_script() const { return false; }
+  /// What is to live as long as the model has adapters, if anything is.
+  virtual std::shared_ptr<const void> while_adapted() const { return nullptr; }
+};
+
+}  // namespace LORA_ABI
+}  // namespace lora
