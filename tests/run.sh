@@ -9,4 +9,5 @@ choose_python
 prepare_model
 configure
 build all
-exec ctest --test-dir "$build" --output-on-failure "$@"
+# Two tests side by side, each with one thread: the tensors here are too small to gain from more.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec ctest --test-dir "$build" --output-on-failure --parallel 2 "$@"

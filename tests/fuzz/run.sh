@@ -19,14 +19,16 @@ mkdir -p "$out/found_safetensors" "$out/found_config"
 
 # LibTorch itself is not compiled with sanitizers, and what of it is in headers trips none of them.
 flags="-std=c++17 -g1 -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DFMT_HEADER_ONLY"
-for name in safetensors config; do
-  program=$out/${name}_fuzzer
-  if [ ! -e "$program" ] || [ -n "$(find include tests/fuzz -newer "$program" -name '*.[ch]pp')" ]; then
-    say "Compiling $program"
-    "$clang" $flags -Iinclude -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" \
-      "tests/fuzz/${name}_fuzzer.cpp" -o "$program" "-L$torch/lib" "-Wl,-rpath,$torch/lib" -ltorch_cpu -lc10
-  fi
-done
+compile() {
+  program=$out/${1}_fuzzer
+  if [ -e "$program" ] && [ -z "$(find include tests/fuzz -newer "$program" -name '*.[ch]pp')" ]; then return 0; fi
+  say "Compiling $program"
+  "$clang" $flags -Iinclude -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" \
+    "tests/fuzz/${1}_fuzzer.cpp" -o "$program" "-L$torch/lib" "-Wl,-rpath,$torch/lib" -ltorch_cpu -lc10
+}
+compile safetensors &
+compile config
+wait $! || fail "The fuzzer of safetensors could not be compiled"
 
 # run NAME: in the background, so that both have the same minute
 run() {

@@ -34,7 +34,7 @@ Tensor product(const Tensor& a, const Tensor& b, double scaling, const Tensor& w
   return (scaling * torch::matmul(b, a)).reshape(weight.sizes());
 }
 
-Tensor table(const Tensor& a, const Tensor& b, double scaling, const Tensor& /*weight*/) {
+Tensor lookup(const Tensor& a, const Tensor& b, double scaling, const Tensor& /*weight*/) {
   return scaling * a.t().mm(b.t());
 }
 
@@ -105,21 +105,21 @@ const std::vector<Kind>& kinds() {
          return layer.as<nn::BilinearImpl>()->forward(torch::randn({2, 5, 4}, floats), torch::randn({2, 5, 3}, floats));
        }},
       {"Embedding", [] { return nn::Embedding(nn::EmbeddingOptions(7, 4).padding_idx(5)).ptr(); },
-       [](nn::Module& layer, auto& floats) { return layer.as<nn::EmbeddingImpl>()->forward(numbers(floats)); }, table},
+       [](nn::Module& layer, auto& floats) { return layer.as<nn::EmbeddingImpl>()->forward(numbers(floats)); }, lookup},
       {"Embedding with max_norm", [] { return nn::Embedding(nn::EmbeddingOptions(7, 4).max_norm(1.5)).ptr(); },
-       [](nn::Module& layer, auto& floats) { return layer.as<nn::EmbeddingImpl>()->forward(numbers(floats)); }, table},
+       [](nn::Module& layer, auto& floats) { return layer.as<nn::EmbeddingImpl>()->forward(numbers(floats)); }, lookup},
       {"EmbeddingBag, mean", [] { return nn::EmbeddingBag(7, 4).ptr(); },
        [](nn::Module& layer, auto& floats) { return layer.as<nn::EmbeddingBagImpl>()->forward(numbers(floats)); },
-       table},
+       lookup},
       {"EmbeddingBag, weighted sum",
        [] { return nn::EmbeddingBag(nn::EmbeddingBagOptions(7, 4).mode(torch::kSum)).ptr(); },
        [](nn::Module& layer, auto& floats) {
          return layer.as<nn::EmbeddingBagImpl>()->forward(numbers(floats), {}, torch::rand({2, 3}, floats));
        },
-       table},
+       lookup},
       {"EmbeddingBag, max", [] { return nn::EmbeddingBag(nn::EmbeddingBagOptions(7, 4).mode(torch::kMax)).ptr(); },
        [](nn::Module& layer, auto& floats) { return layer.as<nn::EmbeddingBagImpl>()->forward(numbers(floats)); },
-       table},
+       lookup},
       {"Conv1d", [] { return nn::Conv1d(nn::Conv1dOptions(4, 3, 3).stride(2).padding(1)).ptr(); },
        with<nn::Conv1dImpl>({2, 4, 7}), convolution<1, false>},
       {"Conv2d, groups and dilation",

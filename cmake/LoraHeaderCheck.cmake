@@ -1,0 +1,70 @@
+# The target lora_headers: the public headers as translation units of their own, which shows that each stands alone.
+#
+# Nearly all of that time goes into LibTorch, so nothing is compiled that shows nothing new:
+# - <torch/nn/module.h> comes precompiled where the compiler sees it before anything of lora in any case: the header, or
+#   the first header of lora that it includes, includes it first.
+# - A header that another one includes before all else is compiled alone there.
+# - A header of nothing but includes stands alone if those do.
+
+# lora_leading_includes(HEADER EXTERNAL FIRST): what of others the compiler sees before anything of lora, and the headers
+# of lora that `HEADER` begins with. Names are those between < and >.
+function(lora_leading_includes header external first)
+  set(seen)
+  set(began_with)
+  file(STRINGS "${PROJECT_SOURCE_DIR}/include/lora/${header}" lines REGEX "^#include <")
+  foreach(line IN LISTS lines)
+    string(REGEX REPLACE "^#include <(.*)>.*$" "\\1" name "${line}")
+    if(name STREQUAL "lora/version.hpp")  # macros
+      continue()
+    endif()
+    if(NOT name MATCHES "^lora/(.*)$")
+      list(APPEND seen "${name}")
+      continue()
+    endif()
+    set(other "${CMAKE_MATCH_1}")
+    lora_leading_includes("${other}" of_other other_began_with)
+    if(NOT seen)
+      set(began_with "${other}" ${other_began_with})
+    endif()
+    list(APPEND seen ${of_other})
+    break()
+  endforeach()
+  set(${external} "${seen}" PARENT_SCOPE)
+  set(${first} "${began_with}" PARENT_SCOPE)
+endfunction()
+
+set(lora_header_units)
+set(lora_header_units_of_modules)
+set(lora_compiled_elsewhere)
+foreach(path IN LISTS LORA_PUBLIC_HEADERS)
+  file(STRINGS "${path}" code REGEX "^[^/#]")
+  file(RELATIVE_PATH header "${PROJECT_SOURCE_DIR}/include/lora" "${path}")
+  if(NOT code AND NOT header STREQUAL "version.hpp")
+    continue()
+  endif()
+  lora_leading_includes("${header}" external first)
+  list(APPEND lora_compiled_elsewhere ${first})
+  set(of_modules ${external})
+  list(FILTER of_modules INCLUDE REGEX
+       "^torch/nn/(module|cloneable|modules/(activation|conv|embedding|linear|rnn|container/(modulelist|sequential)))\\.h$")
+  if(of_modules)
+    list(APPEND lora_header_units_of_modules "${header}")
+  else()
+    list(APPEND lora_header_units "${header}")
+  endif()
+endforeach()
+
+add_custom_target(lora_headers)
+foreach(kind units units_of_modules)
+  list(REMOVE_ITEM lora_header_${kind} "" ${lora_compiled_elsewhere})
+  list(TRANSFORM lora_header_${kind} PREPEND "${CMAKE_CURRENT_BINARY_DIR}/headers/" OUTPUT_VARIABLE units)
+  list(TRANSFORM units APPEND .cpp)
+  foreach(header unit IN ZIP_LISTS lora_header_${kind} units)
+    file(CONFIGURE OUTPUT "${unit}" CONTENT "#include <lora/${header}>\n")
+  endforeach()
+  add_library(lora_header_${kind} OBJECT EXCLUDE_FROM_ALL ${units})
+  target_link_libraries(lora_header_${kind} PRIVATE lora::lora)
+  target_compile_options(lora_header_${kind} PRIVATE $<$<CONFIG:Release>:-O0>)
+  add_dependencies(lora_headers lora_header_${kind})
+endforeach()
+target_precompile_headers(lora_header_units_of_modules PRIVATE <torch/nn/module.h>)
