@@ -11,7 +11,7 @@ set(LORA_PUBLIC_HEADERS
   version.hpp
   adapter/activation.hpp
   adapter/adapter.hpp
-  adapter/extract.hpp
+  extract.hpp
   adapter/merge.hpp
   adapter/report.hpp
   files/error.hpp

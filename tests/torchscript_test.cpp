@@ -53,8 +53,9 @@ struct Net {
     for (int i = 0; i < 4; ++i) module.forward({x.detach().clone().requires_grad_()}).toTensor().sum().backward();
   }
 
-  /// What it computes with W + s B A, written down by hand.
+  /// What it computes with W + s B A, written down by hand, from the frozen weights also where a scope is open.
   Tensor by_hand(const lora::Adapters& adapters) const {
+    const lora::detail::BelowInterception below;
     const auto tensors = adapters.named_parameters();
     const auto weight = [&](const std::string& layer, const std::string& name) {
       const auto base = parameter(name);

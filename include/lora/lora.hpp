@@ -3,7 +3,7 @@
 // The whole library. Each of these headers also stands alone.
 
 #include <lora/adapter/activation.hpp>
-#include <lora/adapter/extract.hpp>
+#include <lora/extract.hpp>
 #include <lora/adapter/merge.hpp>
 #include <lora/adapter/report.hpp>
 #include <lora/adapters.hpp>

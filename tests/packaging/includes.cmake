@@ -8,8 +8,8 @@ set(lines
   "options.hpp"
   "files/"
   "weight/"
-  "method/"
   "selection/text.hpp selection/patterns.hpp"
+  "method/"
   "functional.hpp site.hpp"
   "layers/"
   "model/"
@@ -19,8 +19,9 @@ set(lines
   "adapter/"
   "adapters.hpp"
   "modules/"
-  "attach.hpp"
+  "attach.hpp extract.hpp"
   "peft/"
+  "torchscript.hpp"
   "lora.hpp")
 
 # What a folder may include of the earlier lines, where that is not everything: a layer of this library knows no model.

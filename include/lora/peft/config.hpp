@@ -101,7 +101,8 @@ class PeftConfigReader {
 
   int64_t read_rank(const MethodInfo& info) const {
     const auto found = json_.find(info.rank_name);
-    return found == json_.end() ? info.peft_rank : whole_number(info.rank_name.data(), "rank", *found);
+    if (found == json_.end() || found->is_null()) return info.peft_rank;
+    return whole_number(info.rank_name.data(), std::string(info.rank_name), *found);
   }
 
   double read_dropout(const MethodInfo& info) const {

@@ -2,7 +2,7 @@
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
-#include <lora/adapter/extract.hpp>
+#include <lora/extract.hpp>
 #include <lora/peft/checkpoint.hpp>
 
 namespace {
