@@ -117,7 +117,7 @@ class Case:
 
 def case(name, model, targets, **options):
     own = {key: options.pop(key) for key in list(options) if key in Case.__dataclass_fields__}
-    ranks = {"LORA": {"r": 4, "lora_alpha": 6}, "VERA": {"r": 6}, "IA3": {}}[own.get("type", "LORA")]
+    ranks = {"LORA": {"r": 4, "lora_alpha": 6}, "VERA": {"r": 6}, "IA3": {"feedforward_modules": []}}[own.get("type", "LORA")]
     config = {**ranks, **({} if targets is None else {"target_modules": targets}), **options}
     return Case(name, model, config, **own)
 
@@ -248,7 +248,7 @@ CASES = [
     case("VeRA, biases and a head in full", "mlp", ["fc1"], type="VERA", bias="vera_only", modules_to_save=["head"]),
     case("VeRA on GPT-2's layers", "gpt", ["c_attn", "c_fc"], type="VERA", **GPT),
     case("VeRA, float64", "mlp", ["fc1", "fc2"], type="VERA", dtype="float64"),
-    case("VeRA, bfloat16", "mlp", ["fc1", "fc2"], type="VERA", dtype="bfloat16"),
+    case("VeRA, float16", "mlp", ["fc1", "fc2"], type="VERA", dtype="float16"),
     case("IA3", "mlp", ["fc1", "head"], type="IA3", steps=STEPS),
     case("IA3 with feed-forward modules", "text", ["k_proj", "v_proj", "fc1"], type="IA3", **FEEDFORWARD, steps=STEPS),
     case("IA3, exclude a list", "text", ["k_proj", "fc1"], type="IA3", **FEEDFORWARD, exclude_modules=["layers.0.mlp.fc1"]),
@@ -257,7 +257,7 @@ CASES = [
     case("IA3, Conv2d of two groups", "conv2d_groups", ["conv2"], type="IA3"),
     case("IA3 on GPT-2's layers", "gpt", ["c_attn", "mlp.c_proj"], type="IA3", **GPT_FEEDFORWARD),
     case("IA3, float64", "mlp", ["fc1", "head"], type="IA3", dtype="float64"),
-    case("IA3, bfloat16", "mlp", ["fc1", "head"], type="IA3", dtype="bfloat16"),
+    case("IA3, float16", "mlp", ["fc1", "head"], type="IA3", dtype="float16"),
     case("float64", "text", ["embed", "q_proj", "fc1"], dtype="float64"),
     case("float64, DoRA", "mlp", ["fc1", "head"], **DORA, dtype="float64"),
     case("float64, Conv2d", "conv2d", ["conv1", "conv2"], dtype="float64"),

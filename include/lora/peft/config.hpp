@@ -339,9 +339,7 @@ class PeftConfigWriter {
     if (!value.empty()) set(fields, name, value, true);
   }
 
-  static PeftJson to_json(const std::vector<std::string>& names) {
-    return names.empty() ? PeftJson() : PeftJson(names);
-  }
+  static PeftJson to_json(const std::vector<std::string>& names) { return PeftJson(names); }
   static PeftJson to_json(double value) { return value; }
   static PeftJson to_json(int64_t value) { return value; }
   static PeftJson to_json(bool value) { return value; }
