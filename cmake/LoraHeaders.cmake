@@ -4,6 +4,7 @@ set(LORA_PUBLIC_HEADERS
   attach.hpp
   config.hpp
   functional.hpp
+  fwd.hpp
   lora.hpp
   options.hpp
   site.hpp

@@ -6,6 +6,7 @@
 #include <lora/adapter/registry.hpp>
 #include <lora/adapter/report.hpp>
 #include <lora/config.hpp>
+#include <lora/fwd.hpp>
 #include <lora/model/frozen_parameters.hpp>
 #include <lora/model/module_model.hpp>
 #include <lora/version.hpp>
@@ -19,8 +20,6 @@
 
 namespace lora {
 inline namespace LORA_ABI {
-
-struct LoadOptions;
 
 /// The adapters of one model under their names. The model is not changed: its layers stay stock torch::nn layers, its
 /// parameters are frozen while there is an adapter, and outside a scope of `activate` it is the base model, bit by bit,

@@ -10,6 +10,7 @@
 #include <lora/attach.hpp>
 #include <lora/config.hpp>
 #include <lora/files/safetensors.hpp>
+#include <lora/functional.hpp>
 #include <lora/method/all.hpp>
 #include <lora/model/module_model.hpp>
 #include <lora/model/replace.hpp>

@@ -198,6 +198,24 @@ TEST_CASE("diagnose tells every use of every adapted weight") {
   CHECK(uses.size() == 2);
 }
 
+TEST_CASE("A model is not moved or cast inside of a scope, where its adapted weights would become the frozen ones") {
+  testing::Stack model(1);
+  auto adapters = lora::attach(*model, kQueries);
+  testing::randomize(adapters.parameters());
+  const auto before = model->lm_head->weight.clone();
+  {
+    auto active = adapters.activate();
+    CHECK_THROWS_WITH(model->lm_head->to(torch::kDouble), testing::contains("the weight of lm_head gets other data") &&
+                                                              testing::contains("leave the scope"));
+    model->lm_head->to(torch::kFloat);  // nothing to do
+    CHECK_THROWS_WITH(model->lm_head->weight.set_data(torch::zeros({6, 8}, testing::device())),
+                      testing::contains("inside of a scope"));
+  }
+  CHECK(torch::equal(model->lm_head->weight, before));
+  model->to(torch::kDouble);
+  CHECK(torch::equal(model->lm_head->weight, before.to(torch::kDouble)));
+}
+
 TEST_CASE("A scope is carried to another thread, also after it was left here") {
   torch::manual_seed(0);
   testing::Stack model(1);

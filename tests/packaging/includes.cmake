@@ -5,7 +5,7 @@ cmake_minimum_required(VERSION 3.24)
 # Lowest first. A line names folders and headers; of several that fit a header, the longest counts.
 set(lines
   "version.hpp"
-  "options.hpp"
+  "fwd.hpp options.hpp"
   "files/"
   "weight/"
   "selection/text.hpp selection/patterns.hpp"

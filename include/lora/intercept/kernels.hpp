@@ -267,6 +267,7 @@ class Registration {
     take("_native_multi_head_attention", boxed<&fused_kernel<&unfused_attention>>());
     take("_transformer_encoder_layer_fwd", boxed<&fused_kernel<&unfused_encoder_layer>>());
     for (const char* name : kWholeWeightOperators) take(name, boxed<&substituting_kernel>());
+    weights.impl("_has_compatible_shallow_copy_type", &replace_data_kernel);
     for (const char* name : kNotForWeights) {
       if (exists(name)) weights.impl(name, torch::CppFunction::makeFallthrough());
     }

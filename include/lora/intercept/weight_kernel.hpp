@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_has_compatible_shallow_copy_type.h>
 
 #include <lora/intercept/operands.hpp>
 #include <lora/intercept/scope.hpp>
@@ -73,6 +74,20 @@ inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet key
   op.callBoxed(stack);
 }
 
+/// What `tensor.set_data(data)` asks before it gives a weight other data, as moving or casting a module does. Within a
+/// scope these data would have been computed from W', which would so become the frozen weight.
+inline bool replace_data_kernel(c10::DispatchKeySet keys, const at::Tensor& tensor, const at::Tensor& data) {
+  if (!data.is_alias_of(tensor)) {
+    for_each_match(tensor, Use::kAny, [](const Scope&, const ActiveSite& active, const Part&) {
+      TORCH_CHECK(
+          false, "lora: the weight of ", active.site->name(), " gets other data, of another type or device, inside ",
+          "of a scope of its adapters, where they would be made from the adapted weight; leave the scope first");
+    });
+  }
+  return at::_ops::_has_compatible_shallow_copy_type::redispatch(
+      keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), tensor, data);
+}
+
 /// Operators that never need to come here: those that the key of the thread sees, and the most frequent views.
 inline constexpr const char* kNotForWeights[] = {"t",
                                                  "transpose.int",
@@ -92,7 +107,6 @@ inline constexpr const char* kNotForWeights[] = {"t",
                                                  "detach",
                                                  "alias",
                                                  "as_strided",
-                                                 "_has_compatible_shallow_copy_type",
                                                  "set_data",
                                                  "requires_grad_",
                                                  "_version",

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 // Which part of a weight an operand is. Operators see views of a weight: the transpose, a slice, one of the chunks of a
