@@ -21,7 +21,7 @@ install_packages
 choose_python
 if [ -z "${CXX:-}" ] && find_clang; then export CXX="$clang"; fi
 build=build/sanitize-$kind-$(basename "${CXX:-c++}")  # CMake keeps the compiler of the first time
-CMAKE_ARGS="${CMAKE_ARGS:-} -DLORA_BUILD_EXAMPLES=OFF -DLORA_TEST_FILES=$files"
+CMAKE_ARGS="${CMAKE_ARGS:-} -DLORA_BUILD_EXAMPLES=OFF -DLORA_TEST_FILES=$files -DLORA_TEST_BATCHES=2"
 CXXFLAGS="$flags -fno-omit-frame-pointer" configure
 build lora_tests
 
