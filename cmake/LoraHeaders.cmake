@@ -55,6 +55,7 @@ set(LORA_PUBLIC_HEADERS
   weight/view.hpp
 )
 set(LORA_DETAIL_HEADERS
+  method/bias_update.hpp
   adapter/plan.hpp
   adapter/registry.hpp
   files/atomic_file.hpp

@@ -5,6 +5,7 @@
 #include <torch/csrc/api/include/torch/ordered_dict.h>
 
 #include <lora/config.hpp>
+#include <lora/method/bias_update.hpp>
 #include <lora/method/full_delta.hpp>
 #include <lora/selection/text.hpp>
 #include <lora/site.hpp>
@@ -87,20 +88,6 @@ struct Adapter {
 };
 
 namespace detail {
-
-/// The part of a layer's bias in the update of a method; it has no tensors of its own.
-struct BiasUpdate : Method {
-  static constexpr MethodInfo info{"BiasUpdate", "", "", "", "", ""};
-
-  BiasUpdate() = default;
-  explicit BiasUpdate(std::shared_ptr<AnyMethod> method) : method(std::move(method)) {}
-
-  std::vector<MethodField<BiasUpdate>> fields() const { return {}; }
-  void initialize(const Base& /*base*/) {}
-  at::Tensor delta(const Base& base) const { return method->bias_delta(base.dense()); }
-
-  std::shared_ptr<AnyMethod> method;
-};
 
 /// The part for the bias of a layer whose method changes it.
 inline AdapterPart bias_part(const AdapterPart& layer) {

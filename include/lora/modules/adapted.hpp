@@ -7,7 +7,8 @@
 #include <lora/intercept/scope.hpp>
 #include <lora/layers/adaptable.hpp>
 #include <lora/layers/layer_weight.hpp>
-#include <lora/method/all.hpp>
+#include <lora/method/bias_update.hpp>
+#include <lora/method/low_rank.hpp>
 #include <lora/version.hpp>
 
 #include <memory>
