@@ -123,6 +123,10 @@ class ScopeGuard {
   std::shared_ptr<c10::ThreadLocalDebugInfo> before_, after_;
 };
 
+/// Whether the uses of that kind are those of the site. A layer that has its weight for itself has them all; of a tied
+/// weight each has its own.
+inline bool has_use(const Site& site, Use use) { return overlap(site.use(), use) || site.place().tied_to.empty(); }
+
 /// Calls `visit(scope, active, part)` for every adapted weight of the active scopes of which `operand` is a part, for
 /// the uses that are meant.
 template <class Visit>
@@ -131,7 +135,7 @@ void for_each_match(const at::Tensor& operand, Use use, const Visit& visit) {
   if (scopes == nullptr) return;
   for (const auto& scope : scopes->effective()) {
     scope->set->table().for_each_in_storage_of(operand, [&](const ActiveSite& active) {
-      if (!overlap(active.site->use(), use) || scope->is_in_formula()) return;
+      if (!has_use(*active.site, use) || scope->is_in_formula()) return;
       if (const auto part = part_of(active.base.weight(), operand)) visit(*scope, active, *part);
     });
   }
