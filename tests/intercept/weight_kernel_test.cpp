@@ -791,6 +791,28 @@ TEST_CASE("A function of somebody's own computes with W', but what it does witho
     CHECK(gradient.abs().max().item<double>() > 0);
 }
 
+TEST_CASE("An operand with numbers of a weight and others is refused, and one beside it is not adapted") {
+  torch::manual_seed(0);
+  nn::Sequential model(nn::Linear(6, 4));
+  model->to(testing::device(), torch::kDouble);
+  auto& weight = model->ptr(0)->as<nn::Linear>()->weight;
+  const auto packed = torch::randn({12, 6}, testing::on_device(torch::kDouble));
+  weight.set_data(packed.narrow(0, 4, 4));
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(5).target_modules({"0"}));
+  testing::randomize(adapters.parameters(), 0.4);
+  const auto x = torch::randn({3, 6}, testing::on_device(torch::kDouble));
+  const auto beside = F::linear(x, packed.narrow(0, 8, 4)), all = F::linear(x, packed);
+  {
+    auto active = adapters.activate();
+    CHECK(torch::equal(F::linear(x, packed.narrow(0, 8, 4)), beside));
+    CHECK_THAT(testing::error_of([&] { torch::linear(x, packed); }),
+               testing::contains("aten::linear got a tensor that has some of the numbers of the weight of \"0\""));
+    CHECK_THAT(testing::error_of([&] { weight.as_strided({4}, {6}, 18).exp(); }),
+               testing::contains("aten::exp got a tensor that has some of the numbers of the weight of \"0\""));
+  }
+  CHECK(torch::equal(F::linear(x, packed), all));
+}
+
 TEST_CASE("Of a tied weight only the use that is adapted is one of W'; a weight for itself has every use") {
   torch::manual_seed(0);
   testing::Tied model;

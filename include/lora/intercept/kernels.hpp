@@ -127,10 +127,11 @@ inline at::Tensor& embedding_renorm_kernel(at::Tensor& table, const at::Tensor& 
                                            double norm_type) {
   const BelowInterception below;
   bool adapted = false, replaced = false;
-  for_each_match(table, Use::kLookup, [&](const Scope&, const ActiveSite& active, const Part&) {
-    adapted = true;
-    replaced = !active.methods.empty() && active.methods.back().method->replaces();
-  });
+  for_each_match(table, Use::kLookup, "aten::embedding_renorm_",
+                 [&](const Scope&, const ActiveSite& active, const Part&) {
+                   adapted = true;
+                   replaced = !active.methods.empty() && active.methods.back().method->replaces();
+                 });
   if (!adapted) return at::embedding_renorm_(table, indices, max_norm, norm_type);
   auto written = replaced ? written_operand(table, "aten::embedding_renorm_") : at::Tensor();
   if (replaced) {

@@ -128,15 +128,20 @@ class ScopeGuard {
 inline bool has_use(const Site& site, Use use) { return overlap(site.use(), use) || site.place().tied_to.empty(); }
 
 /// Calls `visit(scope, active, part)` for every adapted weight of the active scopes of which `operand` is a part, for
-/// the uses that are meant.
+/// the uses that are meant. Throws for an operand of `operation` that has numbers of a weight and others beside them;
+/// without an operation it is passed over.
 template <class Visit>
-void for_each_match(const at::Tensor& operand, Use use, const Visit& visit) {
+void for_each_match(const at::Tensor& operand, Use use, const char* operation, const Visit& visit) {
   const auto* scopes = ActiveScopes::current();
   if (scopes == nullptr) return;
   for (const auto& scope : scopes->effective()) {
     scope->set->table().for_each_in_storage_of(operand, [&](const ActiveSite& active) {
       if (!has_use(*active.site, use) || scope->is_in_formula()) return;
-      if (const auto part = part_of(active.base.weight(), operand)) visit(*scope, active, *part);
+      const auto& weight = active.base.weight();
+      if (const auto part = part_of(weight, operand)) return visit(*scope, active, *part);
+      TORCH_CHECK(operation == nullptr || !may_overlap(weight, operand), "lora: ", operation, " got a tensor that has ",
+                  "some of the numbers of the weight of \"", active.site->name(), "\" and others beside them, which ",
+                  "cannot be adapted apart. Give it a view of the weight alone");
     });
   }
 }
@@ -145,7 +150,7 @@ void for_each_match(const at::Tensor& operand, Use use, const Visit& visit) {
 /// the scope opened, is in the weight and does not act again.
 inline Updates find_updates(const at::Tensor& operand, Use use, const char* operation) {
   Updates updates;
-  for_each_match(operand, use, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+  for_each_match(operand, use, operation, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
     scope.usage->record(*active.site, operation, /*adapted=*/true);
     const bool training = active.site->is_training();
     for (const auto& acting : active.methods) {
@@ -159,7 +164,7 @@ inline Updates find_updates(const at::Tensor& operand, Use use, const char* oper
 /// Whether an active scope of this thread adapts the weight.
 inline bool is_in_scope(const at::Tensor& weight) {
   bool found = false;
-  for_each_match(weight, Use::kAny, [&](const Scope&, const ActiveSite&, const Part&) { found = true; });
+  for_each_match(weight, Use::kAny, nullptr, [&](const Scope&, const ActiveSite&, const Part&) { found = true; });
   return found;
 }
 

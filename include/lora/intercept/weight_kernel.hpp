@@ -55,7 +55,7 @@ inline at::Tensor stand_in(const at::Tensor& operand, const Updates& updates) {
 /// What stands in for a weight that an operator writes to: the adapter's own tensor, where there is one in its place.
 inline at::Tensor written_operand(const at::Tensor& operand, const char* operation) {
   auto written = operand;
-  for_each_match(operand, Use::kAny, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+  for_each_match(operand, Use::kAny, operation, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
     const auto& weight = active.base.weight();
     const bool replaces = !active.methods.empty() && active.methods.back().method->replaces();
     if (replaces)
