@@ -829,6 +829,25 @@ TEST_CASE("Of a tied weight only the use that is adapted is one of W'; a weight 
   CHECK(torch::equal(model->head(x), products) == (adapted == "tokens"));
 }
 
+TEST_CASE("A use of a tied weight that may be either layer's is refused where both are adapted") {
+  torch::manual_seed(0);
+  testing::Tied model;
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(5).target_modules({"head", "tokens"}));
+  testing::randomize(adapters.parameters(), 0.4);
+  const auto ids = torch::tensor({1, 5, 0}, testing::device());
+  const auto weight = model->tokens->weight;
+  const auto base = weight * 2;
+  {
+    auto active = adapters.activate();
+    const auto entries = torch::embedding(base / 2 + adapters.delta("default", "tokens"), ids);
+    CHECK(testing::distance(model->tokens(ids), entries) < 1e-6);
+    const auto error = testing::error_of([&] { weight * 2; });
+    CHECK_THAT(error, testing::contains("aten::mul got the weight that") && testing::contains("\"head\"") &&
+                          testing::contains("\"tokens\""));
+  }
+  CHECK(torch::equal(weight * 2, base));
+}
+
 TEST_CASE("What is no operator cannot be seen: memory is that of the base, and data() stops no gradient") {
   Fixture f(configs()[0]);
   const auto w = f.model->fc->weight;

@@ -150,7 +150,14 @@ void for_each_match(const at::Tensor& operand, Use use, const char* operation, c
 /// the scope opened, is in the weight and does not act again.
 inline Updates find_updates(const at::Tensor& operand, Use use, const char* operation) {
   Updates updates;
+  const Site* first = nullptr;
   for_each_match(operand, use, operation, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+    if (first == nullptr) first = active.site.get();
+    TORCH_CHECK(overlap(first->use(), active.site->use()), "lora: ", operation, " got the weight that \"",
+                first->name(), "\" and \"", active.site->name(),
+                "\" share, each with an update of its own. It neither multiplies with ",
+                "the weight nor looks it up, so it is not known whose update is meant; give one of them a copy of the ",
+                "weight first");
     scope.usage->record(*active.site, operation, /*adapted=*/true);
     const bool training = active.site->is_training();
     for (const auto& acting : active.methods) {
