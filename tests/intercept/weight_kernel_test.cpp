@@ -848,6 +848,29 @@ TEST_CASE("A use of a tied weight that may be either layer's is refused where bo
   CHECK(torch::equal(weight * 2, base));
 }
 
+TEST_CASE("A convolution drops its input, whichever way its padding is said") {
+  torch::manual_seed(0);
+  nn::Sequential model(nn::Conv1d(nn::Conv1dOptions(3, 4, 3).padding(1)));
+  model->to(testing::device(), torch::kDouble);
+  const auto& layer = *model->ptr(0)->as<nn::Conv1d>();
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(5).dropout(0.5).target_modules({"0"}));
+  testing::randomize(adapters.parameters(), 0.4);
+  const auto x = torch::randn({2, 3, 6}, testing::on_device(torch::kDouble));
+  const auto base = torch::conv1d(x, layer.weight, layer.bias, 1, 1);
+  auto active = adapters.activate();
+  const auto run = [&](const std::function<Tensor()>& pass) {
+    torch::manual_seed(7);
+    return pass();
+  };
+  const auto in_numbers = run([&] { return torch::conv1d(x, layer.weight, layer.bias, 1, 1); });
+  CHECK(testing::distance(run([&] { return torch::conv1d(x, layer.weight, layer.bias, 1, "same"); }), in_numbers) <
+        1e-12);
+  torch::manual_seed(7);
+  const auto delta = adapters.delta("default", "0");
+  const auto by_hand = base + torch::conv1d(torch::dropout(x, 0.5, true), delta, {}, 1, 1);
+  CHECK(testing::distance(in_numbers, by_hand) < 1e-12);
+}
+
 TEST_CASE("What is no operator cannot be seen: memory is that of the base, and data() stops no gradient") {
   Fixture f(configs()[0]);
   const auto w = f.model->fc->weight;
