@@ -128,8 +128,7 @@ class ScopeGuard {
 inline bool has_use(const Site& site, Use use) { return overlap(site.use(), use) || site.place().tied_to.empty(); }
 
 /// Calls `visit(scope, active, part)` for every adapted weight of the active scopes of which `operand` is a part, for
-/// the uses that are meant. Throws for an operand of `operation` that has numbers of a weight and others beside them;
-/// without an operation it is passed over.
+/// the uses that are meant. Throws for an operand of `operation` that has numbers of a weight and others beside them.
 template <class Visit>
 void for_each_match(const at::Tensor& operand, Use use, const char* operation, const Visit& visit) {
   const auto* scopes = ActiveScopes::current();
@@ -144,6 +143,12 @@ void for_each_match(const at::Tensor& operand, Use use, const char* operation, c
                   "cannot be adapted apart. Give it a view of the weight alone");
     });
   }
+}
+
+/// The same where nothing is computed with the operand, and one that is no part of a weight is passed over.
+template <class Visit>
+void for_each_match(const at::Tensor& operand, Use use, const Visit& visit) {
+  for_each_match(operand, use, nullptr, visit);
 }
 
 /// The updates that act on an operand of `operation`, which is going to compute with them. What is merged, also since
@@ -171,7 +176,7 @@ inline Updates find_updates(const at::Tensor& operand, Use use, const char* oper
 /// Whether an active scope of this thread adapts the weight.
 inline bool is_in_scope(const at::Tensor& weight) {
   bool found = false;
-  for_each_match(weight, Use::kAny, nullptr, [&](const Scope&, const ActiveSite&, const Part&) { found = true; });
+  for_each_match(weight, Use::kAny, [&](const Scope&, const ActiveSite&, const Part&) { found = true; });
   return found;
 }
 
