@@ -114,24 +114,29 @@ class ProductSum {
   };
 
   void add(const Update& update, const Term& term) {
+    const auto rows = outputs_of(update);
     if (update.method->has_term()) {
-      const auto all = outputs_of(update);
-      return update.base->shape().batch.empty() ? add(update, term, all) : add_parts(update, term);
+      const auto x = Dropout(update).of_input(x_in(term.dtype()));
+      return update.base->shape().batch.empty() ? add(update, term, rows, x) : add_parts(update, term, x);
     }
-    if (update.method->has_forward() && is_whole(update)) {
-      const auto adapted = update.method->forward(product_);
-      if (single_ && update.weight == 1 && !late_bias_.defined()) {
-        y_ = adapted;
-        type_ = adapted.scalar_type();
-      } else {
-        y_ = start() + (adapted - product_.frozen()) * update.weight;
-      }
-      return;
+    if (update.method->has_forward() && is_product_of(update)) return add_forward(update);
+    const auto matrix = narrowed(update.method->delta(*update.base), rows);
+    const auto added = product_.times(Dropout(update).of_input(x_in(matrix.scalar_type())), matrix) * update.weight;
+    y_ = on_rows(start(), rows, [&](const at::Tensor& y) { return y + added; });
+  }
+
+  /// The update of a method that computes the whole product by itself.
+  void add_forward(const Update& update) {
+    const Dropout dropout(update);
+    auto product = product_;
+    product.x = dropout.of_input(product_.x);
+    const auto adapted = update.method->forward(product);
+    if (single_ && update.weight == 1 && !dropout.acts()) {
+      y_ = adapted;
+      type_ = adapted.scalar_type();
+    } else {
+      y_ = start() + (adapted - product.frozen()) * update.weight;
     }
-    const auto matrix =
-        update.method->delta(*update.base).narrow(0, outputs_of(update).first, outputs_of(update).count);
-    const auto x = Dropout(update).of_input(in_type(product_.x, matrix.scalar_type()));
-    y_ = start() + product_.times(x, matrix) * update.weight;
   }
 
   /// x W^T, with the bias unless that comes last.
@@ -145,7 +150,11 @@ class ProductSum {
 
   at::Tensor start() { return y_.defined() ? y_ : frozen(); }
 
-  static bool is_whole(const Update& update) { return outputs_of(update).count == update.base->shape().out; }
+  /// Whether the operand is all of the update's weight, and nothing else.
+  bool is_product_of(const Update& update) const {
+    return product_.operand.numel() == update.base->weight().numel() &&
+           outputs_of(update).count == update.base->shape().out;
+  }
 
   /// The outputs of the weight that are those of the operand. A lookup, which has entries for rows, has them all.
   static Rows outputs_of(const Update& update) {
@@ -154,7 +163,7 @@ class ProductSum {
   }
 
   /// The parts of a fused weight: each acts on its own outputs, as far as these are among those of the operand.
-  void add_parts(const Update& update, const Term& term) {
+  void add_parts(const Update& update, const Term& term, const at::Tensor& x) {
     const auto& view = update.base->view();
     int64_t part = 0, row = 0;
     for (size_t i = 0; i < view.part_rows().size(); row += view.part_rows()[i++]) {
@@ -165,27 +174,26 @@ class ProductSum {
       if (first >= last) continue;
       const auto of_part = [&](const at::Tensor& batch) { return batch.defined() ? batch[number] : batch; };
       add(update, {of_part(term.A), of_part(term.B), term.scale, of_part(term.gain), of_part(term.input_gain)},
-          {first - row, update.at + first - update.part.first, last - first});
+          {first - row, update.at + first - update.part.first, last - first}, x);
     }
   }
 
-  void add(const Update& update, Term term, const Rows& rows) {
+  /// `x` is that of the adapter, dropped.
+  void add(const Update& update, Term term, const Rows& rows, const at::Tensor& x) {
     if (term.B.defined()) term.B = narrowed(term.B, rows);
     if (term.gain.defined()) term.gain = narrowed(term.gain, rows);
     if (!term.scales_weight()) {
       term.scale *= update.weight;
-      const auto projected = project(term, Dropout(update).of_input(x_for(term)));
+      const auto projected = project(term, x);
       y_ = on_rows(start(), rows, [&](const at::Tensor& y) { return add_low_rank(y, projected, term); });
     } else {
-      add_scaled(update, term, rows);
+      add_scaled(update, term, rows, x);
     }
   }
 
   /// y += gain * (z W^T + s z A^T B^T) - x W^T, where z is x, dropped and scaled.
-  void add_scaled(const Update& update, const Term& term, const Rows& rows) {
-    const Dropout dropout(update);
-    auto x = dropout.of_input(x_for(term));
-    const bool same_product = !dropout.acts();
+  void add_scaled(const Update& update, const Term& term, const Rows& rows, at::Tensor x) {
+    const bool same_product = !Dropout(update).acts();
     const auto plain = same_product ? frozen() : again(x);
     if (term.input_gain.defined()) x = x * term.input_gain;
     const auto scaled = term.input_gain.defined() ? again(x) : plain;
@@ -211,8 +219,8 @@ class ProductSum {
   }
 
   /// x in the adapter's type; numbers of columns stay as they are.
-  at::Tensor x_for(const Term& term) const {
-    return at::isFloatingType(product_.x.scalar_type()) ? in_type(product_.x, term.dtype()) : product_.x;
+  at::Tensor x_in(at::ScalarType type) const {
+    return at::isFloatingType(product_.x.scalar_type()) ? in_type(product_.x, type) : product_.x;
   }
 
   at::Tensor project(const Term& term, const at::Tensor& x) const { return product_.times(x, term.A); }
@@ -279,9 +287,11 @@ inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> 
   const auto adds = [&](const Update& update) { return detail::can_add(product, update); };
   if (std::all_of(updates.begin(), updates.end(), adds)) return detail::ProductSum(product, updates).result();
 
-  const auto drops = [](const Update& update) { return Dropout(update).acts(); };
+  // The numbers of columns cannot be dropped.
+  const bool is_lookup = !at::isFloatingType(product.x.scalar_type());
+  const auto drops = [&](const Update& update) { return Dropout(update).acts() && !is_lookup; };
   auto y = product.run(product.x,
-                       detail::adapted_operand(product.operand, updates, /*drop_columns=*/false,
+                       detail::adapted_operand(product.operand, updates, /*drop_columns=*/is_lookup,
                                                [&](const Update& update) { return !drops(update); }),
                        product.bias);
   for (const auto& update : updates) {

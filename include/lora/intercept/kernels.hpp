@@ -42,8 +42,7 @@ namespace detail {
 /// is a weight. Told by the key that weights carry, which costs other tensors nothing.
 inline at::Tensor adapted_value(const at::Tensor& operand, const char* operation) {
   if (!operand.defined() || !is_marked(operand)) return operand;
-  const auto updates = find_updates(operand, Use::kAny, operation);
-  return updates.empty() ? operand : adapted_operand(operand, updates);
+  return stand_in(operand, find_updates(operand, Use::kAny, operation));
 }
 
 inline at::Tensor adapted_value(const std::optional<at::Tensor>& operand, const char* operation) {
@@ -63,8 +62,10 @@ at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::T
   const auto updates = find_updates(operand, Use::kProduct, operation);
   const auto b = adapted_value(bias, operation);
   const auto left = adapted_value(x, operation);
-  if (updates.empty()) return run(left, operand, b);
-  const bool adds = std::all_of(updates.begin(), updates.end(), [&](const Update& u) { return u.part.kind == kind; });
+  if (updates.empty() || is_detached(operand)) return run(left, stand_in(operand, updates), b);
+  // A table is the transpose of its matrix.
+  const auto is_added = [&](const Update& u) { return u.part.kind == kind && !u.base->shape().is_lookup; };
+  const bool adds = std::all_of(updates.begin(), updates.end(), is_added);
   return adapted_product({left, operand, b, run, linear_times, adds}, updates);
 }
 
@@ -126,10 +127,11 @@ inline at::Tensor& embedding_renorm_kernel(at::Tensor& table, const at::Tensor& 
                                            double norm_type) {
   const BelowInterception below;
   bool adapted = false, replaced = false;
-  for_each_match(table, Use::kLookup, [&](const Scope&, const ActiveSite& active, const Part&) {
-    adapted = true;
-    replaced = !active.methods.empty() && active.methods.back().method->replaces();
-  });
+  for_each_match(table, Use::kLookup, "aten::embedding_renorm_",
+                 [&](const Scope&, const ActiveSite& active, const Part&) {
+                   adapted = true;
+                   replaced = !active.methods.empty() && active.methods.back().method->replaces();
+                 });
   if (!adapted) return at::embedding_renorm_(table, indices, max_norm, norm_type);
   auto written = replaced ? written_operand(table, "aten::embedding_renorm_") : at::Tensor();
   if (replaced) {
@@ -150,7 +152,9 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
     return at::embedding(entries, i, padding_idx, scale_grad_by_freq, sparse && entries.is_same(table));
   };
   const auto times = [&](const at::Tensor& i, const at::Tensor& matrix) { return look_up(i, matrix.t(), {}); };
-  const auto entries = adapted_product({indices, table, {}, look_up, times, are_lookups(updates)}, updates);
+  const auto entries = is_detached(table)
+                           ? look_up(indices, stand_in(table, updates), {})
+                           : adapted_product({indices, table, {}, look_up, times, are_lookups(updates)}, updates);
   return limit ? limit->apply(entries) : entries;
 }
 
@@ -170,7 +174,8 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding_bag");
   if (updates.empty()) return bag(table);
   const auto limit = std::exchange(NormLimit::pending(), std::nullopt);
-  if (limit) return bag(limit->apply(adapted_operand(table, updates)));
+  if (limit) return bag(limit->apply(stand_in(table, updates)));
+  if (is_detached(table)) return bag(stand_in(table, updates));
   BagOutput output;  // of the operator itself; what is beside the entries is the same for all of them
   const auto look_up = [&](const at::Tensor& /*i*/, const at::Tensor& entries, const at::Tensor& /*bias*/) {
     output = bag(entries);
@@ -209,7 +214,7 @@ inline void cast_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack)
   const auto cast = stack->back().toTensor();
   if (cast.is_alias_of(operand)) return;  // one that changes nothing is seen in the product
   const auto updates = find_updates(operand, Use::kProduct, op.operator_name().name.c_str());
-  if (!updates.empty()) stack->back() = adapted_operand(operand, updates).to(cast.scalar_type());
+  if (!updates.empty()) stack->back() = stand_in(operand, updates).to(cast.scalar_type());
 }
 
 /// An operator without a derivative: where one is needed, `unfused` computes it from the stack in operators that have

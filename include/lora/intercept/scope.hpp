@@ -123,25 +123,46 @@ class ScopeGuard {
   std::shared_ptr<c10::ThreadLocalDebugInfo> before_, after_;
 };
 
+/// Whether the uses of that kind are those of the site. A layer that has its weight for itself has them all; of a tied
+/// weight each has its own.
+inline bool has_use(const Site& site, Use use) { return overlap(site.use(), use) || site.place().tied_to.empty(); }
+
 /// Calls `visit(scope, active, part)` for every adapted weight of the active scopes of which `operand` is a part, for
-/// the uses that are meant.
+/// the uses that are meant. Throws for an operand of `operation` that has numbers of a weight and others beside them.
 template <class Visit>
-void for_each_match(const at::Tensor& operand, Use use, const Visit& visit) {
+void for_each_match(const at::Tensor& operand, Use use, const char* operation, const Visit& visit) {
   const auto* scopes = ActiveScopes::current();
   if (scopes == nullptr) return;
   for (const auto& scope : scopes->effective()) {
     scope->set->table().for_each_in_storage_of(operand, [&](const ActiveSite& active) {
-      if (!overlap(active.site->use(), use) || scope->is_in_formula()) return;
-      if (const auto part = part_of(active.base.weight(), operand)) visit(*scope, active, *part);
+      if (!has_use(*active.site, use) || scope->is_in_formula()) return;
+      const auto& weight = active.base.weight();
+      if (const auto part = part_of(weight, operand)) return visit(*scope, active, *part);
+      TORCH_CHECK(operation == nullptr || !may_overlap(weight, operand), "lora: ", operation, " got a tensor that has ",
+                  "some of the numbers of the weight of \"", active.site->name(), "\" and others beside them, which ",
+                  "cannot be adapted apart. Give it a view of the weight alone");
     });
   }
+}
+
+/// The same where nothing is computed with the operand, and one that is no part of a weight is passed over.
+template <class Visit>
+void for_each_match(const at::Tensor& operand, Use use, const Visit& visit) {
+  for_each_match(operand, use, nullptr, visit);
 }
 
 /// The updates that act on an operand of `operation`, which is going to compute with them. What is merged, also since
 /// the scope opened, is in the weight and does not act again.
 inline Updates find_updates(const at::Tensor& operand, Use use, const char* operation) {
   Updates updates;
-  for_each_match(operand, use, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+  const Site* first = nullptr;
+  for_each_match(operand, use, operation, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+    if (first == nullptr) first = active.site.get();
+    TORCH_CHECK(overlap(first->use(), active.site->use()), "lora: ", operation, " got the weight that \"",
+                first->name(), "\" and \"", active.site->name(),
+                "\" share, each with an update of its own. It neither multiplies with ",
+                "the weight nor looks it up, so it is not known whose update is meant; give one of them a copy of the ",
+                "weight first");
     scope.usage->record(*active.site, operation, /*adapted=*/true);
     const bool training = active.site->is_training();
     for (const auto& acting : active.methods) {

@@ -37,10 +37,26 @@ inline bool makes_view(const c10::OperatorHandle& op) {
   return any;
 }
 
+/// Whether somebody detached the weight in a scope, of which the operand is a view: W' is a constant then. The key of
+/// threads on the tensor says so; elsewhere it is on none.
+inline bool is_detached(const at::Tensor& operand) { return operand.key_set().has(kInterceptionKey); }
+
+inline void mark_detached(const at::Tensor& tensor) {
+  auto& keys = tensor.unsafeGetTensorImpl()->*KeysOf::keys();
+  keys = keys.add(kInterceptionKey);
+}
+
+/// W' in the place of an operand, for an operator that takes it whole.
+inline at::Tensor stand_in(const at::Tensor& operand, const Updates& updates) {
+  if (updates.empty()) return operand;
+  const auto adapted = adapted_operand(operand, updates);
+  return is_detached(operand) ? adapted.detach() : adapted;
+}
+
 /// What stands in for a weight that an operator writes to: the adapter's own tensor, where there is one in its place.
 inline at::Tensor written_operand(const at::Tensor& operand, const char* operation) {
   auto written = operand;
-  for_each_match(operand, Use::kAny, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
+  for_each_match(operand, Use::kAny, operation, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
     const auto& weight = active.base.weight();
     const bool replaces = !active.methods.empty() && active.methods.back().method->replaces();
     if (replaces)
@@ -56,8 +72,7 @@ inline void adapt_operands(const c10::OperatorHandle& op, torch::jit::Stack& sta
   const auto* name = op.operator_name().name.c_str();
   for_each_operand(op, stack, [&](const at::Tensor& operand, const c10::Argument& argument) {
     if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) return written_operand(operand, name);
-    const auto updates = find_updates(operand, use, name);
-    return updates.empty() ? operand : adapted_operand(operand, updates);
+    return stand_in(operand, find_updates(operand, use, name));
   });
 }
 
@@ -67,6 +82,7 @@ inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet key
   const bool in_scope = scopes != nullptr && !scopes->effective().empty();
   if (!in_scope || makes_view(op)) {
     op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), stack);
+    if (in_scope && op.operator_name().name == "aten::detach") mark_detached(stack->back().toTensor());
     return;
   }
   const BelowInterception below;
@@ -104,7 +120,6 @@ inline constexpr const char* kNotForWeights[] = {"t",
                                                  "chunk",
                                                  "split.Tensor",
                                                  "unflatten.int",
-                                                 "detach",
                                                  "alias",
                                                  "as_strided",
                                                  "set_data",
@@ -117,6 +132,10 @@ inline constexpr const char* kNotForWeights[] = {"t",
                                                  "conv1d",
                                                  "conv2d",
                                                  "conv3d",
+                                                 "conv1d.padding",
+                                                 "conv2d.padding",
+                                                 "conv3d.padding",
+                                                 "_convolution_mode",
                                                  "conv_transpose1d",
                                                  "conv_transpose2d.input",
                                                  "conv_transpose3d.input"};

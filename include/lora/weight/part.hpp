@@ -6,6 +6,7 @@
 #include <lora/version.hpp>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -55,8 +56,11 @@ inline std::optional<std::pair<int64_t, int64_t>> row_block(const at::Tensor& we
 inline std::optional<std::vector<int64_t>> block_start(const at::Tensor& weight, const at::Tensor& operand) {
   const auto dimensions = static_cast<size_t>(weight.dim());
   if (operand.dim() != weight.dim()) return std::nullopt;
-  std::vector<size_t> by_stride(dimensions);
-  for (size_t i = 0; i < dimensions; ++i) by_stride[i] = i;
+  std::vector<size_t> by_stride;  // of size 1 are any strides
+  for (size_t i = 0; i < dimensions; ++i) {
+    if (weight.sizes()[i] != 1) by_stride.push_back(i);
+    if (weight.sizes()[i] == 1 && operand.sizes()[i] != 1) return std::nullopt;
+  }
   std::sort(by_stride.begin(), by_stride.end(),
             [&](size_t a, size_t b) { return weight.strides()[a] > weight.strides()[b]; });
   auto rest = operand.storage_offset() - weight.storage_offset();
@@ -71,12 +75,87 @@ inline std::optional<std::vector<int64_t>> block_start(const at::Tensor& weight,
   return rest == 0 ? std::optional(start) : std::nullopt;
 }
 
-/// Whether `operand` lies in the memory of `weight`, which has no gaps.
+/// Where the numbers of a tensor lie in its memory: places are written in digits, one for each dimension.
+class Digits {
+ public:
+  explicit Digits(const at::Tensor& tensor) {
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (tensor.size(i) != 1) digits_.push_back({tensor.stride(i), tensor.size(i)});
+    }
+    std::sort(digits_.begin(), digits_.end(), [](const auto& a, const auto& b) { return a.stride > b.stride; });
+    int64_t places = 1;  // that the inner digits span
+    for (auto digit = digits_.rbegin(); digit != digits_.rend(); ++digit) {
+      is_unique_ = is_unique_ && digit->stride >= places;
+      places += (digit->size - 1) * digit->stride;
+    }
+    for (auto i = digits_.size(); i-- > 1;) {
+      auto &outer = digits_[i - 1], &inner = digits_[i];
+      if (outer.stride != inner.stride * inner.size) continue;
+      outer = {inner.stride, inner.size * outer.size};  // no gap between them: one digit
+      digits_.erase(digits_.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+  }
+
+  /// Whether every number of a tensor that begins `offset` places after this one is a number of this one.
+  bool contain(const at::Tensor& other, int64_t offset) const {
+    if (!is_unique_ || offset < 0) return false;
+    std::vector<int64_t> last(digits_.size());  // the digits of its last number, as far as no digit overflows
+    if (!add(offset, 1, last)) return false;
+    for (int64_t i = 0; i < other.dim(); ++i) {
+      if (other.size(i) > 1 && !add(other.stride(i), other.size(i) - 1, last)) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Digit {
+    int64_t stride, size;
+  };
+
+  bool add(int64_t step, int64_t times, std::vector<int64_t>& digits) const {
+    for (size_t i = 0; i < digits_.size(); ++i) {
+      digits[i] += step / digits_[i].stride * times;
+      step %= digits_[i].stride;
+      if (digits[i] >= digits_[i].size) return false;
+    }
+    return step == 0;
+  }
+
+  std::vector<Digit> digits_;
+  bool is_unique_ = true;  // no two numbers in one place
+};
+
+/// Whether every number of `operand` is one of `weight`, in whatever order.
 inline bool is_inside(const at::Tensor& weight, const at::Tensor& operand) {
-  if (!weight.is_non_overlapping_and_dense()) return false;
-  auto last = operand.storage_offset();
-  for (int64_t i = 0; i < operand.dim(); ++i) last += (operand.size(i) - 1) * operand.stride(i);
-  return last < weight.storage_offset() + weight.numel();
+  return Digits(weight).contain(operand, operand.storage_offset() - weight.storage_offset());
+}
+
+/// Whether `operand`, which shares the storage of `weight` and is no part of it, may have some of its numbers all the
+/// same. Tensors that lie behind each other have none, and neither have those beside each other in the rows of a larger
+/// matrix.
+inline bool may_overlap(const at::Tensor& weight, const at::Tensor& operand) {
+  if (weight.numel() == 0 || operand.numel() == 0 || operand.scalar_type() != weight.scalar_type()) return false;
+  // The numbers of a tensor, without those of dimensions with a stride of at least `limit`: how many places they span.
+  const auto span = [](const at::Tensor& tensor, int64_t limit) {
+    int64_t places = 1;
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (tensor.stride(i) < limit) places += (tensor.size(i) - 1) * tensor.stride(i);
+    }
+    return places;
+  };
+  constexpr auto kAll = std::numeric_limits<int64_t>::max();
+  const auto offset = operand.storage_offset() - weight.storage_offset();
+  if (offset >= span(weight, kAll) || offset + span(operand, kAll) <= 0) return false;
+  int64_t pitch = 0;
+  for (int64_t i = 0; i < weight.dim(); ++i) {
+    if (weight.size(i) > 1) pitch = std::max(pitch, weight.stride(i));
+  }
+  if (pitch == 0) return true;
+  for (int64_t i = 0; i < operand.dim(); ++i) {
+    if (operand.size(i) > 1 && operand.stride(i) > pitch && operand.stride(i) % pitch != 0) return true;
+  }
+  const auto column = (offset % pitch + pitch) % pitch;
+  return column < span(weight, pitch) || column + span(operand, pitch) > pitch;
 }
 
 /// All of a weight.
@@ -120,12 +199,14 @@ inline at::Tensor same_part(const at::Tensor& whole, const at::Tensor& weight, c
     }
     return block;
   }
-  auto stored = whole.contiguous();
-  if (!weight.is_contiguous()) {
+  // In memory as the weight is, so that the same strides find the same numbers.
+  auto stored = whole;
+  if (!same_layout(whole.sizes(), whole.strides(), weight.sizes(), weight.strides())) {
     stored = at::empty_strided(weight.sizes(), weight.strides(), whole.options());
     stored.copy_(whole);
   }
-  return stored.as_strided(operand.sizes(), operand.strides(), operand.storage_offset() - weight.storage_offset());
+  const auto offset = stored.storage_offset() + operand.storage_offset() - weight.storage_offset();
+  return stored.as_strided(operand.sizes(), operand.strides(), offset);
 }
 
 }  // namespace detail
