@@ -388,8 +388,8 @@ class Adapters {
       TORCH_CHECK(other.adapter->part(layer) == nullptr, "lora::Adapters: \"", entry.name, "\" does not adapt \"",
                   layer, "\"");
     }
-    TORCH_CHECK(false, "lora::Adapters: no layer \"", layer, "\" is adapted;", detail::did_you_mean(layer, targets()),
-                " Adapted are: ", detail::list(targets()));
+    C10_THROW_ERROR(Error, c10::str("lora::Adapters: no layer \"", layer, "\" is adapted;",
+                                    detail::did_you_mean(layer, targets()), " Adapted are: ", detail::list(targets())));
   }
 
   std::vector<detail::Merging> mergings(const std::string& name) const {

@@ -241,8 +241,7 @@ struct Fixture {
       weight.copy_(weight.to(delta.scalar_type()) + delta);
     }
     auto result = run();
-    for (size_t i = 0; i < pristine.size(); ++i)
-      parameters[parameter_of(*adapters.sites()[i])].copy_(pristine[i]);
+    for (size_t i = 0; i < pristine.size(); ++i) parameters[parameter_of(*adapters.sites()[i])].copy_(pristine[i]);
     return result;
   }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/grad_mode.h>
 #include <c10/core/TensorOptions.h>
 #include <ATen/ops/empty.h>
 

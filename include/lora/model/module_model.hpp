@@ -82,7 +82,7 @@ class ModuleModel final : public Model {
     for (const auto& [module_name, module] : modules()) {
       if (module_name == owner) return parameter_of(*module, name, name.substr(owner.empty() ? 0 : owner.size() + 1));
     }
-    TORCH_CHECK(false, "lora::attach: no module has the parameter \"", name, "\"");
+    C10_THROW_ERROR(Error, "lora::attach: no module has the parameter \"" + name + "\"");
   }
 
   bool is_gone() const override { return is_held_ && alive_.expired(); }

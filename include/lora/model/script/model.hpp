@@ -6,6 +6,7 @@
 #include <lora/model/model.hpp>
 #include <lora/model/script/module.hpp>
 #include <lora/model/script/plain_execution.hpp>
+#include <lora/selection/text.hpp>
 #include <lora/version.hpp>
 
 #include <memory>
@@ -74,7 +75,7 @@ class ScriptModel final : public Model {
       layers::check_parameter(name, item.value.attr(attribute).toTensor());
       return detail::ScriptModule(model_, owner, item.value).parameter(attribute, name, Use::kAny);
     }
-    TORCH_CHECK(false, "lora::attach: no module has the parameter \"", name, "\"");
+    C10_THROW_ERROR(Error, "lora::attach: no module has the parameter \"" + name + "\"");
   }
 
   bool is_gone() const override { return false; }  // it shares the ownership
