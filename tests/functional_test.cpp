@@ -384,7 +384,7 @@ TEST_CASE("Each part of a fused weight has its own update, of which rows that cu
   }
   if (has_gain) make(term.gain, {parts, out}, 1);
   if (has_input_gain) make(term.input_gain, {parts, 5}, 1);
-  const auto delta = [&] {  // part by part
+  const auto delta = [&, rows = rows, chosen = chosen] {  // part by part
     std::vector<Tensor> deltas;
     int64_t part = 0, first = 0;
     for (size_t i = 0; i < rows.size(); first += rows[i++]) {

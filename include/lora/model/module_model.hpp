@@ -55,7 +55,9 @@ class ModuleModel final : public Model {
 
   LayerWeights tensors() const override {
     LayerWeights tensors;
-    for (const auto& [name, module] : modules()) {
+    for (const auto& named : modules()) {
+      const auto& name = named.first;
+      auto* module = named.second;
       const auto prefix = name.empty() ? "" : name + ".";
       const auto places = known_places(name, *module);
       const auto take = [&](const std::string& key, const at::Tensor& tensor, bool is_buffer) {

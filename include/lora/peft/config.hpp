@@ -81,10 +81,11 @@ class PeftConfigReader {
   /// The method with the options of its own that the file has.
   MethodKind with_own_options(const MethodKind& method) const {
     const auto own = method.prototype().copy();
-    for (const auto& [name, standard] : own->own_options()) {
+    for (const auto& known : own->own_options()) {
+      const auto name = known.first;
       const auto found = json_.find(name);
       if (found == json_.end() || found->is_null()) continue;
-      const auto wanted = std::visit([&](const auto& like) { return option(name, *found, like); }, standard);
+      const auto wanted = std::visit([&](const auto& like) { return option(name, *found, like); }, known.second);
       TORCH_INTERNAL_ASSERT(own->set_option(name, wanted), name);
     }
     return MethodKind(own);
