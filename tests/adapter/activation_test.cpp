@@ -70,18 +70,6 @@ TEST_CASE("Autocast and inference mode act inside a scope as outside it") {
 
 namespace {
 
-/// The warnings that are given while it lives.
-class Warnings : public c10::WarningHandler {
- public:
-  Warnings() : before_(c10::WarningUtils::get_warning_handler()) { c10::WarningUtils::set_warning_handler(this); }
-  ~Warnings() override { c10::WarningUtils::set_warning_handler(before_); }
-  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  std::vector<std::string> texts;
-
- private:
-  c10::WarningHandler* before_;
-};
-
 /// Runs a function of its input again in backward, as checkpointing does.
 struct Recomputed : torch::autograd::Function<Recomputed> {
   using Pass = std::function<torch::Tensor(const torch::Tensor&)>;
@@ -142,7 +130,7 @@ TEST_CASE("Leaving a scope restores the thread exactly, in whatever order scopes
 }
 
 TEST_CASE("Leaving a scope that missed layers warns once, and names the operator that took the weight as it is") {
-  Warnings warnings;
+  testing::Warnings warnings;
   testing::Stack model(1);
   auto adapters = lora::attach(*model, kQueries);
   auto x = torch::randn({2, 8}, testing::device());
@@ -158,7 +146,7 @@ TEST_CASE("Leaving a scope that missed layers warns once, and names the operator
 }
 
 TEST_CASE("A scope in which another thread computes says that the scope has to be carried there") {
-  Warnings warnings;
+  testing::Warnings warnings;
   testing::Stack model(1);
   auto adapters = lora::attach(*model, kQueries);
   auto x = torch::randn({2, 8}, testing::device());

@@ -118,7 +118,8 @@ struct Fixture {
   /// Base + (delta_1 + delta_2) x, of those that are asked for. IA3 changes biases, too.
   Tensor expected(const Tensor& x, bool with_first = true, bool with_second = true) {
     return model->by_hand(x, [&](const std::string& name) {
-      auto* parameter = model->named_parameters().find(name);
+      const auto parameters = model->named_parameters();
+      const auto* parameter = parameters.find(name);
       if (parameter == nullptr) return Tensor();
       auto sum = *parameter;
       for (const auto& [adapters, is_asked_for] : {std::pair(&first, with_first), std::pair(&second, with_second)}) {

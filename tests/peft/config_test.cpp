@@ -38,18 +38,6 @@ class ConfigFile {
   testing::TemporaryFolder folder_;
 };
 
-/// Collects the warnings of LibTorch while it lives.
-class Warnings : public c10::WarningHandler {
- public:
-  Warnings() : before_(c10::WarningUtils::get_warning_handler()) { c10::WarningUtils::set_warning_handler(this); }
-  ~Warnings() override { c10::WarningUtils::set_warning_handler(before_); }
-  void process(const c10::Warning& warning) override { text += warning.msg() + "\n"; }
-  std::string text;
-
- private:
-  c10::WarningHandler* before_;
-};
-
 }  // namespace
 
 TEST_CASE("write_adapter_config writes every field as PEFT 0.21 does", "[peft_config]") {
@@ -225,18 +213,19 @@ TEST_CASE("read_adapter_config refuses what would change the result", "[peft_con
 
 TEST_CASE("read_adapter_config takes what is switched off or changes nothing", "[peft_config]") {
   ConfigFile file;
-  Warnings warnings;
+  testing::Warnings warnings;
   file.with(R"("bias":"none","modules_to_save":[],"target_parameters":[],"trainable_token_indices":null,)"
             R"("use_qalora":false,"qalora_group_size":4,"auto_mapping":{"a":"b"},"revision":"main",)"
             R"("eva_config":{"rho":2.0},"megatron_core":"x","inference_mode":false,"runtime_config":{},)"
             R"("peft_version":"0.17.0","loftq_config":{})");
-  CHECK(warnings.text.empty());
+  CHECK(warnings.texts.empty());
 
   file.with(R"("velora_config":{"scale":1.0})");
-  CHECK_THAT(warnings.text, contains("\"velora_config\" changes how PEFT trains"));
-  warnings.text.clear();
+  REQUIRE(warnings.texts.size() == 1);
+  CHECK_THAT(warnings.texts.back(), contains("\"velora_config\" changes how PEFT trains"));
   file.with(R"("next_year":1,"and_after":null)");
-  CHECK_THAT(warnings.text, contains("adapter_config.json: unknown fields are ignored: \"next_year\", \"and_after\""));
+  CHECK_THAT(warnings.texts.back(),
+             contains("adapter_config.json: unknown fields are ignored: \"next_year\", \"and_after\""));
 }
 
 TEST_CASE("read_adapter_config says which field is wrong", "[peft_config]") {
@@ -279,4 +268,25 @@ TEST_CASE("read_adapter_config refuses files of another kind", "[peft_config]") 
              contains("none/c.json: cannot be created"));
   CHECK_THAT(testing::error_of([&] { write_adapter_config(file.path(), LoRAConfig(2).target_modules({"\xff"})); }),
              contains("adapter_config.json: cannot be written: a name in the configuration is not valid UTF-8"));
+}
+
+TEST_CASE("Fields that PEFT has for another type only are named in a warning, and change nothing") {
+  testing::TemporaryFolder folder;
+  const auto [type, field, is_known] = GENERATE(table<std::string, std::string, bool>({
+      {"VERA", R"("exclude_modules": ["fc2"])", false},
+      {"VERA", R"("rank_pattern": {"fc1": 2})", false},
+      {"VERA", R"("d_initial": 0.5)", true},
+      {"IA3", R"("bias": "all")", false},
+      {"IA3", R"("feedforward_modules": ["fc1"])", true},
+  }));
+  std::ofstream(folder / "adapter_config.json")
+      << R"({"target_modules": ["fc1", "fc2"], "peft_type": ")" << type << "\", " << field << "}";
+  testing::Warnings warnings;
+  const auto config = lora::read_adapter_config(folder / "adapter_config.json");
+  CHECK(warnings.texts.size() == (is_known ? 0 : 1));
+  CHECK(config.exclude_modules().empty());
+  CHECK(config.rank_pattern().empty());
+  CHECK(config.bias() == lora::Bias::kNone);
+  lora::write_adapter_config(folder / "again.json", config);
+  CHECK(lora::read_adapter_config(folder / "again.json").method().info().peft_type == type);
 }

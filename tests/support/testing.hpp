@@ -58,6 +58,18 @@ inline torch::Device device() {
 /// Numbers of a type on that device.
 inline torch::TensorOptions on_device(torch::ScalarType type) { return torch::TensorOptions(type).device(device()); }
 
+/// The warnings that are given while it lives.
+class Warnings : public c10::WarningHandler {
+ public:
+  Warnings() : before_(c10::WarningUtils::get_warning_handler()) { c10::WarningUtils::set_warning_handler(this); }
+  ~Warnings() override { c10::WarningUtils::set_warning_handler(before_); }
+  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+  std::vector<std::string> texts;
+
+ private:
+  c10::WarningHandler* before_;
+};
+
 /// An empty folder of its own for one test, removed with everything in it at the end.
 class TemporaryFolder {
  public:

@@ -25,10 +25,11 @@ class PeftConfigReader {
  public:
   explicit PeftConfigReader(const std::filesystem::path& path) : path_(path), json_(read_json<PeftJson>(path)) {}
 
-  LoRAConfig read() const {
+  LoRAConfig read() {
     if (!json_.is_object()) throw CheckpointError(path_, "has to hold one JSON object, but holds ", json_.type_name());
     const auto method = read_method();
     const auto& info = method.info();
+    info_ = &info;
     check_fields(method);
     LoRAConfig config(info.rank_name.empty() ? 8 : read_rank(info));
     config.method(method);
@@ -52,10 +53,10 @@ class PeftConfigReader {
     throw CheckpointError(path_, "\"", field, "\" ", reason...);
   }
 
-  /// The value of a field; PEFT's default where the file says nothing.
+  /// The value of a field; PEFT's default where the file says nothing, or where PEFT has no such field for the method.
   PeftJson value(const char* field) const {
     const auto found = json_.find(field);
-    if (found != json_.end() && !found->is_null()) return *found;
+    if (found != json_.end() && !found->is_null() && has_field(*info_, field)) return *found;
     const auto* known = peft_field(field);
     return known == nullptr ? PeftJson() : PeftJson::parse(known->standard);
   }
@@ -91,13 +92,13 @@ class PeftConfigReader {
     return MethodKind(own);
   }
 
-  OptionValue option(std::string_view name, const PeftJson& /*value*/, bool) const { return flag(name.data()); }
+  OptionValue option(std::string_view name, const PeftJson& value, bool) const { return flag(name.data(), value); }
   OptionValue option(std::string_view name, const PeftJson& value, int64_t) const {
     return whole_number(name.data(), std::string(name), value);
   }
   OptionValue option(std::string_view name, const PeftJson& value, double) const { return number(name.data(), value); }
-  OptionValue option(std::string_view name, const PeftJson& /*value*/, const std::vector<std::string>&) const {
-    return names(name.data());
+  OptionValue option(std::string_view name, const PeftJson& value, const std::vector<std::string>&) const {
+    return names(name.data(), value);
   }
 
   int64_t read_rank(const MethodInfo& info) const {
@@ -182,8 +183,8 @@ class PeftConfigReader {
   }
 
   /// A list of strings, or one string by itself.
-  std::vector<std::string> names(const char* field) const {
-    const auto value = this->value(field);
+  std::vector<std::string> names(const char* field) const { return names(field, value(field)); }
+  std::vector<std::string> names(const char* field, const PeftJson& value) const {
     if (value.is_null()) return {};
     if (value.is_string()) return {value.get<std::string>()};
     const auto is_string = [](const auto& item) { return item.is_string(); };
@@ -235,8 +236,8 @@ class PeftConfigReader {
     return value.get<double>();
   }
 
-  bool flag(const char* field) const {
-    const auto value = this->value(field);
+  bool flag(const char* field) const { return flag(field, value(field)); }
+  bool flag(const char* field, const PeftJson& value) const {
     if (!value.is_boolean()) fail(field, "has to be true or false, but is ", value.dump());
     return value.get<bool>();
   }
@@ -261,6 +262,7 @@ class PeftConfigReader {
 
   const std::filesystem::path path_;
   const PeftJson json_;
+  const MethodInfo* info_ = nullptr;  // once it is known
 };
 
 /// Turns a LoRAConfig into the text of an adapter_config.json.
