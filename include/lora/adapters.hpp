@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -215,7 +216,7 @@ class Adapters {
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: nothing is merged");
     std::vector<std::shared_ptr<Site>> sites;
-    for (const auto& part : adapter(merged_)->parts) sites.push_back(part.site);
+    for (const auto& merging : mergings(known(*list(), merged_))) sites.push_back(merging.site);
     detail::unmerge(sites);
     merged_.clear();
   }
@@ -396,9 +397,18 @@ class Adapters {
     const auto all = list();
     const auto& entry = known(*all, name);
     check_devices(*entry.adapter);
+    return mergings(entry);
+  }
+
+  /// What an adapter changes, each tensor once: a bias may be trained in full and scaled by its layer's method, too.
+  static std::vector<detail::Merging> mergings(const detail::AdapterList::Entry& entry) {
     std::vector<detail::Merging> mergings;
-    for (const auto& part : entry.adapter->parts)
-      mergings.push_back({part.site, {MergedMethod{name, part.method, entry.scale}}});
+    std::unordered_map<const Site*, size_t> places;
+    for (const auto& part : entry.adapter->parts) {
+      const auto [place, is_new] = places.emplace(part.site.get(), mergings.size());
+      if (is_new) mergings.push_back({part.site, {}});
+      mergings[place->second].methods.push_back({entry.name, part.method, entry.scale});
+    }
     return mergings;
   }
 

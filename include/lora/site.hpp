@@ -91,8 +91,6 @@ class Site {
   /// The adapter that the layer has of its own, which acts outside of scopes; null where it has none.
   const std::shared_ptr<AnyMethod>& own() const { return own_; }
   void set_own(std::shared_ptr<AnyMethod> method) { own_ = std::move(method); }
-  /// Says which other layers have the weight; known when the site is made.
-  void set_tied_to(std::vector<std::string> layers) { place_.tied_to = std::move(layers); }
 
   /// The weight as it is now, merged or not.
   at::Tensor weight() const { return place_.slot->read(); }

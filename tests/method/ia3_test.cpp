@@ -104,3 +104,28 @@ TEST_CASE("The inputs of an embedding cannot be scaled") {
                     testing::contains("lora::IA3: the inputs of an embedding are numbers of entries"));
   CHECK(model->parameters()[0].requires_grad());
 }
+
+TEST_CASE("A bias that is trained in full and scaled is merged once, and comes back bit by bit") {
+  torch::manual_seed(0);
+  torch::nn::Sequential model(torch::nn::Linear(5, 4));
+  model->to(testing::device(), torch::kDouble);
+  const auto bias = model->parameters()[1].clone();
+  auto adapters =
+      lora::attach(*model, LoRAConfig(1).method(IA3()).bias(lora::Bias::kAdaptedOnly).target_modules({"0"}));
+  testing::randomize(adapters.parameters(), 0.5);
+  auto named = adapters.named_parameters();
+  auto x = torch::randn({3, 5}, testing::on_device(torch::kDouble));
+  const auto l = named["0.ia3_l"].flatten();
+  // the sum of both changes: b + (v - b) + (l b - b)
+  const auto expected = l * x.matmul(model->parameters()[0].t()) + named["0.bias"] + (l - 1) * bias;
+  const auto base = model->forward(x);
+  {
+    auto active = adapters.activate();
+    CHECK(testing::distance(model->forward(x), expected) < 1e-12);
+  }
+  adapters.merge();
+  CHECK(testing::distance(model->forward(x), expected) < 1e-12);
+  adapters.unmerge();
+  CHECK(torch::equal(model->forward(x), base));
+  CHECK(torch::equal(model->parameters()[1], bias));
+}

@@ -334,11 +334,6 @@ class MethodKind {
   /* implicit */ MethodKind(const M& prototype) : prototype_(std::make_shared<MethodOf<M>>(prototype)) {}
   explicit MethodKind(std::shared_ptr<const AnyMethod> prototype) : prototype_(std::move(prototype)) {}
 
-  template <class M>
-  static MethodKind of() {
-    return MethodKind(M());
-  }
-
   const MethodInfo& info() const { return prototype_->info(); }
   const AnyMethod& prototype() const { return *prototype_; }
 

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/norm.h>
 
 #include <lora/version.hpp>
 #include <lora/weight/view.hpp>
@@ -22,9 +21,6 @@ class Base {
   virtual at::Tensor dense() const = 0;
   /// The memory that it takes.
   virtual int64_t nbytes() const = 0;
-
-  /// The norm of each row of W, (out) or (batch, out), in the type of an adapter.
-  virtual at::Tensor row_norms() const { return at::norm(dense().to(adapter_dtype(dtype())), 2, {-1}); }
 };
 
 /// A weight that is there as a tensor of numbers, in the layout of its layer.
