@@ -1,4 +1,6 @@
-# The target lora_headers: the public headers as translation units of their own, which shows that each stands alone.
+# The target lora_headers: the public headers as translation units of their own, which shows that each stands alone and
+# that none has a warning for those who include it without -isystem. Templates warn where they are used, so one unit more
+# uses those of the layers.
 #
 # Nearly all of that time goes into LibTorch, so nothing is compiled that shows nothing new:
 # - <torch/nn/module.h> comes precompiled where the compiler sees it before anything of lora in any case: the header, or
@@ -64,7 +66,9 @@ foreach(kind units units_of_modules)
   endforeach()
   add_library(lora_header_${kind} OBJECT EXCLUDE_FROM_ALL ${units})
   target_link_libraries(lora_header_${kind} PRIVATE lora::lora)
-  target_compile_options(lora_header_${kind} PRIVATE $<$<CONFIG:Release>:-O0>)
+  target_compile_options(lora_header_${kind} PRIVATE $<$<CONFIG:Release>:-O0>
+    -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror)
   add_dependencies(lora_headers lora_header_${kind})
 endforeach()
+target_sources(lora_header_units_of_modules PRIVATE packaging/templates.cpp)
 target_precompile_headers(lora_header_units_of_modules PRIVATE <torch/nn/module.h>)

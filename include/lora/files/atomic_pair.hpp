@@ -33,7 +33,7 @@ class AtomicPair {
         folder_(first.folder()),
         lock_(folder_, LOCK_EX),
         opened_(open_existing(folder_, O_RDONLY | O_DIRECTORY)) {
-    TORCH_INTERNAL_ASSERT(first.folder() == second.folder());
+    TORCH_INTERNAL_ASSERT(first.folder() == second.folder(), "a pair in two folders");
   }
 
   ~AtomicPair() {

@@ -110,7 +110,7 @@ inline void unfused_encoder_layer(torch::jit::Stack& stack) {
   const bool use_gelu = operands.boolean(), norm_first = operands.boolean();
   const auto eps = operands.number();
   const auto norm_of = [&](const at::Tensor& weight, const at::Tensor& bias) {
-    return [=](const at::Tensor& x) { return at::layer_norm(x, {width}, weight, bias, eps); };
+    return [=](const at::Tensor& in) { return at::layer_norm(in, {width}, weight, bias, eps); };
   };
   const auto scale1 = operands.tensor(), shift1 = operands.tensor();
   const auto scale2 = operands.tensor(), shift2 = operands.tensor();
@@ -119,9 +119,9 @@ inline void unfused_encoder_layer(torch::jit::Stack& stack) {
   const auto weight2 = operands.tensor(), bias2 = operands.tensor();
   attention.mask = operands.tensor();
   attention.mask_type = operands.optional_integer();
-  const auto attend = [&](const at::Tensor& x) { return attention(x, x, x).first; };
-  const auto feed_forward = [&](const at::Tensor& x) {
-    const auto hidden = at::linear(x, weight1, bias1);
+  const auto attend = [&](const at::Tensor& in) { return attention(in, in, in).first; };
+  const auto feed_forward = [&](const at::Tensor& in) {
+    const auto hidden = at::linear(in, weight1, bias1);
     return at::linear(use_gelu ? at::gelu(hidden) : at::relu(hidden), weight2, bias2);
   };
   x = norm_first ? x + attend(norm1(x)) : norm1(x + attend(x));

@@ -71,7 +71,7 @@ at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::T
 
 inline at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   return adapt_product("aten::linear", x, weight, bias, Part::Kind::kRows,
-                       [](const auto& x, const auto& w, const auto& b) { return at::linear(x, w, optional(b)); });
+                       [](const auto& in, const auto& w, const auto& b) { return at::linear(in, w, optional(b)); });
 }
 
 inline at::Tensor addmm_kernel(const at::Tensor& bias, const at::Tensor& x, const at::Tensor& matrix,
@@ -79,20 +79,20 @@ inline at::Tensor addmm_kernel(const at::Tensor& bias, const at::Tensor& x, cons
   const bool is_plain = beta.equal(1) && alpha.equal(1);
   return adapt_product("aten::addmm", x, matrix, bias,
                        is_plain ? std::optional(Part::Kind::kTransposedRows) : std::nullopt,
-                       [&](const auto& x, const auto& m, const auto& b) {
-                         if (b.defined()) return at::addmm(b, x, m, beta, alpha);
-                         return is_plain ? at::mm(x, m) : at::mm(x, m).mul(alpha);
+                       [&](const auto& in, const auto& m, const auto& b) {
+                         if (b.defined()) return at::addmm(b, in, m, beta, alpha);
+                         return is_plain ? at::mm(in, m) : at::mm(in, m).mul(alpha);
                        });
 }
 
 inline at::Tensor matmul_kernel(const at::Tensor& x, const at::Tensor& matrix) {
   return adapt_product("aten::matmul", x, matrix, std::nullopt, Part::Kind::kTransposedRows,
-                       [](const auto& x, const auto& m, const auto& /*bias*/) { return at::matmul(x, m); });
+                       [](const auto& in, const auto& m, const auto& /*bias*/) { return at::matmul(in, m); });
 }
 
 inline at::Tensor mm_kernel(const at::Tensor& x, const at::Tensor& matrix) {
   return adapt_product("aten::mm", x, matrix, std::nullopt, Part::Kind::kTransposedRows,
-                       [](const auto& x, const auto& m, const auto& /*bias*/) { return at::mm(x, m); });
+                       [](const auto& in, const auto& m, const auto& /*bias*/) { return at::mm(in, m); });
 }
 
 inline at::Tensor convolution_kernel(const at::Tensor& x, const at::Tensor& weight,
@@ -100,8 +100,8 @@ inline at::Tensor convolution_kernel(const at::Tensor& x, const at::Tensor& weig
                                      at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                                      at::IntArrayRef output_padding, int64_t groups) {
   return adapt_product(
-      "aten::convolution", x, weight, bias, std::nullopt, [&](const auto& x, const auto& w, const auto& b) {
-        return at::convolution(x, w, optional(b), stride, padding, dilation, transposed, output_padding, groups);
+      "aten::convolution", x, weight, bias, std::nullopt, [&](const auto& in, const auto& w, const auto& b) {
+        return at::convolution(in, w, optional(b), stride, padding, dilation, transposed, output_padding, groups);
       });
 }
 
@@ -117,8 +117,8 @@ at::Tensor traced_convolution_kernel(const at::Tensor& x, const at::Tensor& weig
                                      at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                                      at::IntArrayRef output_padding, int64_t groups, Flags... flags) {
   return adapt_product("aten::_convolution", x, weight, bias, std::nullopt,
-                       [&](const auto& x, const auto& w, const auto& b) {
-                         return at::_convolution(x, w, optional(b), stride, padding, dilation, transposed,
+                       [&](const auto& in, const auto& w, const auto& b) {
+                         return at::_convolution(in, w, optional(b), stride, padding, dilation, transposed,
                                                  output_padding, groups, flags...);
                        });
 }

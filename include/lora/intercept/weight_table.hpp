@@ -24,8 +24,8 @@ struct ActiveSite {
     double weight;  // a factor for the update
   };
 
-  ActiveSite(std::shared_ptr<const Site> site, std::vector<Acting> methods)
-      : site(std::move(site)), base(this->site->base(this->site->weight())), methods(std::move(methods)) {}
+  ActiveSite(std::shared_ptr<const Site> of, std::vector<Acting> acting)
+      : site(std::move(of)), base(site->base(site->weight())), methods(std::move(acting)) {}
 
   std::shared_ptr<const Site> site;
   DenseBase base;

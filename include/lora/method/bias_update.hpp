@@ -16,7 +16,7 @@ struct BiasUpdate : Method {
   static constexpr MethodInfo info{"BiasUpdate", "", "", "", "", ""};
 
   BiasUpdate() = default;
-  explicit BiasUpdate(std::shared_ptr<AnyMethod> method) : method(std::move(method)) {}
+  explicit BiasUpdate(std::shared_ptr<AnyMethod> of) : method(std::move(of)) {}
 
   std::vector<MethodField<BiasUpdate>> fields() const { return {}; }
   void initialize(const Base& /*base*/) {}

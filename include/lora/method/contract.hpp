@@ -49,8 +49,8 @@ inline namespace LORA_ABI {
 struct Axis {
   enum class Kind : uint8_t { kRank, kIn, kOut, kOwn };
 
-  /* implicit */ constexpr Axis(int64_t size) : kind(Kind::kOwn), size(size) {}
-  /* implicit */ constexpr Axis(Kind kind) : kind(kind), size(0) {}
+  /* implicit */ constexpr Axis(int64_t own_size) : kind(Kind::kOwn), size(own_size) {}
+  /* implicit */ constexpr Axis(Kind of_kind) : kind(of_kind), size(0) {}
 
   Kind kind;
   int64_t size;
@@ -194,7 +194,7 @@ class AnyMethod {
 template <class M>
 class MethodOf final : public AnyMethod {
  public:
-  explicit MethodOf(M value) : value(std::move(value)) {}
+  explicit MethodOf(M method) : value(std::move(method)) {}
 
   /// With tensors for a weight of that shape.
   MethodOf(M prototype, const LoRAOptions& options, const MatrixShape& shape, const at::TensorOptions& tensor_options)

@@ -21,9 +21,8 @@ struct FullDelta : Method {
   static constexpr MethodInfo info{"FullDelta", "", "", "", "", ""};
 
   FullDelta() = default;
-  explicit FullDelta(at::Tensor value, std::optional<double> scale = std::nullopt)
-      : value(std::move(value)), scale(scale) {
-    scaling = scale.value_or(1);
+  explicit FullDelta(at::Tensor of, std::optional<double> by = std::nullopt) : value(std::move(of)), scale(by) {
+    scaling = by.value_or(1);
   }
 
   std::vector<MethodField<FullDelta>> fields() const {

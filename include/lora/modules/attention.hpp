@@ -191,7 +191,17 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
   Projection q_proj, k_proj, v_proj, o_proj;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(AttentionInputs())})
+  // What FORWARD_HAS_DEFAULT_ARGS({1, AnyValue(AttentionInputs())}) declares; clang warns of the macro with -Wpedantic.
+  template <typename ModuleType, typename... ArgumentTypes>
+  friend struct torch::nn::AnyModuleHolder;
+  bool _forward_has_default_args() override { return true; }
+  unsigned int _forward_num_required_args() override { return 1; }
+  std::vector<torch::nn::AnyValue> _forward_populate_default_args(
+      std::vector<torch::nn::AnyValue>&& arguments) override {
+    auto all = std::move(arguments);
+    if (all.size() < 2) all.emplace_back(AttentionInputs());
+    return all;
+  }
 
  private:
   std::array<Projection*, 4> projections() { return {&q_proj, &k_proj, &v_proj, &o_proj}; }
@@ -391,7 +401,9 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
       columns.push_back(rows);
       row += rows;
     }
-    const auto run = [](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) { return at::linear(x, w, b); };
+    const auto run = [](const at::Tensor& in, const at::Tensor& w, const at::Tensor& b) {
+      return at::linear(in, w, b);
+    };
     // Unlike `narrow`, whose gradients would be padded and added up; and each part may be written to.
     return adapted_product({x, weight, bias, run, linear_times}, updates).unsafe_split_with_sizes(columns, -1);
   }

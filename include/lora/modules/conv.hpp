@@ -131,9 +131,9 @@ class LoRAConvImpl : public AdaptedModule<LoRAConvImpl<D, Method>, Method> {
     return this->adapt(input, run, linear_times, /*adds=*/false);
   }
 
-  void describe(LayerWeight& weight) const {
-    weight.form = LayerWeight::Form::kKernel;
-    weight.groups = options.conv().groups();
+  void describe(LayerWeight& described) const {
+    described.form = LayerWeight::Form::kKernel;
+    described.groups = options.conv().groups();
   }
 
   using AdaptedModule<LoRAConvImpl, Method>::weight;

@@ -90,9 +90,9 @@ class LoRAEmbeddingImpl : public AdaptedModule<LoRAEmbeddingImpl<Method>, Method
     return detail::NormLimit{*frozen.max_norm(), frozen.norm_type()}.apply(entries);
   }
 
-  void describe(LayerWeight& weight) const {
-    weight.form = LayerWeight::Form::kLookup;
-    weight.place.use = Use::kLookup;
+  void describe(LayerWeight& described) const {
+    described.form = LayerWeight::Form::kLookup;
+    described.place.use = Use::kLookup;
   }
 
   using AdaptedModule<LoRAEmbeddingImpl, Method>::weight;

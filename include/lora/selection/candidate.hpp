@@ -15,8 +15,8 @@ namespace detail {
 
 /// A weight that a configuration may mean.
 struct Candidate {
-  explicit Candidate(LayerWeight weight) : weight(std::move(weight)), file_name(place().file_name) {}
-  explicit Candidate(std::shared_ptr<Site> own) : own(std::move(own)), file_name(place().file_name) {}
+  explicit Candidate(LayerWeight found) : weight(std::move(found)), file_name(place().file_name) {}
+  explicit Candidate(std::shared_ptr<Site> brought) : own(std::move(brought)), file_name(place().file_name) {}
 
   const Place& place() const { return own ? own->place() : weight.place; }
   const std::string& name() const { return place().name; }

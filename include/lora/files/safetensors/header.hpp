@@ -61,7 +61,7 @@ class SafetensorsHeaderReader {
   /// Checks that offsets, shape and type agree, and turns a shape in values into one in elements.
   StoredTensor stored_tensor(const std::string& name, const SafetensorsEntry& entry) const {
     const auto& [dtype, values, begin, end] = entry;
-    const auto* type = find_safetensors_type([&dtype = dtype](const auto& type) { return dtype == type.name; });
+    const auto* type = find_safetensors_type([&dtype = dtype](const auto& other) { return dtype == other.name; });
     check(type != nullptr, "tensor \"", name, "\" is ", dtype, ", which LibTorch does not have");
     const auto shown = c10::ArrayRef<uint64_t>(values);
     auto elements = values;  // their numbers may fit where those of the values do not
@@ -135,7 +135,7 @@ class SafetensorsHeaderWriter {
 
  private:
   const SafetensorsType* type_of(const TensorInfo& info) const {
-    const auto* type = find_safetensors_type([&](const auto& type) { return type.dtype == info.dtype; });
+    const auto* type = find_safetensors_type([&](const auto& other) { return other.dtype == info.dtype; });
     if (type == nullptr)
       throw CheckpointError(path_, "tensor \"", info.name, "\" is ", info.dtype, ", which safetensors cannot hold");
     return type;
