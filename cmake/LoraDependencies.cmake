@@ -5,10 +5,10 @@
 set(LORA_DEPENDENCIES_ERROR)
 
 if(NOT TARGET nlohmann_json::nlohmann_json)
-  find_package(nlohmann_json 3 QUIET GLOBAL)
+  find_package(nlohmann_json 3.9.1 QUIET GLOBAL)  # the oldest that tests/libtorch_versions.sh runs
 endif()
 if(NOT TARGET nlohmann_json::nlohmann_json)
-  set(LORA_DEPENDENCIES_ERROR "lora: nlohmann/json 3, which reads and writes the JSON of adapter files, was not found. \
+  set(LORA_DEPENDENCIES_ERROR "lora: nlohmann/json 3.9.1 or later, which reads and writes the JSON of adapter files, was not found. \
 Install it (Debian, Ubuntu: nlohmann-json3-dev) or set nlohmann_json_DIR.")
   return()
 endif()

@@ -89,6 +89,7 @@ set(LORA_DETAIL_HEADERS
   selection/patterns.hpp
   selection/selection.hpp
   selection/text.hpp
+  system/libtorch.hpp
   weight/key.hpp
   weight/part.hpp
   weight/slot.hpp

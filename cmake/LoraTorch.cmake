@@ -14,7 +14,21 @@
 # headers need) and one line that says what was found; or LORA_TORCH_ERROR, which says what was tried and what to do.
 
 set(LORA_PYTHON "" CACHE FILEPATH "Python whose package torch is used where find_package(Torch) finds none")
-set(LORA_TORCH_OLDEST 2.2)  # the first with std::optional in its interface; 2.13 and 2.14 were tested
+option(LORA_ANY_LIBTORCH "Whether a LibTorch is taken that lora was not tested with" OFF)
+
+# Tested by tests/libtorch_versions.sh: the oldest and the newest, and of those between them 2.9, 2.11 and 2.13.
+set(LORA_TORCH_OLDEST 2.6)
+set(LORA_TORCH_NEWEST 2.14)
+
+# Whether that version is taken: one between the oldest and the newest, or any, by LORA_ANY_LIBTORCH.
+function(lora_takes_torch version result)
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" minor "${version}")
+  if(LORA_ANY_LIBTORCH OR (minor VERSION_GREATER_EQUAL LORA_TORCH_OLDEST AND minor VERSION_LESS_EQUAL LORA_TORCH_NEWEST))
+    set(${result} TRUE PARENT_SCOPE)
+  else()
+    set(${result} FALSE PARENT_SCOPE)
+  endif()
+endfunction()
 
 # The version that the headers under `prefix` state, or "unknown".
 function(lora_torch_version prefix result)
@@ -57,10 +71,11 @@ function(lora_list_torch_packages result)
   endif()
   set(found)
   foreach(config version IN ZIP_LISTS Torch_CONSIDERED_CONFIGS Torch_CONSIDERED_VERSIONS)
-    if(NOT found AND version VERSION_GREATER_EQUAL LORA_TORCH_OLDEST)
+    lora_takes_torch("${version}" is_taken)
+    if(NOT found AND is_taken)
       get_filename_component(found "${config}" DIRECTORY)
     elseif(NOT found)
-      message(STATUS "lora: passing over LibTorch ${version} in ${config}: ${LORA_TORCH_OLDEST} or later is needed")
+      message(STATUS "lora: passing over LibTorch ${version} in ${config}: ${LORA_TORCH_RANGE}")
     endif()
   endforeach()
   set(${result} "${found}" PARENT_SCOPE)
@@ -167,6 +182,8 @@ function(lora_torch_target_prefix result)
   set(${result} "${prefix}" PARENT_SCOPE)
 endfunction()
 
+set(LORA_TORCH_RANGE "lora was tested with ${LORA_TORCH_OLDEST} to ${LORA_TORCH_NEWEST}; \
+-DLORA_ANY_LIBTORCH=ON takes another all the same")
 set(LORA_TORCH_ERROR)
 if(TARGET torch)
   set(lora_torch_how "the target torch that exists already")
@@ -174,12 +191,22 @@ if(TARGET torch)
 else()
   lora_locate_torch(lora_torch_config lora_torch_how)
   if(NOT lora_torch_config)
-    set(LORA_TORCH_ERROR "lora: LibTorch ${LORA_TORCH_OLDEST} or later was not found: neither a target torch, nor \
-find_package(Torch), nor the package torch of a Python (asked: \
-${LORA_TORCH_PYTHONS}). Set LORA_PYTHON to a Python that has torch, or CMAKE_PREFIX_PATH to a LibTorch.")
+    set(LORA_TORCH_ERROR "lora: LibTorch ${LORA_TORCH_OLDEST} to ${LORA_TORCH_NEWEST} was not found: neither a target \
+torch, nor find_package(Torch), nor the package torch of a Python (asked: ${LORA_TORCH_PYTHONS}). Set LORA_PYTHON to a Python that has torch, or CMAKE_PREFIX_PATH to a LibTorch.")
     return()
   endif()
   get_filename_component(LORA_TORCH_PREFIX "${lora_torch_config}/../../.." ABSOLUTE)
+endif()
+
+lora_torch_version("${LORA_TORCH_PREFIX}" LORA_TORCH_VERSION)
+lora_takes_torch("${LORA_TORCH_VERSION}" lora_torch_is_taken)
+if(NOT lora_torch_is_taken)
+  set(LORA_TORCH_ERROR "lora: LibTorch ${LORA_TORCH_VERSION} in ${LORA_TORCH_PREFIX}, by ${lora_torch_how}, is not \
+taken: ${LORA_TORCH_RANGE}.")
+  return()
+endif()
+
+if(NOT TARGET torch)
   set(lora_torch_works TRUE)
   if(EXISTS "${LORA_TORCH_PREFIX}/lib/libtorch_cuda.so")
     lora_try_torch("${lora_torch_config}" lora_torch_works)
@@ -208,7 +235,6 @@ if(NOT lora_torch_target)
 endif()
 set_property(TARGET ${lora_torch_target} APPEND PROPERTY INTERFACE_COMPILE_FEATURES cxx_std_${LORA_TORCH_STANDARD})
 
-lora_torch_version("${LORA_TORCH_PREFIX}" LORA_TORCH_VERSION)
 set(lora_torch_device CPU)
 if(EXISTS "${LORA_TORCH_PREFIX}/lib/libtorch_cuda.so")
   set(lora_torch_device CUDA)

@@ -10,7 +10,7 @@
 #   prepare_text        sets $text: the default text
 #   configure           build/cmake, for LibTorch of that Python; with the tests where there is Catch2, and with the
 #                       benchmarks where there is Google Benchmark
-#   build TARGET...     with two jobs
+#   build TARGET...     with $JOBS jobs, two unless the environment says otherwise
 #   CMAKE_ARGS          more options for CMake, from the environment
 
 build=build/cmake
@@ -23,7 +23,10 @@ fail() { printf '%s\n' "$*" >&2; exit 1; }
 # have EVIDENCE: a program on the PATH, or a header in one of the system's folders
 have() {
   case $1 in
-    *.h | *.hpp) for folder in /usr/include /usr/local/include; do [ ! -e "$folder/$1" ] || return 0; done; return 1 ;;
+    *.h | *.hpp)
+      for headers in /usr/include /usr/local/include; do [ ! -e "$headers/$1" ] || return 0; done
+      return 1
+      ;;
     *) command -v "$1" > /dev/null ;;
   esac
 }
@@ -48,7 +51,6 @@ install_packages() {
   have c++ || missing="$missing g++"
   have cmake || missing="$missing cmake"
   have ninja || missing="$missing ninja-build"
-  have pkg-config || missing="$missing pkg-config"
   have pcre2.h || missing="$missing libpcre2-dev"
   have nlohmann/json.hpp || missing="$missing nlohmann-json3-dev"
   have fmt/format.h || missing="$missing libfmt-dev"
@@ -141,6 +143,6 @@ configure() {
   grep -e '-- lora:' "$build.log"
 }
 
-build() { cmake --build "$build" --parallel 2 --target "$@"; }
+build() { cmake --build "$build" --parallel "${JOBS:-2}" --target "$@"; }
 
 mkdir -p build

@@ -76,8 +76,11 @@ TEST_CASE("write_safetensors writes the bytes of the Python package", "[safetens
 TEST_CASE("every type of the format survives a file", "[safetensors]") {
   testing::TemporaryFolder folder;
   std::map<std::string, torch::Tensor> tensors;
-  for (const auto& type : lora::detail::kSafetensorsTypes) tensors[std::string(type.name)] = numbered(type.dtype, 3);
-  REQUIRE(tensors.size() == 20);
+  for (const auto& type : lora::detail::kSafetensorsTypes) {
+    if (type.dtype != torch::ScalarType::Undefined) tensors[std::string(type.name)] = numbered(type.dtype, 3);
+  }
+  const bool has_all = tensors.count("F4") == 1;
+  REQUIRE(tensors.size() == (has_all ? 20 : 18));  // LibTorch 2.6 has neither F4 nor F8_E8M0
   tensors["nan"] = torch::tensor({std::nanf(""), INFINITY, -0.0F});
   tensors["scalar"] = torch::tensor(-3.5);
   tensors["empty"] = torch::zeros({2, 0, 3}, torch::kHalf);
@@ -91,7 +94,9 @@ TEST_CASE("every type of the format survives a file", "[safetensors]") {
     INFO(name);
     CHECK(same_bytes(content.tensors.at(name), tensor));
   }
-  CHECK(contains("\"F4\",\"shape\":[3,4]").match(read_bytes(folder / "all")));  // two values in each element
+  if (has_all) {
+    CHECK(contains("\"F4\",\"shape\":[3,4]").match(read_bytes(folder / "all")));  // two values in each element
+  }
 }
 
 TEST_CASE("read_safetensors maps the file", "[safetensors]") {

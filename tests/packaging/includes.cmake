@@ -5,6 +5,7 @@ cmake_minimum_required(VERSION 3.24)
 # Lowest first. A line names folders and headers; of several that fit a header, the longest counts.
 set(lines
   "version.hpp"
+  "system/"
   "fwd.hpp options.hpp"
   "files/"
   "weight/"
@@ -25,7 +26,7 @@ set(lines
   "lora.hpp")
 
 # What a folder may include of the earlier lines, where that is not everything: a layer of this library knows no model.
-set(only_modules/ version.hpp options.hpp weight/ method/ functional.hpp site.hpp layers/ intercept/ adapter/merge.hpp)
+set(only_modules/ version.hpp system/ options.hpp weight/ method/ functional.hpp site.hpp layers/ intercept/ adapter/merge.hpp)
 
 # LibTorch's headers that include all the others; a user is to pay for little.
 set(torch_as_a_whole torch/torch.h torch/all.h torch/extension.h)

@@ -237,6 +237,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 #define LORA_PROMOTE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  using namespace at;  // the lists of LibTorch before 2.13 name a type of it
   AT_FORALL_LOWER_PRECISION_FP(LORA_LOWER_PRECISION)
   AT_FORALL_FP32(LORA_FLOAT)
   AT_FORALL_FP32_SET_OPT_DTYPE(LORA_FLOAT_RESULT)

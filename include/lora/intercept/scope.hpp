@@ -8,6 +8,7 @@
 
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
+#include <lora/system/libtorch.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -70,8 +71,8 @@ class ActiveScopes final : public c10::DebugInfoBase {
   friend class ScopeGuard;
 
   __attribute__((visibility("default"))) static c10::DebugInfoKind kind() {
-    static constexpr std::string_view name = "LORA_SCOPES";
-    return c10::DebugInfoKind(&name);
+    static constexpr std::string_view name = "LORA_SCOPES " LORA_ABI_NAME;
+    return debug_info_kind<c10::DebugInfoKind>(&name);
   }
 
   List all_, effective_;

@@ -53,9 +53,12 @@ class PeftConfigReader {
     throw CheckpointError(path_, "\"", field, "\" ", reason...);
   }
 
+  /// Before nlohmann/json 3.11 objects that keep their order find std::string alone.
+  PeftJson::const_iterator find(std::string_view field) const { return json_.find(std::string(field)); }
+
   /// The value of a field; PEFT's default where the file says nothing, or where PEFT has no such field for the method.
   PeftJson value(const char* field) const {
-    const auto found = json_.find(field);
+    const auto found = find(field);
     if (found != json_.end() && !found->is_null() && has_field(*info_, field)) return *found;
     const auto* known = peft_field(field);
     return known == nullptr ? PeftJson() : PeftJson::parse(known->standard);
@@ -84,7 +87,7 @@ class PeftConfigReader {
     const auto own = method.prototype().copy();
     for (const auto& known : own->own_options()) {
       const auto name = known.first;
-      const auto found = json_.find(name);
+      const auto found = find(name);
       if (found == json_.end() || found->is_null()) continue;
       const auto wanted = std::visit([&](const auto& like) { return option(name, *found, like); }, known.second);
       TORCH_INTERNAL_ASSERT(own->set_option(name, wanted), name);
@@ -102,18 +105,18 @@ class PeftConfigReader {
   }
 
   int64_t read_rank(const MethodInfo& info) const {
-    const auto found = json_.find(info.rank_name);
+    const auto found = find(info.rank_name);
     if (found == json_.end() || found->is_null()) return info.peft_rank;
     return whole_number(info.rank_name.data(), std::string(info.rank_name), *found);
   }
 
   double read_dropout(const MethodInfo& info) const {
-    const auto found = json_.find(info.dropout_name);
+    const auto found = find(info.dropout_name);
     return found == json_.end() || found->is_null() ? 0 : number(info.dropout_name.data(), *found);
   }
 
   bool is_set(std::string_view field) const {
-    const auto found = json_.find(field);
+    const auto found = find(field);
     return found != json_.end() && *found == true;
   }
 

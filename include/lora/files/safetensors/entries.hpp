@@ -120,9 +120,11 @@ class SafetensorsEntryReader {
     check(dtype.is_string() || is_wrapped, "tensor \"", name_, "\": dtype has to be a string, but is ",
           dtype.type_name());
     const auto name = is_wrapped ? dtype.begin().key() : dtype.get<std::string>();
+    const auto& types = kSafetensorsTypes;
     const auto& others = kSafetensorsOtherTypes;
-    const bool is_known = find_safetensors_type([&](const auto& type) { return name == type.name; }) != nullptr ||
-                          std::find(others.begin(), others.end(), name) != others.end();
+    const auto is_it = [&](const auto& type) { return name == type.name; };
+    const bool is_known =
+        std::any_of(types.begin(), types.end(), is_it) || std::find(others.begin(), others.end(), name) != others.end();
     if (!is_known) throw CheckpointError(path_, "tensor \"", name_, "\" has the unknown dtype ", dtype.dump());
     return name;
   }

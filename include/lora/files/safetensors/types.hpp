@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <lora/system/libtorch.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -31,15 +32,15 @@ struct SafetensorsType {
   int64_t values_per_element = 1;
 };
 
-/// The types of the format in its own order, in which a writer sorts.
+/// The types of the format in its own order, in which a writer sorts. An older LibTorch lacks some: Undefined.
 inline constexpr std::array<SafetensorsType, 20> kSafetensorsTypes = {{
     {"BOOL", at::kBool},
-    {"F4", at::ScalarType::Float4_e2m1fn_x2, 2},
+    {"F4", kFloat4<at::ScalarType>, 2},
     {"U8", at::kByte},
     {"I8", at::kChar},
     {"F8_E5M2", at::kFloat8_e5m2},
     {"F8_E4M3", at::kFloat8_e4m3fn},
-    {"F8_E8M0", at::kFloat8_e8m0fnu},
+    {"F8_E8M0", kFloat8Exponent<at::ScalarType>},
     {"F8_E4M3FNUZ", at::kFloat8_e4m3fnuz},
     {"F8_E5M2FNUZ", at::kFloat8_e5m2fnuz},
     {"I16", at::kShort},
@@ -55,13 +56,14 @@ inline constexpr std::array<SafetensorsType, 20> kSafetensorsTypes = {{
     {"U64", at::kUInt64},
 }};
 
-/// Types of the format that LibTorch does not have.
+/// Types of the format that no LibTorch has.
 inline constexpr std::array<std::string_view, 2> kSafetensorsOtherTypes = {"F6_E2M3", "F6_E3M2"};
 
-/// The entry of kSafetensorsTypes for which `matches` holds, or null.
+/// The entry of kSafetensorsTypes, of a type that this LibTorch has, for which `matches` holds, or null.
 template <typename Predicate>
 const SafetensorsType* find_safetensors_type(Predicate matches) {
-  const auto* found = std::find_if(kSafetensorsTypes.begin(), kSafetensorsTypes.end(), matches);
+  const auto fits = [&](const auto& type) { return type.dtype != at::ScalarType::Undefined && matches(type); };
+  const auto* found = std::find_if(kSafetensorsTypes.begin(), kSafetensorsTypes.end(), fits);
   return found == kSafetensorsTypes.end() ? nullptr : found;
 }
 
