@@ -67,9 +67,9 @@ struct Scope {
 
 /// An unchangeable list of scopes, the outermost first.
 ///
-/// It is an entry of the chain on which LibTorch keeps what follows a computation, which is also the profiler's. Whoever
-/// takes an entry from the chain expects it on top, and scopes are opened and left at any time; so this entry is the
-/// lowest one, and a thread has one at most.
+/// It is an entry of the chain on which LibTorch keeps what follows a computation, which is also the profiler's.
+/// Whoever takes an entry from the chain expects it on top, and scopes are opened and left at any time; so this entry
+/// is the lowest one, and a thread has one at most.
 class ActiveScopes final : public c10::DebugInfoBase {
  public:
   using List = std::vector<std::shared_ptr<const Scope>>;
@@ -145,8 +145,8 @@ class ActiveScopes final : public c10::DebugInfoBase {
   /// LibTorch does not know stays, and then what is below it.
   static Entries take_off_others() {
     using Kind = c10::DebugInfoKind;
-    const std::array<Kind, 7> kinds{Kind::PROFILER_STATE,    Kind::INFERENCE_CONTEXT, Kind::PARAM_COMMS_INFO,
-                                    Kind::PRODUCER_INFO,     Kind::TEST_INFO,         Kind::TEST_INFO_2,
+    const std::array<Kind, 7> kinds{Kind::PROFILER_STATE,     Kind::INFERENCE_CONTEXT, Kind::PARAM_COMMS_INFO,
+                                    Kind::PRODUCER_INFO,      Kind::TEST_INFO,         Kind::TEST_INFO_2,
                                     Kind::MOBILE_RUNTIME_INFO};
     Entries others;
     for (bool found = true; found;) {
@@ -183,8 +183,9 @@ class ScopeGuard {
       return;
     }
     scope_->was_left_elsewhere = true;
-    TORCH_WARN("lora::activate: a scope was left on another thread than the one it was opened on, where it stays open. ",
-               "Leave it there, and give other threads functions that lora::carry has wrapped");
+    TORCH_WARN(
+        "lora::activate: a scope was left on another thread than the one it was opened on, where it stays open. ",
+        "Leave it there, and give other threads functions that lora::carry has wrapped");
   }
 
   ScopeGuard(const ScopeGuard&) = delete;

@@ -67,6 +67,18 @@ class ScriptModel final : public Model {
     return tensors;
   }
 
+  std::vector<Place> running_means() const override {
+    std::vector<Place> means;
+    for (const auto& item : model_.named_modules()) {
+      for (const auto& buffer : item.value.named_buffers(/*recurse=*/false)) {
+        if (buffer.name != detail::kRunningMean) continue;
+        const detail::ScriptModule module(model_, item.name, item.value);
+        means.push_back(module.parameter(buffer.name, detail::joined(item.name, buffer.name), Use::kAny).place);
+      }
+    }
+    return means;
+  }
+
   LayerWeight parameter(const std::string& name) const override {
     const auto owner = detail::owner_of(name);
     for (const auto& item : model_.named_modules()) {
