@@ -19,12 +19,18 @@ namespace lora {
 inline namespace LORA_ABI {
 
 /// A model that TorchScript runs. `Adapters(std::make_shared<ScriptModel>(module))` has no adapters yet, e.g. for
-/// `Adapters::load`. Errors: c10::Error when the module was frozen.
+/// `Adapters::load`. Errors: c10::Error when the module was frozen, or all of its weights are quantized.
 class ScriptModel final : public Model {
  public:
   explicit ScriptModel(torch::jit::Module model) : model_(std::move(model)) {
+    bool is_quantized = false;
+    for (const auto& module : model_.modules())
+      is_quantized = is_quantized || detail::ScriptModule::is_quantized(module);
+    const bool has_parameters = model_.parameters().size() > 0;
+    TORCH_CHECK(has_parameters || !is_quantized, "lora::attach: the weights of this TorchScript module are quantized, ",
+                "and packed where no adapter can act on them. Attach to the module as it was before it was quantized");
     TORCH_CHECK(
-        model_.parameters().size() > 0, "lora::attach: this TorchScript module has no parameters; freezing it (",
+        has_parameters, "lora::attach: this TorchScript module has no parameters; freezing it (",
         "torch.jit.freeze, torch.jit.optimize_for_inference) made constants of them. Attach to the module as it ",
         "was before, merge, and freeze the merged one");
   }
