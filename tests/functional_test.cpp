@@ -214,6 +214,19 @@ struct Fixture {
   std::vector<Acting> all;
 };
 
+/// The ways in which a product takes its updates.
+struct Way {
+  const char* name;
+  bool adds;
+  lora::Product::Form rows,
+      columns;  // what is said of an operand that is rows of W, and of one that is these transposed
+};
+
+using Form = lora::Product::Form;
+const Way kWays[] = {{"added up", true, Form::kOther, Form::kOther},
+                     {"one node", true, Form::kRows, Form::kColumns},
+                     {"the operator with W'", false, Form::kOther, Form::kOther}};
+
 const std::vector<Sizes> kInputs{{5}, {3, 5}, {2, 3, 5}, {2, 2, 3, 5}, {0, 5}, {2, 0, 5}};
 
 /// Calls `check` for every kind alone, every ordered pair, and some three.
@@ -241,10 +254,11 @@ TEST_CASE("Updates of every kind, alone and together, each with its weight, are 
       for (const bool has_bias : {true, false}) {
         const auto x = random(sizes);
         const auto expected = f.by_hand(has_bias)(x);
-        for (const bool adds : {true, false}) {
-          INFO("x " << sizes << (has_bias ? "" : ", no bias") << (adds ? "" : ", the operator with W'"));
+        for (const auto& way : kWays) {
+          INFO("x " << sizes << (has_bias ? "" : ", no bias") << ", " << way.name);
           const auto y = lora::adapted_product(
-              {x, f.weight, has_bias ? f.bias : Tensor(), run_linear, lora::linear_times, adds}, f.updates());
+              {x, f.weight, has_bias ? f.bias : Tensor(), run_linear, lora::linear_times, way.adds, way.rows},
+              f.updates());
           CHECK(testing::distance(y, expected) < 1e-12);
         }
       }
@@ -258,9 +272,11 @@ TEST_CASE("Gradients of the input, the bias and every tensor of a method are tho
     auto tensors = tensors_of(f.all);
     const auto x = random({2, 3, 5}).requires_grad_();
     tensors.insert(tensors.end(), {x, f.bias});
-    for (const bool adds : {true, false}) {
-      const auto computed = [&] {
-        return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, adds}, f.updates());
+    for (const auto& way : kWays) {
+      INFO(way.name);
+      const auto computed = [&, &way = way] {
+        return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, way.adds, way.rows},
+                                     f.updates());
       };
       check_same(
           computed, [&] { return f.by_hand(true)(x); }, tensors);
@@ -281,16 +297,17 @@ TEST_CASE("Of rows of a weight only these have updates, as they lie or transpose
       INFO(count << " rows from " << first);
       const auto rows = f.weight.narrow(0, first, count), bias = f.bias.narrow(0, first, count);
       const auto hand = [&, first = first, count = count] { return f.by_hand(true, first, count)(x); };
-      for (const bool adds : {true, false}) {
+      for (const auto& way : kWays) {
+        INFO(way.name);
         check_same(
             [&, first = first, count = count] {
-              return lora::adapted_product({x, rows, bias, run_linear, lora::linear_times, adds},
+              return lora::adapted_product({x, rows, bias, run_linear, lora::linear_times, way.adds, way.rows},
                                            f.updates({Part::Kind::kRows, first, count}));
             },
             hand, tensors);
         check_same(
             [&, first = first, count = count] {
-              return lora::adapted_product({x, rows.t(), bias, run_matmul, lora::linear_times, adds},
+              return lora::adapted_product({x, rows.t(), bias, run_matmul, lora::linear_times, way.adds, way.columns},
                                            f.updates({Part::Kind::kTransposedRows, first, count}));
             },
             hand, tensors);
