@@ -19,6 +19,9 @@
 
 namespace gpt {
 
+/// What --targets calls all linear layers, as PEFT does.
+inline constexpr const char* kAllLinear = "all-linear";
+
 /// What the command line says; the comments are in the texts of --help below.
 struct Options {
   std::filesystem::path model;
@@ -100,7 +103,9 @@ inline void add_adapter_options(CLI::App& app, Options& o) {
   app.add_option("--rank", o.rank, "Rank of the update")->check(between(1))->group(group);
   app.add_option("--alpha", o.alpha, "The update is scaled by alpha / rank")->check(between())->group(group);
   app.add_option("--dropout", o.dropout, "Dropout on the adapter's input")->check(between(0, 0.99))->group(group);
-  app.add_option("--targets", o.targets, "Names of the layers to adapt\n[default: q_proj v_proj; GPT-2: c_attn]")
+  app.add_option(
+         "--targets", o.targets,
+         "Names of the layers to adapt, or all-linear: all but\nthe head [default: q_proj v_proj; GPT-2: c_attn]")
       ->type_name("NAME ...")
       ->group(group);
 }
