@@ -107,7 +107,7 @@ lora::LoRAConfig adapter_config(const Options& options, const ModelConfig& model
   if (targets.empty())
     targets = is_gpt2 ? std::vector<std::string>{"c_attn"} : std::vector<std::string>{"q_proj", "v_proj"};
   auto config = lora::LoRAConfig(options.rank).alpha(options.alpha).dropout(options.dropout);
-  if (targets == std::vector<std::string>{kAllLinear}) {
+  if (is_all_linear(targets.front())) {
     config.target_modules(lora::all_linear).exclude_modules({"lm_head"});  // as in PEFT, the head is no such layer
   } else {
     config.target_modules(targets);

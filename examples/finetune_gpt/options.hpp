@@ -19,9 +19,6 @@
 
 namespace gpt {
 
-/// What --targets calls all linear layers, as PEFT does.
-inline constexpr const char* kAllLinear = "all-linear";
-
 /// What the command line says; the comments are in the texts of --help below.
 struct Options {
   std::filesystem::path model;
@@ -185,6 +182,9 @@ inline std::string value_text(const CLI::Option& option) {
 
 }  // namespace detail
 
+/// Whether --targets asks for all linear layers, in PEFT's word for them.
+inline bool is_all_linear(const std::string& target) { return CLI::detail::to_lower(target) == "all-linear"; }
+
 /// Defines the options of finetune_gpt.
 inline void add_options(CLI::App& app, Options& options) {
   app.option_defaults()->always_capture_default();
@@ -209,6 +209,9 @@ inline void check_options(const Options& options) {
                     "--text or --jsonl is needed: the data to learn from");
   TORCH_CHECK_VALUE(options.validation_share > 0 && options.validation_share < 1,
                     "--validation-share must be above 0 and below 1, got ", options.validation_share);
+  const bool has_all = std::any_of(options.targets.begin(), options.targets.end(), is_all_linear);
+  TORCH_CHECK_VALUE(!has_all || options.targets.size() == 1,
+                    "--targets: all-linear stands alone; give it without other names, or names without it");
   TORCH_CHECK_VALUE(options.training.learning_rate > 0, "--lr must be above 0, got ", options.training.learning_rate);
   TORCH_CHECK_VALUE(options.training.warmup <= options.training.steps, "--warmup must not be above --steps (",
                     options.training.steps, "), got ", options.training.warmup);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <set>
 #include <sstream>
 
 #include <lora/attach.hpp>
@@ -548,14 +549,15 @@ TEST_CASE("the repetition penalty makes tokens of the text less likely, each onc
 
   ModelFolder folder(kLlamaJson);
   gpt::SamplingOptions greedy;
-  greedy.max_new_tokens = 31 - 2;
+  greedy.max_new_tokens = 12;
   greedy.temperature = 0;
-  greedy.repetition_penalty = 1e9;  // as good as forbidden
-  auto tokens = gpt::generate(*folder.load(), {3, 1}, greedy, {});
-  tokens.insert(tokens.end(), {3, 1});
-  std::sort(tokens.begin(), tokens.end());
-  CHECK(std::adjacent_find(tokens.begin(), tokens.end()) == tokens.end());
-  CHECK(tokens.size() == 31);
+  auto different = [&](double penalty) {
+    greedy.repetition_penalty = penalty;
+    const auto tokens = gpt::generate(*folder.load(), {3, 1}, greedy, {});
+    return std::set<int64_t>(tokens.begin(), tokens.end()).size();
+  };
+  CHECK(different(1) < 12);
+  CHECK(different(1e9) == 12);  // none twice, as long as one with a score above 0 is left
 }
 
 TEST_CASE("devices and types are named in words") {

@@ -29,7 +29,8 @@ class PostProcessor {
     if (type == "Sequence") {
       for (const auto& step : field["processors"].elements()) read(step);
     } else if (type == "RobertaProcessing" || type == "BertProcessing") {
-      enclose({token(field["cls"])}, {token(field["sep"])});
+      const auto first = token(field["cls"]), last = token(field["sep"]);
+      enclose({first}, {last});
     } else if (type == "TemplateProcessing") {
       read_template(field);
     } else {
