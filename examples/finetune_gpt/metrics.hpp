@@ -149,7 +149,7 @@ inline std::string draw_losses(const std::vector<MetricsRow>& rows, const std::f
   fmt::print(gnuplot, "set terminal png size 960,600\nset output {}\n", detail::quoted(png.string()));
   fmt::print(gnuplot, "set xlabel 'step'\nset ylabel 'loss (nats per token)'\nset grid\n");
   fmt::print(gnuplot,
-             "plot $train with points pt 7 ps 0.4 lc rgb '#9ecae1' title 'training, each step', "
+             "plot $train with points pt 7 ps 0.6 lc rgb '#9ecae1' title 'training, each step', "
              "$mean with lines lw 2 lc rgb '#2171b5' title 'training, mean of {} steps', "
              "$validation with linespoints lw 2 pt 7 lc rgb '#d94801' title 'validation'\n",
              window);
