@@ -22,6 +22,7 @@ using torch::Tensor;
 struct Case {
   int64_t rows, in, out, rank;
   bool is_step;  // forward and backward, or forward alone without gradients
+  double dropout = 0;
 };
 
 double microseconds(const std::function<void()>& work) {
@@ -38,7 +39,7 @@ double median(std::vector<double> values) {
 void measure(const Case& one, int rounds) {
   torch::manual_seed(0);
   torch::nn::Sequential model(torch::nn::Linear(one.in, one.out)), plain(torch::nn::Linear(one.in, one.out));
-  auto adapters = lora::attach(*model, lora::LoRAConfig(one.rank).alpha(16).target_modules({"0"}));
+  auto adapters = lora::attach(*model, lora::LoRAConfig(one.rank).alpha(16).dropout(one.dropout).target_modules({"0"}));
   for (auto& tensor : adapters.parameters()) tensor.detach().normal_(0, 0.02);
   for (auto& parameter : plain->parameters()) parameter.requires_grad_(false);
   const auto* layer = plain->ptr(0)->as<torch::nn::Linear>();
@@ -58,7 +59,10 @@ void measure(const Case& one, int rounds) {
   };
   const auto frozen = [&] { step([&] { return torch::linear(x, weight, bias); }); };
   const auto by_hand = [&] {
-    step([&] { return torch::linear(x, weight, bias) + torch::linear(torch::linear(x, A), B) * scale; });
+    step([&] {
+      const auto dropped = one.dropout > 0 ? torch::dropout(x, one.dropout, true) : x;
+      return torch::linear(x, weight, bias) + torch::linear(torch::linear(dropped, A), B) * scale;
+    });
   };
   auto active = adapters.activate();
   const auto adapted = [&] { step([&] { return model->forward(x); }); };
@@ -73,8 +77,10 @@ void measure(const Case& one, int rounds) {
     theirs.push_back(ratios[1]);
   }
   const double mine = median(ours), other = median(theirs);
-  fmt::print("| {}, {} rows, {} -> {}, r={} | {:.1f} | {:.3f} | {:.3f} | {:.2f} |\n", one.is_step ? "step" : "forward",
-             one.rows, one.in, one.out, one.rank, median(base), mine, other, (mine - 1) / (other - 1));
+  const auto dropout = one.dropout > 0 ? fmt::format(", dropout {}", one.dropout) : "";
+  fmt::print("| {}, {} rows, {} -> {}, r={}{} | {:.1f} | {:.3f} | {:.3f} | {:.2f} |\n",
+             one.is_step ? "step" : "forward", one.rows, one.in, one.out, one.rank, dropout, median(base), mine, other,
+             (mine - 1) / (other - 1));
 }
 
 }  // namespace
@@ -86,6 +92,7 @@ int main(int count, char** arguments) {
   for (const auto& one : {Case{64, 768, 768, 8, true},
                           {512, 768, 768, 8, true},
                           {2048, 768, 768, 8, true},
+                          Case{512, 768, 768, 8, true, 0.1},
                           {512, 768, 3072, 8, true},
                           {64, 64, 64, 4, true},
                           {1, 768, 768, 8, true},

@@ -448,18 +448,18 @@ TEST_CASE("Dropout acts on the input of each update alone, once for each, and no
     const auto x = random({2, 3, 5}).requires_grad_();
     auto tensors = tensors_of(f.all);
     tensors.push_back(x);
-    for (const bool adds : {true, false}) {
-      INFO((adds ? "" : "the operator with W'"));
+    for (const auto& way : kWays) {
+      INFO(way.name);
       for (const bool training : {true, false}) {
         size_t next = 0;
         const auto drop = [&](const Tensor& x) {  // what replaces a weight has no dropout
           const auto p = training ? f.all[next++ % f.all.size()].method->options().dropout() : 0;
-          return p > 0 ? torch::dropout(x, p, true) : x;
+          return p > 0 ? lora::detail::dropout(x, p) : x;
         };
         check_same(
             [&] {
               torch::manual_seed(7);
-              return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, adds},
+              return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, way.adds, way.rows},
                                            f.updates({Part::Kind::kRows, 0, 6}, training));
             },
             [&] {
@@ -486,7 +486,7 @@ TEST_CASE("The parts of a fused weight see one dropped input") {
                                        Update{any.get(), &base, lora::detail::whole_part(weight), true});
   torch::manual_seed(7);
   const auto delta = view->weight(2.5 * method.value.B.matmul(method.value.A));
-  CHECK(testing::distance(y, x.mm(weight.t()) + torch::dropout(x, 0.5, true).mm(delta.t())) < 1e-12);
+  CHECK(testing::distance(y, x.mm(weight.t()) + lora::detail::dropout(x, 0.5).mm(delta.t())) < 1e-12);
 }
 
 TEST_CASE("Of a layer in half precision the update is computed in float, and the output is in its type") {
@@ -572,7 +572,7 @@ TEST_CASE("Entries that are looked up in the weight of a linear layer are those 
   CHECK(testing::distance(run(false), torch::embedding(f.weight + delta, ids)) < 1e-12);
   const auto dropped = run(true);
   torch::manual_seed(7);  // whole columns of A: there is no input to drop
-  const auto columns = torch::dropout(torch::ones({5}, delta.options()), 0.5, true);
+  const auto columns = lora::detail::dropout(torch::ones({5}, delta.options()), 0.5);
   CHECK(testing::distance(dropped, torch::embedding(f.weight + delta * columns, ids)) < 1e-12);
 }
 

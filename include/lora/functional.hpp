@@ -5,13 +5,13 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/dropout.h>
 #include <ATen/ops/ones.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/dropout.hpp>
 #include <lora/low_rank_linear.hpp>
 #include <lora/method/contract.hpp>
 #include <lora/version.hpp>
@@ -47,12 +47,15 @@ class Dropout {
 
   bool acts() const { return probability_ > 0; }
 
-  at::Tensor of_input(const at::Tensor& x) const { return acts() ? at::dropout(x, probability_, /*train=*/true) : x; }
+  /// The mask for an input that has one of its own kind, or none.
+  DropoutMask mask() const { return acts() ? DropoutMask(probability_) : DropoutMask(); }
+
+  at::Tensor of_input(const at::Tensor& x) const { return acts() ? dropout(x, probability_) : x; }
 
   /// For operators that take a weight whole: whole input features are dropped, A diag(mask / (1 - p)) in place of A.
   /// `delta` is (out, in), or a batch.
   at::Tensor of_columns(const at::Tensor& delta) const {
-    return acts() ? delta * at::dropout(at::ones({delta.size(-1)}, delta.options()), probability_, true) : delta;
+    return acts() ? delta * dropout(at::ones({delta.size(-1)}, delta.options()), probability_) : delta;
   }
 
  private:
@@ -128,8 +131,8 @@ void for_each_term(const Update& update, const Term& term, const Visit& visit) {
 
 using Terms = c10::SmallVector<Term, 2>;
 
-/// The updates as slices of one node, where each is a plain term on rows of a linear product, all in one type, and
-/// drops nothing; empty where that is not so. What a frozen A needs is little, so there the products are taken apart.
+/// The updates as slices of one node, where each is a plain term on rows of a linear product, all in one type;
+/// empty where that is not so. What a frozen A needs is little, so there the products are taken apart.
 class FusedProduct {
  public:
   FusedProduct(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms) : product_(product) {
@@ -139,10 +142,9 @@ class FusedProduct {
     if (!is_alike(product.operand) || at::autocast::is_autocast_enabled(product.x.device().type())) return;
     if (torch::jit::tracer::isTracing()) return;
     for (size_t i = 0; i < updates.size(); ++i) {
-      if (add(updates[i], terms[i])) continue;
-      slices_.clear();
-      return;
+      if (!can_add(updates[i], terms[i])) return;
     }
+    for (size_t i = 0; i < updates.size(); ++i) add(updates[i], terms[i]);
   }
 
   bool is_possible() const { return !slices_.empty(); }
@@ -157,14 +159,18 @@ class FusedProduct {
   }
 
  private:
-  bool add(const Update& update, const Term& term) {
-    if (Dropout(update).acts() || !update.method->has_term() || update.base->shape().is_lookup) return false;
+  bool can_add(const Update& update, const Term& term) const {
+    if (Dropout(update).acts() && !DropoutMask::is_for(product_.x)) return false;
+    if (!update.method->has_term() || update.base->shape().is_lookup) return false;
     if (term.scales_weight() || !is_alike(term.A) || !is_alike(term.B)) return false;
-    if (at::GradMode::is_enabled() && !term.A.requires_grad() && product_.x.requires_grad()) return false;
+    return !at::GradMode::is_enabled() || term.A.requires_grad() || !product_.x.requires_grad();
+  }
+
+  void add(const Update& update, const Term& term) {
+    const auto mask = Dropout(update).mask();
     for_each_term(update, term, [&](const Term& own, const TermRows& rows) {
-      slices_.push_back({own.A, rows.of(own.B), own.scale * update.weight, rows.at});
+      slices_.push_back({own.A, rows.of(own.B), own.scale * update.weight, rows.at, mask});
     });
-    return true;
   }
 
   bool is_alike(const at::Tensor& tensor) const {
