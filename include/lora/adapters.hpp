@@ -62,9 +62,7 @@ class Adapters {
   void add(const std::string& name, Adapter adapter) {
     std::lock_guard<std::mutex> lock(state_->writing);
     auto list = *state_->registry.read();
-    TORCH_CHECK(!name.empty() && name.find('.') == std::string::npos,
-                "lora::Adapters: the name of an adapter has to be non-empty and without a \".\", but got \"", name,
-                "\"");
+    TORCH_CHECK(!name.empty(), "lora::Adapters: an adapter has to have a name that is not empty");
     TORCH_CHECK(list.find(name) == nullptr, "lora::Adapters: there is an adapter \"", name, "\" already");
     check_addable(name, adapter);
     freeze();
@@ -109,10 +107,11 @@ class Adapters {
   /// What requires gradients stays as it is. Throws when the model has no such layers, or of different methods.
   void adopt();
 
-  /// What `add` would add: the layers that `config` selects, with tensors that have no values yet.
-  Adapter plan(const LoRAConfig& config) const {
+  /// What `add` would add: the layers that `config` selects, with tensors that have no values yet. Entries that match
+  /// nothing are an error, or are noted in `unmatched` where that is given and anything is selected at all.
+  Adapter plan(const LoRAConfig& config, std::vector<std::string>* unmatched = nullptr) const {
     std::lock_guard<std::mutex> lock(state_->writing);
-    return detail::Planner(model(), state_->index, config).run();
+    return detail::Planner(model(), state_->index, config, detail::Unmatched(unmatched)).run();
   }
 
   /// Names of the adapters, in the order in which they were added.
