@@ -51,7 +51,8 @@ class Adapters {
   Adapters& operator=(Adapters&&) = default;
 
   /// Adds an adapter; the first one freezes the model's parameters. The tensors are those of a float layer even for a
-  /// model in half precision. Throws when a part of the configuration matches nothing in the model.
+  /// model in half precision. The name may be any text but "". Throws when a part of the configuration matches nothing
+  /// in the model.
   void add(const std::string& name, const LoRAConfig& config) {
     auto planned = plan(config);
     planned.initialize();
@@ -308,7 +309,8 @@ class Adapters {
   void save(const Directory& directory, const std::string& name) const {
     write_adapter(*this, name, directory);
   }
-  /// Writes all: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT does.
+  /// Writes all: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT does; what
+  /// may not be in the name of a folder is written there as "%2F".
   template <class Directory>
   void save_all(const Directory& directory) const {
     write_adapters(*this, directory);

@@ -166,9 +166,3 @@ TEST_CASE("An adapter that PEFT laid several folders deep is found under its nam
   adapters.save(folder / "team%2Ffrench");  // as it is called when it is saved here
   CHECK_THROWS_WITH(lora::load_adapters(*third, folder.path()), contains("an adapter \"team/french\" already"));
 }
-
-TEST_CASE("An adapter has a name") {
-  testing::Stack model;
-  lora::Adapters adapters(*model);
-  CHECK_THROWS_WITH(adapters.add("", LoRAConfig(2).target_modules({"q_proj"})), contains("a name that is not empty"));
-}

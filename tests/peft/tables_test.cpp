@@ -241,6 +241,12 @@ TEST_CASE("A table that the model cannot take is an error") {
     CHECK_THROWS_WITH(adapters.load("second", folder.path(), options), contains("the adapter \"default\" uses it"));
     CHECK(model->embed_tokens->weight.size(0) == kTokens);
   }
+  SECTION("not one that was adapted before") {
+    Language model(kTokens, Tie::kMember);
+    lora::attach(*model, config_of({"embed_tokens", "fc"})).detach();
+    const auto loaded = lora::load_adapter(*model, folder.path(), options);
+    CHECK(testing::distance(run(model, loaded), run(grown, lora::load_adapter(*grown, folder.path()))) < 1e-6);
+  }
   SECTION("a layer that is no table") {
     tensors["base_model.model.fc.base_layer.weight"] = torch::ones({5, 4});
     write_tensors(folder.path(), tensors);

@@ -39,7 +39,7 @@ inline std::map<std::string, at::Tensor> frozen_tensors(const Adapters& adapters
 /// kept, the end of this brings back the former ones.
 class TakenTables {
  public:
-  explicit TakenTables(const Adapters& adapters) : adapters_(adapters), tensors_(adapters.model().tensors()) {}
+  explicit TakenTables(const Adapters& adapters) : adapters_(adapters) {}
   ~TakenTables() {
     for (auto former = former_.rbegin(); former != former_.rend(); ++former) former->tensor.set_data(former->value);
     for (const auto& name : resized_) adapters_.model().note_rows(name);
@@ -52,6 +52,7 @@ class TakenTables {
   void take(PeftTensors& file, const LoRAConfig& config) {
     const BelowInterception below;
     at::NoGradGuard no_grad;
+    tensors_ = adapters_.model().tensors();
     std::map<std::string, std::string> kinds;
     for (const auto& part : adapters_.model().parts()) {
       for (const auto& weight : part.weights) kinds.emplace(weight.place.name, weight.place.kind);
@@ -142,7 +143,7 @@ class TakenTables {
   }
 
   const Adapters& adapters_;
-  const LayerWeights tensors_;
+  LayerWeights tensors_;
   std::vector<Former> former_;
   std::vector<std::string> resized_;
 };

@@ -35,7 +35,7 @@ inline std::string owner_of(const std::string& tensor) {
 
 /// "a, b, c (+10 more)"; what is longer than a line has a line for each name.
 inline std::string list(const std::vector<std::string>& names, size_t most = 6) {
-  constexpr size_t kLine = 100;
+  constexpr size_t kLine = 120;
   const auto last = names.begin() + static_cast<std::ptrdiff_t>(std::min(most, names.size()));
   const auto add = [](size_t sum, const std::string& name) { return sum + name.size() + 2; };
   const bool is_long = last - names.begin() > 1 && std::accumulate(names.begin(), last, size_t{0}, add) > kLine;
