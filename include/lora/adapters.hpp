@@ -309,8 +309,8 @@ class Adapters {
   void save(const Directory& directory, const std::string& name) const {
     write_adapter(*this, name, directory);
   }
-  /// Writes all: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT does; what
-  /// may not be in the name of a folder is written there as "%2F".
+  /// Writes all: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT does;
+  /// what may not be in the name of a folder is written there as "%2F".
   template <class Directory>
   void save_all(const Directory& directory) const {
     write_adapters(*this, directory);

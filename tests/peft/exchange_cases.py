@@ -203,6 +203,7 @@ CASES = [
     case("targets and patterns of several kinds of models", "mlp", ["fc1", "fc2", "c_attn", "query"], **GENERIC),
     case("a head in full that is not there", "mlp", ["fc1"], modules_to_save=["score", "head"], writes=False),
     case("heads in full, none of which is there", "mlp", ["fc1"], modules_to_save=["score", "lm_head"], writes=False),
+    case("nothing but a head in full", "mlp", "dummy-target-modules", modules_to_save=["head"]),
     case("classification", "classifier", ["fc1"], modules_to_save=["classifier"], **HEADS),
     case("classification, without being asked", "score", ["fc1"], **HEADS, writes=False),
     case("classification of tokens, DoRA", "classifier", ["fc1"], task_type="TOKEN_CLS", **DORA, writes=False),

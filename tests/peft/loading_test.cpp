@@ -171,6 +171,20 @@ TEST_CASE("Heads that PEFT trains for a task without being asked are in the file
   CHECK(lora::load_adapter(*other, without.path()).config("default").modules_to_save().empty());
 }
 
+TEST_CASE("An adapter may be nothing but modules that are trained in full, where it says so in PEFT's way") {
+  testing::TemporaryFolder folder;
+  Classifier model, other;
+  const auto config = LoRAConfig(2).target_modules(lora::regex("dummy-target-modules")).modules_to_save({"classifier"});
+  const auto adapters = trained(model, config);
+  CHECK(adapters.targets().empty());
+  adapters.save(folder.path());
+  CHECK(read_tensors(folder.path()).size() == 2);
+  auto loaded = lora::load_adapter(*other, folder.path());
+  CHECK(torch::equal(run(other, loaded), run(model, adapters)));
+  loaded.merge();
+  CHECK(torch::equal(other->classifier->weight, adapters.named_parameters()["classifier.weight"]));
+}
+
 TEST_CASE("A tensor that is not read stays an error, which says what the configuration names in vain") {
   struct Row {
     std::string fields;
@@ -187,7 +201,7 @@ TEST_CASE("A tensor that is not read stays an error, which says what the configu
        {"unexpected: \n  \"base_model.model.layers.0.v_proj.lora_A.weight\" [3, 8]",
         "no module matches \"v_prjo\" of target_modules; did you mean \"v_proj\""}},
       {R"({"exclude_modules":["layers.1.v_proj","w1"]})",
-       {"unexpected: \n  \"base_model.model.layers.1.v_proj.lora_A.weight\"", "\"w1\" of exclude_modules"}},
+       {"unexpected: \"base_model.model.layers.1.v_proj.lora_A.weight\"", "\"w1\" of exclude_modules"}},
       {R"({"rank_pattern":{"v_prjo":3}})",
        {"is [3, 8], not [2, 8]", "no target matches \"v_prjo\" of rank_pattern; did you mean \"v_proj\""}},
       {R"({"target_modules":["query","value"],"modules_to_save":null})",

@@ -90,8 +90,7 @@ struct StoredName {
   std::filesystem::path directory;
 };
 
-/// The adapters below a directory, sorted by name. PEFT makes folders inside of each other of a name with "/", so a
-/// folder without an adapter of its own may hold some.
+/// The adapters below a directory, sorted by name. PEFT makes folders inside of each other of a name with "/".
 inline void find_adapters(const std::filesystem::path& directory, const std::string& prefix,
                           std::vector<StoredName>& found) {
   const auto options = std::filesystem::directory_options::skip_permission_denied;
@@ -99,11 +98,9 @@ inline void find_adapters(const std::filesystem::path& directory, const std::str
     const auto folder = entry.path().filename().string();
     const auto name = prefix + adapter_name(folder);
     std::error_code error;
-    if (std::filesystem::exists(entry.path() / kAdapterConfig, error)) {
-      found.push_back({name, entry.path()});
-    } else if (entry.is_directory() && !entry.is_symlink() && folder.front() != '.') {
-      find_adapters(entry.path(), name + "/", found);
-    }
+    if (std::filesystem::exists(entry.path() / kAdapterConfig, error)) found.push_back({name, entry.path()});
+    const bool is_folder = entry.is_directory(error) && !entry.is_symlink(error);
+    if (is_folder && folder.front() != '.') find_adapters(entry.path(), name + "/", found);
   }
 }
 

@@ -214,7 +214,14 @@ class Selection {
     }
   }
 
+  /// Whether no layer is asked for, only what is trained in full: PEFT has a name for that.
+  bool means_none() const {
+    const auto* regex = config_.target_modules().pattern();
+    return regex != nullptr && regex->pattern == "dummy-target-modules";
+  }
+
   void check_entries() const {
+    if (means_none()) return;
     const auto unmatched = targets_.empty() ? Unmatched() : unmatched_;  // nothing at all is an error in any case
     const auto& targets = config_.target_modules();
     if (const auto* names = targets.names()) {
