@@ -184,7 +184,7 @@ inline void write_adapter(const Adapters& adapters, const std::string& name, con
   }
   if (!adapter->frozen.empty()) {
     const auto frozen = detail::frozen_tensors(adapters);
-    for (const auto& [key, name] : adapter->frozen) tensors.emplace(detail::kPrefix + key, frozen.at(name));
+    for (const auto& item : adapter->frozen) tensors.emplace(detail::kPrefix + item.first, frozen.at(item.second));
   }
   const auto written = detail::written_config(*adapter, stacked);
   const auto text = detail::PeftConfigWriter(directory / detail::kAdapterConfig, written).text();
