@@ -85,7 +85,9 @@ set(LORA_DETAIL_HEADERS
   model/script/plain_execution.hpp
   modules/attention/mask.hpp
   modules/attention/packed.hpp
+  peft/folder_name.hpp
   peft/schema.hpp
+  peft/tables.hpp
   peft/tensors.hpp
   selection/candidate.hpp
   selection/full.hpp
