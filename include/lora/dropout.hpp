@@ -10,9 +10,12 @@
 #include <lora/version.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
+#include <type_traits>
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -54,7 +57,8 @@ class DropoutMask {
 
  private:
   static constexpr uint32_t kSteps = 65536;
-  static constexpr int64_t kLanes = 4;  // of one hash
+  static constexpr int64_t kLanes = 4;    // of one hash
+  static constexpr int64_t kBlock = 256;  // elements whose hashes are computed together
 
   /// Calls `put(into[i], from[i] scaled or zero)` for every element.
   template <class Put>
@@ -64,16 +68,31 @@ class DropoutMask {
       const auto* source = from.const_data_ptr<scalar_t>();
       auto* target = into.mutable_data_ptr<scalar_t>();
       const auto scale = static_cast<Wide>(static_cast<double>(kSteps) / std::max<uint32_t>(kept_, 1));
-      const auto size = from.numel();
-      for (int64_t i = 0; i < size; i += kLanes) {
-        const auto bits = hash(static_cast<uint64_t>(i / kLanes));
-        const auto count = std::min(kLanes, size - i);
-        for (int64_t lane = 0; lane < count; ++lane) {
-          const auto factor = ((bits >> (16 * lane)) & 0xFFFF) < kept_ ? scale : Wide(0);
-          put(target[i + lane], static_cast<scalar_t>(static_cast<Wide>(source[i + lane]) * factor));
+      std::array<uint16_t, kBlock> bits;
+      const auto put_block = [&, kept = kept_](int64_t first, auto count) {
+        const scalar_t* __restrict__ values = source + first;
+        scalar_t* __restrict__ results = target + first;
+        for (int64_t i = 0; i < count; ++i) {
+          const auto factor = uint32_t{bits[static_cast<size_t>(i)]} < kept ? scale : Wide(0);
+          put(results[i], static_cast<scalar_t>(static_cast<Wide>(values[i]) * factor));
         }
+      };
+      const auto size = from.numel();
+      int64_t first = 0;
+      for (; first + kBlock <= size; first += kBlock) {
+        fill(bits, first);
+        put_block(first, std::integral_constant<int64_t, kBlock>());  // a count that the compiler knows
       }
+      fill(bits, first);
+      put_block(first, size - first);
     });
+  }
+
+  /// 16 bits for each element from `first` on, which is a multiple of the block.
+  void fill(std::array<uint16_t, kBlock>& bits, int64_t first) const {
+    std::array<uint64_t, kBlock / kLanes> hashes;
+    for (size_t i = 0; i < hashes.size(); ++i) hashes[i] = hash(static_cast<uint64_t>(first / kLanes) + i);
+    std::memcpy(bits.data(), hashes.data(), sizeof bits);
   }
 
   uint64_t hash(uint64_t place) const {
