@@ -23,6 +23,7 @@ struct Case {
   int64_t rows, in, out, rank;
   bool is_step;  // forward and backward, or forward alone without gradients
   double dropout = 0;
+  bool is_dora = false;
 };
 
 double microseconds(const std::function<void()>& work) {
@@ -39,13 +40,16 @@ double median(std::vector<double> values) {
 void measure(const Case& one, int rounds) {
   torch::manual_seed(0);
   torch::nn::Sequential model(torch::nn::Linear(one.in, one.out)), plain(torch::nn::Linear(one.in, one.out));
-  auto adapters = lora::attach(*model, lora::LoRAConfig(one.rank).alpha(16).dropout(one.dropout).target_modules({"0"}));
+  auto config = lora::LoRAConfig(one.rank).alpha(16).dropout(one.dropout).target_modules({"0"});
+  if (one.is_dora) config.method(lora::DoRA());
+  auto adapters = lora::attach(*model, config);
   for (auto& tensor : adapters.parameters()) tensor.detach().normal_(0, 0.02);
   for (auto& parameter : plain->parameters()) parameter.requires_grad_(false);
   const auto* layer = plain->ptr(0)->as<torch::nn::Linear>();
   const auto weight = layer->weight, bias = layer->bias;
   const auto A = torch::randn({one.rank, one.in}).mul_(0.02).requires_grad_();
   const auto B = torch::randn({one.out, one.rank}).mul_(0.02).requires_grad_();
+  const auto magnitude = weight.norm(2, 1).detach().requires_grad_();
   const double scale = 16.0 / static_cast<double>(one.rank);
 
   const auto x = torch::randn({one.rows, one.in}).requires_grad_(one.is_step);
@@ -55,11 +59,16 @@ void measure(const Case& one, int rounds) {
     const auto y = forward();
     if (one.is_step) y.backward(gradient);
     for (const auto& tensor : adapters.parameters()) tensor.mutable_grad() = Tensor();
-    for (const auto* tensor : {&x, &A, &B}) tensor->mutable_grad() = Tensor();
+    for (const auto* tensor : {&x, &A, &B, &magnitude}) tensor->mutable_grad() = Tensor();
   };
   const auto frozen = [&] { step([&] { return torch::linear(x, weight, bias); }); };
   const auto by_hand = [&] {
     step([&] {
+      if (one.is_dora) {  // as PEFT does
+        const auto gain = magnitude / (weight + scale * B.mm(A)).norm(2, 1).detach();
+        const auto y = torch::linear(x, weight, bias);
+        return y + (gain - 1) * (y - bias) + gain * torch::linear(torch::linear(x, A), B) * scale;
+      }
       const auto dropped = one.dropout > 0 ? torch::dropout(x, one.dropout, true) : x;
       return torch::linear(x, weight, bias) + torch::linear(torch::linear(dropped, A), B) * scale;
     });
@@ -77,7 +86,7 @@ void measure(const Case& one, int rounds) {
     theirs.push_back(ratios[1]);
   }
   const double mine = median(ours), other = median(theirs);
-  const auto dropout = one.dropout > 0 ? fmt::format(", dropout {}", one.dropout) : "";
+  const auto dropout = one.dropout > 0 ? fmt::format(", dropout {}", one.dropout) : one.is_dora ? ", DoRA" : "";
   fmt::print("| {}, {} rows, {} -> {}, r={}{} | {:.1f} | {:.3f} | {:.3f} | {:.2f} |\n",
              one.is_step ? "step" : "forward", one.rows, one.in, one.out, one.rank, dropout, median(base), mine, other,
              (mine - 1) / (other - 1));
@@ -93,6 +102,8 @@ int main(int count, char** arguments) {
                           {512, 768, 768, 8, true},
                           {2048, 768, 768, 8, true},
                           Case{512, 768, 768, 8, true, 0.1},
+                          Case{512, 768, 768, 8, true, 0, true},
+                          Case{1, 768, 768, 8, true, 0, true},
                           {512, 768, 3072, 8, true},
                           {64, 64, 64, 4, true},
                           {1, 768, 768, 8, true},
