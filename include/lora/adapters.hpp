@@ -199,7 +199,7 @@ class Adapters {
       set = detail::make_active_set(entry);
       state_->registry.keep(name, all, set);
     }
-    return Activation(std::move(set), state_->usage, model_->is_script());
+    return Activation(std::move(set), state_->usage, model_->needs_plain_scripts());
   }
 
   /// Folds the adapter into the weights: W' = W + update, in float and rounded once. All layers or, when an update is
@@ -253,7 +253,7 @@ class Adapters {
   std::vector<std::string> unreached() const {
     std::vector<std::string> names;
     for (const auto& site : sites()) {
-      if (site->uses == 0) names.push_back(site->name());
+      if (site->uses.count == 0) names.push_back(site->name());
     }
     std::sort(names.begin(), names.end());
     return names;

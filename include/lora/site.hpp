@@ -186,8 +186,19 @@ class Site {
     merged_ = Merged{{former, former}, now, version(now), /*is_apart=*/false, std::move(methods)};
   }
 
-  /// How many operators have used its adapters.
-  mutable std::atomic<int64_t> uses{0};
+  /// How operators have used its adapters.
+  struct Uses {
+    std::atomic<int64_t> count{0};
+    std::atomic<int64_t> without_gradient{0};  // where one was expected
+    std::atomic<bool> with_gradient{false};
+
+    void add(bool has_gradient, bool misses_gradient) {
+      count.fetch_add(1, std::memory_order_relaxed);
+      if (has_gradient && !with_gradient.load(std::memory_order_relaxed)) with_gradient = true;
+      if (misses_gradient) without_gradient.fetch_add(1, std::memory_order_relaxed);
+    }
+  };
+  mutable Uses uses;
 
  private:
   struct Merged {

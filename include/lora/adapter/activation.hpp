@@ -7,32 +7,70 @@
 #include <lora/version.hpp>
 
 #include <exception>
+#include <functional>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
+namespace detail {
+
+/// What `carry` returns: copied, moved and called as the function it wraps.
+template <class Function>
+class Carried {
+ public:
+  explicit Carried(Function function) : function_(std::move(function)) {}
+
+  template <class... Arguments>
+  std::invoke_result_t<Function&, Arguments...> operator()(Arguments&&... arguments) {
+    const Here here(*this);
+    return std::invoke(function_, std::forward<Arguments>(arguments)...);
+  }
+  template <class... Arguments>
+  std::invoke_result_t<const Function&, Arguments...> operator()(Arguments&&... arguments) const {
+    const Here here(*this);
+    return std::invoke(function_, std::forward<Arguments>(arguments)...);
+  }
+
+ private:
+  struct Here {
+    explicit Here(const Carried& carried) : state(carried.state_), optimizer(carried.optimize_) {}
+    at::ThreadLocalStateGuard state;
+    torch::jit::GraphOptimizerEnabledGuard optimizer;
+    CarriedHere is_here;
+  };
+
+  at::ThreadLocalState state_;
+  bool optimize_ = torch::jit::getGraphExecutorOptimize();
+  Function function_;
+};
+
+}  // namespace detail
 
 /// While it lives, forward passes on this thread use the adapters it names; leaving it restores the thread exactly.
-/// Made by `Adapters::activate`. Scopes nest: of several scopes of the same adapters the innermost decides, those of
-/// different `Adapters` add up. Every use of an adapted weight in it computes with W'; what was added, removed or
-/// loaded meanwhile acts in scopes that are opened later. Autograd's threads, at::launch and what `carry` wraps have
-/// the scopes of the thread they were started from; other threads run the base model.
+/// Made by `Adapters::activate`. Scopes nest and end in any order: of several scopes of the same adapters the innermost
+/// decides, those of different `Adapters` add up. Every use of an adapted weight in it computes with W'; what was
+/// added, removed or loaded meanwhile acts in scopes that are opened later. Autograd's threads, at::launch and what
+/// `carry` wraps have the scopes of the thread they were started from; other threads run the base model.
 ///
-/// Leaving a scope when some of its layers were never used by a forward pass warns, once for each `Adapters`.
+/// Warns, each once for each `Adapters`: when a scope is left and some of its layers were never used by a forward pass;
+/// when products ran in it and none used an adapter, as where a clone of the model runs; when a weight was only used
+/// with gradient mode off although its input has a gradient, as a torch::autograd::Function does, so that its adapter
+/// gets none; when a thread of a parallel region uses it, whose other threads are in no scope. A scope that is left on
+/// another thread than its own stays open there: that warns, and the next use on its own thread throws.
 class [[nodiscard]] Activation {
  public:
-  Activation(std::shared_ptr<const detail::ActiveSet> set, std::shared_ptr<detail::Usage> usage, bool is_script)
-      : scope_(std::make_shared<const detail::Scope>(detail::Scope{std::move(set), std::move(usage)})),
-        guard_(std::make_unique<detail::ScopeGuard>(scope_)) {
-    if (is_script) unoptimized_ = std::make_unique<torch::jit::GraphOptimizerEnabledGuard>(false);
-  }
+  Activation(std::shared_ptr<const detail::ActiveSet> set, std::shared_ptr<detail::Usage> usage,
+             bool needs_plain_scripts)
+      : scope_(std::make_shared<const detail::Scope>(std::move(set), std::move(usage), needs_plain_scripts)),
+        guard_(std::make_unique<detail::ScopeGuard>(scope_)) {}
 
   ~Activation() {
     const bool is_moved_from = scope_ == nullptr;
-    if (!is_moved_from && std::uncaught_exceptions() == exceptions_) scope_->usage->warn(unreached());
+    if (!is_moved_from && std::uncaught_exceptions() == exceptions_) warn();
   }
 
   /// Moved to another variable of the same thread, e.g. into a std::optional.
@@ -40,20 +78,28 @@ class [[nodiscard]] Activation {
   Activation& operator=(Activation&&) = delete;
 
  private:
-  /// Names of the scope's layers that no pass has used so far.
-  std::vector<std::string> unreached() const {
+  void warn() const {
+    const auto unreached = names([](const Site& site) { return site.uses.count == 0; });
+    scope_->usage->warn_of_unreached(unreached);
+    if (unreached.empty() && scope_->was_passed && !scope_->was_used) scope_->usage->warn_of_other_model();
+    // One use without gradient may be that of a checkpoint, which is computed again when the scope has ended.
+    scope_->usage->warn_of_gradients(
+        names([](const Site& site) { return site.uses.without_gradient > 1 && !site.uses.with_gradient; }));
+  }
+
+  /// Names of the scope's layers that are so.
+  template <class Is>
+  std::vector<std::string> names(const Is& is) const {
     std::vector<std::string> names;
     for (const auto& active : scope_->set->sites()) {
       const bool is_layer = !active.site->kind().empty();  // and not a bias, or what is trained in full
-      if (is_layer && active.site->uses == 0) names.push_back(active.site->name());
+      if (is_layer && is(*active.site)) names.push_back(active.site->name());
     }
     return names;
   }
 
   std::shared_ptr<const detail::Scope> scope_;
   std::unique_ptr<detail::ScopeGuard> guard_;
-  // TorchScript's optimizer would replace autograd by derivatives of its own, which know nothing of the adapters.
-  std::unique_ptr<torch::jit::GraphOptimizerEnabledGuard> unoptimized_;
   int exceptions_ = std::uncaught_exceptions();
 };
 
@@ -66,12 +112,7 @@ class [[nodiscard]] Activation {
 /// The scopes stay in effect for it also when they were left here meanwhile.
 template <class Function>
 auto carry(Function function) {
-  return [state = at::ThreadLocalState(), optimize = torch::jit::getGraphExecutorOptimize(),
-          function = std::move(function)](auto&&... arguments) {
-    at::ThreadLocalStateGuard scopes(state);
-    torch::jit::GraphOptimizerEnabledGuard optimizer(optimize);
-    return function(std::forward<decltype(arguments)>(arguments)...);
-  };
+  return detail::Carried<Function>(std::move(function));
 }
 
 }  // namespace LORA_ABI

@@ -59,7 +59,8 @@ template <class Run>
 at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::Tensor& operand,
                          const std::optional<at::Tensor>& bias, std::optional<Part::Kind> kind, const Run& run) {
   const BelowInterception below;
-  const auto updates = find_updates(operand, Use::kProduct, operation);
+  const auto updates = find_updates(operand, Use::kProduct, operation, misses_gradient(x));
+  if (updates.empty()) note_passed();
   const auto b = adapted_value(bias, operation);
   const auto left = adapted_value(x, operation);
   if (updates.empty() || is_detached(operand)) return run(left, stand_in(operand, updates), b);
@@ -137,7 +138,7 @@ inline at::Tensor& embedding_renorm_kernel(at::Tensor& table, const at::Tensor& 
   if (replaced) {
     at::embedding_renorm_(written, indices, max_norm, norm_type);
   } else {
-    NormLimit::pending() = NormLimit{max_norm, norm_type};
+    PendingLimit::set(table, indices, {max_norm, norm_type});
   }
   return table;
 }
@@ -147,7 +148,7 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
   const BelowInterception below;
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding");
   if (updates.empty()) return at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
-  const auto limit = std::exchange(NormLimit::pending(), std::nullopt);
+  const auto limit = PendingLimit::take(table, indices);
   const auto look_up = [&](const at::Tensor& i, const at::Tensor& entries, const at::Tensor& /*bias*/) {
     return at::embedding(entries, i, padding_idx, scale_grad_by_freq, sparse && entries.is_same(table));
   };
@@ -173,7 +174,7 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   };
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding_bag");
   if (updates.empty()) return bag(table);
-  const auto limit = std::exchange(NormLimit::pending(), std::nullopt);
+  const auto limit = PendingLimit::take(table, indices);
   if (limit) return bag(limit->apply(stand_in(table, updates)));
   if (is_detached(table)) return bag(stand_in(table, updates));
   BagOutput output;  // of the operator itself; what is beside the entries is the same for all of them

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
 #include <lora/selection/text.hpp>
@@ -48,17 +49,19 @@ class Usage {
     return uses;
   }
 
-  void record(const Site& site, const char* operation, bool adapted) {
-    if (adapted) site.uses.fetch_add(1, std::memory_order_relaxed);
+  /// `misses_gradient`: gradient mode is off, though something else that the operator got has a gradient.
+  void record(const Site& site, const char* operation, bool adapted, bool misses_gradient = false) {
+    if (adapted) site.uses.add(at::GradMode::is_enabled(), misses_gradient);
     if (adapted && !is_recording()) return;
     std::lock_guard<std::mutex> lock(mutex_);
     auto& use = uses_[{site.name(), operation, adapted}];
     use = {site.name(), operation, adapted, use.count + 1};
   }
 
-  /// Warns, the first time, that layers were not reached.
-  void warn(const std::vector<std::string>& unreached) {
-    if (unreached.empty() || warned_.exchange(true)) return;
+  // Each of these warns the first time.
+
+  void warn_of_unreached(const std::vector<std::string>& unreached) {
+    if (unreached.empty() || warned_of_unreached_.exchange(true)) return;
     std::string operations;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -73,9 +76,32 @@ class Usage {
                "shows every use of every weight.");
   }
 
+  void warn_of_other_model() {
+    if (warned_of_other_model_.exchange(true)) return;
+    TORCH_WARN("lora::activate: products were computed in the scope, but none with an adapter. Does another model run ",
+               "there? A clone of a model has no adapters, and neither have copies of its weights; attach to the one ",
+               "that runs");
+  }
+
+  void warn_of_gradients(const std::vector<std::string>& layers) {
+    if (layers.empty() || warned_of_gradients_.exchange(true)) return;
+    TORCH_WARN("lora::activate: the adapters of ", list(layers), " get no gradient: their weights were only used with ",
+               "gradient mode off, beside inputs that have a gradient. A torch::autograd::Function does that; give it ",
+               "weight.clone(), which in a scope is W' with its gradient, instead of the weight. What is recomputed in ",
+               "backward needs the scope there, too (lora::carry)");
+  }
+
+  void warn_of_parallel(const Site& site) {
+    if (warned_of_parallel_.exchange(true)) return;
+    TORCH_WARN("lora::activate: the weight of ", site.name(), " is used inside of a parallel region (at::parallel_for, ",
+               "OpenMP) that began within the scope. Its other threads are in no scope and run the base model there; ",
+               "wrap the region's body with lora::carry");
+  }
+
  private:
   std::atomic<int> recording_{0};
-  std::atomic<bool> warned_{false};
+  std::atomic<bool> warned_of_unreached_{false}, warned_of_other_model_{false}, warned_of_gradients_{false};
+  std::atomic<bool> warned_of_parallel_{false};
   std::mutex mutex_;
   std::map<std::tuple<std::string, std::string, bool>, WeightUse> uses_;
 };

@@ -70,9 +70,16 @@ inline at::Tensor written_operand(const at::Tensor& operand, const char* operati
 /// Puts W' in the place of every operand that is an adapted weight, or a part of one.
 inline void adapt_operands(const c10::OperatorHandle& op, torch::jit::Stack& stack, Use use) {
   const auto* name = op.operator_name().name.c_str();
+  bool without_gradient = false;
+  if (!at::GradMode::is_enabled()) {
+    for_each_operand(op, stack, [&](const at::Tensor& operand, const c10::Argument& /*argument*/) {
+      without_gradient = without_gradient || misses_gradient(operand);
+      return operand;
+    });
+  }
   for_each_operand(op, stack, [&](const at::Tensor& operand, const c10::Argument& argument) {
     if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) return written_operand(operand, name);
-    return stand_in(operand, find_updates(operand, use, name));
+    return stand_in(operand, find_updates(operand, use, name, without_gradient));
   });
 }
 

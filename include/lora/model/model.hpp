@@ -46,8 +46,8 @@ class Model {
   virtual LayerWeight parameter(const std::string& name) const = 0;
   /// Whether the model was destroyed, as far as that can be known.
   virtual bool is_gone() const = 0;
-  /// Whether TorchScript runs it, whose optimizer has to be kept from replacing autograd.
-  virtual bool is_script() const { return false; }
+  /// Whether it has parts that TorchScript would optimize anew whenever they run, and differentiate on its own.
+  virtual bool needs_plain_scripts() const { return false; }
   /// What is to live as long as the model has adapters, if anything is.
   virtual std::shared_ptr<const void> while_adapted() const { return nullptr; }
 };

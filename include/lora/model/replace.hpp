@@ -1,5 +1,6 @@
 #pragma once
 
+#include <torch/nn/modules/container/moduledict.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/pimpl.h>
@@ -7,9 +8,12 @@
 #include <lora/selection/text.hpp>
 #include <lora/version.hpp>
 
+#include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -28,7 +32,7 @@ inline torch::nn::Module* module_named(torch::nn::Module& model, const std::stri
 
 }  // namespace detail
 
-/// Puts `layer` in the place of an entry of a torch::nn::Sequential or torch::nn::ModuleList inside `model`:
+/// Puts `layer` in the place of an entry of a torch::nn::Sequential, ModuleList or ModuleDict inside `model`:
 ///
 ///   lora::replace(*model, "body.0", lora::LoRALinear<>(linear, lora::LoRAOptions(8)));
 ///
@@ -40,13 +44,17 @@ void replace(torch::nn::Module& model, const std::string& name, torch::nn::Modul
   const auto dot = name.rfind('.');
   const auto entry = dot == std::string::npos ? name : name.substr(dot + 1);
   auto* owner = detail::module_named(model, dot == std::string::npos ? "" : name.substr(0, dot));
-  const bool exists = owner != nullptr && owner->named_children().contains(entry);
+  const auto entries = owner == nullptr ? std::vector<std::string>() : owner->named_children().keys();
+  const auto place = std::find(entries.begin(), entries.end(), entry) - entries.begin();  // names may be any
+  const bool exists = place < static_cast<std::ptrdiff_t>(entries.size());
   TORCH_CHECK(exists, "lora::replace: there is no module \"", name, "\";",
               detail::did_you_mean(name, model.named_modules("", /*include_self=*/false).keys()));
   if (auto* sequential = owner->as<torch::nn::SequentialImpl>()) {
-    *(sequential->begin() + std::stol(entry)) = torch::nn::AnyModule(layer);
+    *(sequential->begin() + place) = torch::nn::AnyModule(layer);
   } else if (auto* list = owner->as<torch::nn::ModuleListImpl>()) {
-    *(list->begin() + std::stol(entry)) = layer.ptr();
+    *(list->begin() + place) = layer.ptr();
+  } else if (auto* dict = owner->as<torch::nn::ModuleDictImpl>()) {
+    dict->update({{entry, layer.ptr()}});
   } else {
     TORCH_CHECK(false, "lora::replace: \"", name, "\" is a member of ", owner->name(),
                 ", which has a handle of its own ",

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <regex>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -110,6 +111,33 @@ inline size_t most_digits(const std::string& pattern) {
   return most;
 }
 
+/// A pattern of Python's in ECMAScript, which has other words for the beginning and the end of the text, and takes a
+/// letter that it does not know after a \\ for itself.
+inline std::string to_ecmascript(const std::string& pattern, const std::string& shown) {
+  constexpr std::string_view kKnown = "bBcdDfnrsStuvwWx";
+  std::string text;
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    const auto letter = pattern[i] == '\\' && i + 1 < pattern.size() ? pattern[i + 1] : '\0';
+    if (letter == '\0') {
+      text += pattern[i];
+      continue;
+    }
+    ++i;
+    const bool is_letter = (letter >= 'a' && letter <= 'z') || (letter >= 'A' && letter <= 'Z');
+    TORCH_CHECK_VALUE(!is_letter || letter == 'A' || letter == 'Z' || kKnown.find(letter) != kKnown.npos,
+                      "lora::LoRAConfig: \"", shown, "\" has \\", std::string(1, letter), ", which is nothing in a ",
+                      "regular expression (ECMAScript)");
+    if (letter == 'A') {
+      text += '^';
+    } else if (letter == 'Z') {
+      text += '$';
+    } else {
+      text += {'\\', letter};
+    }
+  }
+  return text;
+}
+
 /// A compiled pattern; an error that shows `shown` when it is none. A pattern may come from anywhere, and std::regex
 /// calls itself for every letter and every bracket, and computes numbers without looking for their end, so there are
 /// limits.
@@ -121,7 +149,7 @@ inline std::regex compile(const std::string& pattern, const std::string& shown) 
                     " brackets in each other and numbers of ", kMaxDigits, " digits, but \"", shown.substr(0, 60),
                     "...\" has ", pattern.size(), ", ", depth, " and ", digits);
   try {
-    return std::regex(pattern, std::regex::ECMAScript | std::regex::optimize);
+    return std::regex(to_ecmascript(pattern, shown), std::regex::ECMAScript | std::regex::optimize);
   } catch (const std::regex_error& error) {
     TORCH_CHECK_VALUE(false, "lora::LoRAConfig: \"", shown,
                       "\" is not a regular expression (ECMAScript): ", error.what());

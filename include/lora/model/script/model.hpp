@@ -79,13 +79,19 @@ class ScriptModel final : public Model {
   }
 
   bool is_gone() const override { return false; }  // it shares the ownership
-  bool is_script() const override { return true; }
+  bool needs_plain_scripts() const override {
+    const auto plain = plain_.lock();
+    return plain && plain->leaves_forks();
+  }
   std::shared_ptr<const void> while_adapted() const override {
-    return std::make_shared<detail::PlainExecution>(model_);
+    const auto plain = std::make_shared<detail::PlainExecution>(model_);
+    plain_ = plain;
+    return plain;
   }
 
  private:
   torch::jit::Module model_;
+  mutable std::weak_ptr<const detail::PlainExecution> plain_;
 };
 
 }  // namespace LORA_ABI

@@ -61,6 +61,10 @@ class PlainExecution {
     for (auto* function : held_) release(*function);
   }
 
+  /// Whether something is forked that executors of its own run, which would optimize again: what is forked and then
+  /// kept in a list, or returned.
+  bool leaves_forks() const { return leaves_forks_; }
+
   PlainExecution(const PlainExecution&) = delete;
   PlainExecution& operator=(const PlainExecution&) = delete;
 
@@ -74,6 +78,7 @@ class PlainExecution {
     int64_t holders;
     torch::jit::GraphExecutor executor;  // as it was
     bool casts;                          // whether the function switches autocast on by itself
+    bool leaves_forks;
   };
 
   // Never destroyed, since adapters may live in static variables.
@@ -91,6 +96,7 @@ class PlainExecution {
     auto found = all().find(&function);
     if (found == all().end()) found = all().emplace(&function, replaced(function)).first;
     ++found->second.holders;
+    leaves_forks_ = leaves_forks_ || found->second.leaves_forks;
     held_.push_back(&function);
   }
 
@@ -102,12 +108,13 @@ class PlainExecution {
     const bool casts = any_node(*graph->block(), [](const auto& node) {
       return node.kind() == c10::prim::Enter || node.kind() == c10::aten::_autocast_to_reduced_precision;
     });
-    if (waits_for_all(*graph->block())) torch::jit::InlineForkWait(graph);
+    const bool waits = waits_for_all(*graph->block());
+    if (waits) torch::jit::InlineForkWait(graph);
     torch::jit::GraphExecutor plain(graph, function.name(), torch::jit::SIMPLE);
     auto former = std::exchange(function.get_executor(), std::move(plain));
     function._set_initial_executor_execution_mode(torch::jit::SIMPLE);
     if (!casts) function._set_ignore_amp(true);
-    return {0, std::move(former), casts};
+    return {0, std::move(former), casts, !waits};
   }
 
   static void release(Function& function) {
@@ -121,8 +128,7 @@ class PlainExecution {
     all().erase(&function);
   }
 
-  /// Whether everything that is forked is only waited for, without being kept in a list or returned. Executors of its
-  /// own would run it, and optimize again; so it can be computed in the place where it is forked.
+  /// Whether everything that is forked is only waited for, so that it can be computed in the place where it is forked.
   static bool waits_for_all(const torch::jit::Block& block) {
     return !any_node(block, [](const auto& node) {
       if (node.kind() != c10::prim::fork) return false;
@@ -134,6 +140,7 @@ class PlainExecution {
 
   torch::jit::Module module_;  // whose class owns the functions
   std::vector<Function*> held_;
+  bool leaves_forks_ = false;
 };
 
 }  // namespace detail
