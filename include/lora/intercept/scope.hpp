@@ -31,8 +31,8 @@ namespace detail {
 
 /// One activation. It is shared by the threads it is carried to, and not changed while it is active.
 struct Scope {
-  Scope(std::shared_ptr<const ActiveSet> set, std::shared_ptr<Usage> usage, bool needs_plain_scripts = false)
-      : set(std::move(set)), usage(std::move(usage)), needs_plain_scripts(needs_plain_scripts) {}
+  Scope(std::shared_ptr<const ActiveSet> acting, std::shared_ptr<Usage> recorded, bool plain_scripts = false)
+      : set(std::move(acting)), usage(std::move(recorded)), needs_plain_scripts(plain_scripts) {}
 
   /// The adapters in effect, and their owner: of several scopes of one owner the innermost decides, those of different
   /// owners add up.
@@ -219,8 +219,8 @@ class CarriedHere {
 
  private:
   __attribute__((visibility("default"))) static int& depth() {
-    thread_local int depth = 0;
-    return depth;
+    thread_local int count = 0;
+    return count;
   }
 };
 
