@@ -89,6 +89,8 @@ set(LORA_DETAIL_HEADERS
   selection/patterns.hpp
   selection/selection.hpp
   selection/text.hpp
+  system/attributes.hpp
+  system/files.hpp
   system/libtorch.hpp
   weight/key.hpp
   weight/part.hpp

@@ -4,6 +4,8 @@
 // all its weights, adapters of rank 2 on its stock layers are trained to follow.
 #include <torch/torch.h>
 
+#include <c10/util/MathConstants.h>
+
 #include <fmt/format.h>
 #include <lora/lora.hpp>  // lora
 
@@ -38,7 +40,7 @@ double accuracy(Classifier& model, double angle) {
 
 int main() {
   torch::manual_seed(0);
-  const double before = 0, after = M_PI / 3;
+  const double before = 0, after = c10::pi<double> / 3;
   Classifier model;
   torch::optim::AdamW optimizer(model->parameters(), torch::optim::AdamWOptions(1e-2));
   train(model, optimizer, before, 200);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/torch.h>
+#include <c10/util/MathConstants.h>
 
 #include "language_model.hpp"
 
@@ -43,7 +44,7 @@ namespace detail {
 
 // Long wavelengths are divided by the factor, short ones kept, those between blended. (D/2) -> (D/2).
 inline torch::Tensor llama3_frequencies(const torch::Tensor& frequencies, const RopeConfig& rope) {
-  const auto turns = rope.original_positions * frequencies / (2 * M_PI);  // within the original context
+  const auto turns = rope.original_positions * frequencies / (2 * c10::pi<double>);  // within the original context
   const auto blend = (turns - rope.low_frequency_factor) / (rope.high_frequency_factor - rope.low_frequency_factor);
   const auto kept = blend.clamp(0, 1);
   return (1 - kept) * frequencies / rope.factor + kept * frequencies;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/torch.h>
+#include <c10/util/MathConstants.h>
 
 #include <cmath>
 #include <cstdint>
@@ -46,7 +47,7 @@ inline double learning_rate_at(int64_t step, const TrainingOptions& options) {
   if (step < options.warmup) return peak * static_cast<double>(step + 1) / static_cast<double>(options.warmup);
   const auto low = peak * options.min_lr_ratio;
   const auto t = static_cast<double>(step - options.warmup) / static_cast<double>(options.steps - options.warmup);
-  return low + (peak - low) * (1 + std::cos(M_PI * t)) / 2;
+  return low + (peak - low) * (1 + std::cos(c10::pi<double> * t)) / 2;
 }
 
 /// Sum of the cross entropies of all targets that count, in float32 whatever the model computes in. The head runs only

@@ -1,5 +1,7 @@
 #include <support/testing.hpp>
 
+#include <c10/util/MathConstants.h>
+
 #include <algorithm>
 #include <fstream>
 #include <sstream>
@@ -416,7 +418,7 @@ TEST_CASE("llama3 scaling divides long wavelengths, keeps short ones and blends 
   rope.high_frequency_factor = 4;
   rope.original_positions = 100;
   const auto wavelengths = torch::tensor({10.0, 25.0, 40.0, 100.0, 1000.0}, torch::kDouble);
-  const auto frequencies = 2 * M_PI / wavelengths;
+  const auto frequencies = 2 * c10::pi<double> / wavelengths;
   const auto found = gpt::detail::llama3_frequencies(frequencies, rope) / frequencies;
   CHECK(distance(found, torch::tensor({1.0, 1.0, 0.5 / 8 + 0.5, 1 / 8.0, 1 / 8.0}, torch::kDouble)) < 1e-12);
 }

@@ -31,6 +31,9 @@ set(only_modules/ version.hpp system/ options.hpp weight/ method/ functional.hpp
 # LibTorch's headers that include all the others; a user is to pay for little.
 set(torch_as_a_whole torch/torch.h torch/all.h torch/extension.h)
 
+# What the operating system brings, which system/ alone calls, in forms for each of them.
+set(of_one_system "^(unistd|fcntl|dlfcn|pthread|windows|io|direct)\\.h$|^sys/")
+
 # Whether an entry of the table, a folder or a header, fits a header.
 function(fits entry header result)
   string(FIND "${header}" "${entry}" place)
@@ -88,6 +91,8 @@ foreach(header IN LISTS headers)
       violation("${header} -> ${include}: headers are named as <lora/...>")
     elseif(CMAKE_MATCH_1 IN_LIST torch_as_a_whole)
       violation("${header} -> <${CMAKE_MATCH_1}>: all of LibTorch")
+    elseif(CMAKE_MATCH_1 MATCHES "${of_one_system}" AND NOT header MATCHES "^system/")
+      violation("${header} -> ${include}: not on every system; system/files.hpp has the calls")
     endif()
   endforeach()
 endforeach()

@@ -8,8 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include <sys/stat.h>
-
 #include <lora/files/folder_lock.hpp>
 #include <lora/version.hpp>
 
@@ -20,7 +18,7 @@ namespace detail {
 /// A name for something temporary in a folder; no two of this process are the same.
 inline std::string temporary_name() {
   static std::atomic<uint64_t> counter{0};
-  return ".lora-" + std::to_string(::getpid()) + "-" + std::to_string(counter++) + ".tmp";
+  return ".lora-" + std::to_string(process_id()) + "-" + std::to_string(counter++) + ".tmp";
 }
 
 /// The entries of a folder whose names are those of `temporary_name`.
@@ -34,10 +32,10 @@ inline std::vector<std::filesystem::path> temporary_entries(const std::filesyste
   return entries;
 }
 
-/// Brings the entries of a folder to the disk. Some file systems cannot sync a folder and say EINVAL.
+/// Brings the entries of a folder to the disk, where its file system can.
 inline void sync_folder(const Descriptor& folder, const std::filesystem::path& shown) {
-  if (::fsync(folder.number()) != 0 && errno != EINVAL)
-    throw CheckpointError(shown, "cannot be brought to the disk: ", std::strerror(errno));
+  if (!sync_folder(folder.file()))
+    throw CheckpointError(shown, "cannot be brought to the disk: ", last_error().message());
 }
 
 /// A file that appears under its name only when it is complete.
@@ -52,7 +50,7 @@ class AtomicFile {
     remove_abandoned();
   }
   ~AtomicFile() {
-    if (!committed_) ::unlink(temporary_.c_str());
+    if (!committed_) remove_file(temporary_);
   }
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
@@ -62,29 +60,23 @@ class AtomicFile {
 
   /// Writes `bytes`, the first of them at `offset`.
   void write_at(int64_t offset, std::string_view bytes) {
-    while (!bytes.empty()) {
-      const auto count = ::pwrite(file_.number(), bytes.data(), bytes.size(), offset);
-      if (count < 0 && errno == EINTR) continue;
-      if (count < 0) fail("cannot be written");
-      bytes.remove_prefix(static_cast<size_t>(count));
-      offset += count;
-    }
+    if (!write_file(file_.file(), offset, bytes)) fail("cannot be written");
   }
 
   /// Brings what was written to the disk; after that only the renaming can still fail.
   void sync() {
-    if (::fsync(file_.number()) != 0) fail("cannot be written");
+    if (!sync_file(file_.file())) fail("cannot be written");
   }
 
   /// Gives the complete file the name `place`, on the same file system. It is no longer removed at the end.
   void move_to(const std::filesystem::path& place) {
-    if (::rename(temporary_.c_str(), place.c_str()) != 0) fail("cannot be replaced");
+    if (!replace_file(temporary_, place)) fail("cannot be replaced");
     committed_ = true;
   }
 
   void commit() {
     sync();
-    const auto folder = open_existing(folder_, O_RDONLY | O_DIRECTORY);
+    const auto folder = open_existing(folder_, Access::kFolder);
     move_to(target_);
     sync_folder(folder, target_);
   }
@@ -95,23 +87,23 @@ class AtomicFile {
   Descriptor create() {
     while (true) {
       temporary_ = folder_ / temporary_name();
-      Descriptor file(::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
-      if (file.number() < 0 && errno == EEXIST) continue;
-      if (file.number() < 0) fail("cannot be created");
-      const bool taken = !lock_file(file, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
-      struct stat status {};
-      if (!taken && ::fstat(file.number(), &status) == 0 && status.st_nlink > 0) return file;
+      Descriptor file(open_file(temporary_, Access::kCreate));
+      if (!file.is_open() && last_error() == std::errc::file_exists) continue;
+      if (!file.is_open()) fail("cannot be created");
+      const bool taken = !lock_file(file.file(), Lock::kExclusive, /*waits=*/false) && is_locked_by_other(last_error());
+      FileStatus status;
+      if (!taken && read_status(file.file(), status) && status.names > 0) return file;
     }
   }
 
   void remove_abandoned() const {
     for (const auto& path : temporary_entries(folder_)) {
-      const Descriptor file(::open(path.c_str(), O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));  // never a folder
-      if (file.number() >= 0 && lock_file(file, LOCK_EX | LOCK_NB)) ::unlink(path.c_str());
+      const Descriptor file(open_file(path, Access::kLock));  // never a folder
+      if (file.is_open() && lock_file(file.file(), Lock::kExclusive, /*waits=*/false)) remove_file(path);
     }
   }
 
-  [[noreturn]] void fail(const char* what) const { throw CheckpointError(target_, what, ": ", std::strerror(errno)); }
+  [[noreturn]] void fail(const char* what) const { throw CheckpointError(target_, what, ": ", last_error().message()); }
 
   const std::filesystem::path target_;
   const std::filesystem::path folder_;

@@ -31,8 +31,8 @@ class AtomicPair {
   AtomicPair(AtomicFile& first, AtomicFile& second)
       : files_{&first, &second},
         folder_(first.folder()),
-        lock_(folder_, LOCK_EX),
-        opened_(open_existing(folder_, O_RDONLY | O_DIRECTORY)) {
+        lock_(folder_, Lock::kExclusive),
+        opened_(open_existing(folder_, Access::kFolder)) {
     TORCH_INTERNAL_ASSERT(first.folder() == second.folder(), "a pair in two folders");
   }
 
@@ -63,21 +63,21 @@ class AtomicPair {
   void create_place() {
     do {
       place_ = folder_ / temporary_name();
-    } while (!make_folder(place_));
-    for (const auto* part : {"old", "new"}) make_folder(place_ / part);
+    } while (!is_new_folder(place_));
+    for (const auto* part : {"old", "new"}) is_new_folder(place_ / part);
   }
 
   /// False where there is one already: numbers of processes come again.
-  bool make_folder(const std::filesystem::path& path) const {
-    if (::mkdir(path.c_str(), 0777) == 0) return true;
-    if (errno != EEXIST) fail(*files_[0]);
+  bool is_new_folder(const std::filesystem::path& path) const {
+    if (make_folder(path)) return true;
+    if (last_error() != std::errc::file_exists) fail(*files_[0]);
     return false;
   }
 
   /// False where the file system has no symbolic links.
   bool link_to(const std::filesystem::path& text, const std::filesystem::path& link) const {
-    if (::symlink(text.c_str(), link.c_str()) == 0) return true;
-    if (errno != EPERM && errno != EOPNOTSUPP && errno != ENOSYS) fail(*files_[0]);
+    if (make_link(text, link)) return true;
+    if (!has_no_links(last_error())) fail(*files_[0]);
     return false;
   }
 
@@ -88,11 +88,10 @@ class AtomicPair {
   /// A hard link costs nothing. Some file systems have none, and files of other users cannot have one.
   void keep_former(const AtomicFile& file) const {
     const auto former = in("old", file);
-    const bool is_linked = ::linkat(AT_FDCWD, file.target().c_str(), AT_FDCWD, former.c_str(), AT_SYMLINK_FOLLOW) == 0;
-    if (is_linked || errno == ENOENT) return;
+    if (make_hard_link(file.target(), former) || is_missing(last_error())) return;
     std::error_code error;
     std::filesystem::copy_file(file.target(), former, error);
-    if (error == std::errc::no_such_file_or_directory) return;
+    if (is_missing(error)) return;
     if (error) throw CheckpointError(file.target(), "cannot be replaced: ", error.message());
     sync(former);
   }
@@ -119,9 +118,10 @@ class AtomicPair {
 
   void restore(const AtomicFile& file) const {
     if (!is_linked(file.target(), place_)) return;
-    if (::rename(in("old", file).c_str(), file.target().c_str()) != 0 && errno == ENOENT)
-      ::unlink(file.target().c_str());
+    if (!replace_file(in("old", file), file.target()) && is_missing(last_error())) remove_file(file.target());
   }
+
+  static bool is_missing(const std::error_code& error) { return error == std::errc::no_such_file_or_directory; }
 
   /// Whether a name leads through a place.
   static bool is_linked(const std::filesystem::path& name, const std::filesystem::path& place) {
@@ -143,16 +143,16 @@ class AtomicPair {
     }
   }
 
-  void sync(const std::filesystem::path& path) const { sync_folder(open_existing(path, O_RDONLY), folder_); }
+  void sync(const std::filesystem::path& path) const { sync_folder(open_existing(path, Access::kRead), folder_); }
 
   static void rename(const std::filesystem::path& from, const AtomicFile& file) { rename(from, file.target(), file); }
 
   static void rename(const std::filesystem::path& from, const std::filesystem::path& to, const AtomicFile& file) {
-    if (::rename(from.c_str(), to.c_str()) != 0) fail(file);
+    if (!replace_file(from, to)) fail(file);
   }
 
   [[noreturn]] static void fail(const AtomicFile& file) {
-    throw CheckpointError(file.target(), "cannot be replaced: ", std::strerror(errno));
+    throw CheckpointError(file.target(), "cannot be replaced: ", last_error().message());
   }
 
   const std::array<AtomicFile*, 2> files_;

@@ -1,14 +1,10 @@
 #pragma once
 
-#include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <utility>
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <lora/files/error.hpp>
+#include <lora/system/files.hpp>
 #include <lora/version.hpp>
 
 namespace lora {
@@ -18,23 +14,24 @@ namespace detail {
 /// Owns an open file and closes it at the end.
 class Descriptor {
  public:
-  explicit Descriptor(int number) : number_(number) {}
+  explicit Descriptor(FileHandle file) : file_(file) {}
   ~Descriptor() {
-    if (number_ >= 0) ::close(number_);
+    if (is_open()) close_file(file_);
   }
-  Descriptor(Descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
+  Descriptor(Descriptor&& other) noexcept : file_(std::exchange(other.file_, kNoFile)) {}
   Descriptor& operator=(Descriptor&&) = delete;
 
-  int number() const { return number_; }
+  bool is_open() const { return file_ != kNoFile; }
+  FileHandle file() const { return file_; }
 
  private:
-  int number_;
+  FileHandle file_;
 };
 
 /// Opens an existing file; throws CheckpointError with the reason of the operating system.
-inline Descriptor open_existing(const std::filesystem::path& path, int flags) {
-  Descriptor file(::open(path.c_str(), flags | O_CLOEXEC));
-  if (file.number() < 0) throw CheckpointError(path, "cannot be opened: ", std::strerror(errno));
+inline Descriptor open_existing(const std::filesystem::path& path, Access access) {
+  Descriptor file(open_file(path, access));
+  if (!file.is_open()) throw CheckpointError(path, "cannot be opened: ", last_error().message());
   return file;
 }
 

@@ -4,9 +4,6 @@
 #include <filesystem>
 #include <string_view>
 
-#include <sys/mman.h>
-#include <sys/stat.h>
-
 #include <lora/files/descriptor.hpp>
 #include <lora/version.hpp>
 
@@ -22,16 +19,17 @@ namespace detail {
 class MappedFile {
  public:
   explicit MappedFile(const std::filesystem::path& path) {
-    // Without O_NONBLOCK a named pipe would wait for a writer before it could be refused.
-    const auto file = open_existing(path, O_RDONLY | O_NONBLOCK);
-    struct stat status {};
-    if (::fstat(file.number(), &status) != 0) throw CheckpointError(path, "cannot be read: ", std::strerror(errno));
-    if (!S_ISREG(status.st_mode)) throw CheckpointError(path, "is not a regular file");
-    size_ = static_cast<size_t>(status.st_size);
-    if (size_ > 0) map(path, file.number());  // an empty mapping is an error of its own
+    const auto file = open_existing(path, Access::kRead);
+    FileStatus status;
+    if (!read_status(file.file(), status)) throw CheckpointError(path, "cannot be read: ", last_error().message());
+    if (!status.is_regular) throw CheckpointError(path, "is not a regular file");
+    size_ = static_cast<size_t>(status.size);
+    if (size_ == 0) return;  // an empty mapping is an error of its own
+    data_ = map_file(file.file(), size_);
+    if (data_ == nullptr) throw CheckpointError(path, "cannot be mapped: ", last_error().message());
   }
   ~MappedFile() {
-    if (size_ > 0) ::munmap(data_, size_);
+    if (data_ != nullptr) unmap_file(data_, size_);
   }
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
@@ -41,13 +39,6 @@ class MappedFile {
   std::string_view text() const { return {data_, size_}; }
 
  private:
-  void map(const std::filesystem::path& path, int file) {
-    // Without MAP_NORESERVE a private writable mapping counts as memory in use, as large as the file.
-    void* address = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file, 0);
-    if (address == MAP_FAILED) throw CheckpointError(path, "cannot be mapped: ", std::strerror(errno));
-    data_ = static_cast<char*>(address);
-  }
-
   char* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -22,7 +22,9 @@
 namespace lora {
 inline namespace LORA_ABI {
 
+#if defined(__BYTE_ORDER__)  // not by Microsoft's compiler, whose processors are all little-endian
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "safetensors files hold little-endian numbers");
+#endif
 
 /// The content of a safetensors file.
 struct Safetensors {

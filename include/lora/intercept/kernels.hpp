@@ -19,6 +19,7 @@
 #include <lora/intercept/scope.hpp>
 #include <lora/intercept/weight_kernel.hpp>
 #include <lora/layers/norm_limit.hpp>
+#include <lora/system/attributes.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -316,7 +317,7 @@ class Registration {
 /// Registers the kernels once in the process. Only one fallback may be registered for a key, so it is done when the
 /// first adapter is added, not when a shared library is loaded; and it is visible, so that libraries with hidden
 /// symbols share it.
-__attribute__((visibility("default"))) inline void register_kernels() {
+LORA_SHARED inline void register_kernels() {
   static const auto* registration = new Registration;
   (void)registration;
 }

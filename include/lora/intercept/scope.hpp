@@ -10,6 +10,7 @@
 
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
+#include <lora/system/attributes.hpp>
 #include <lora/system/libtorch.hpp>
 #include <lora/version.hpp>
 
@@ -68,9 +69,9 @@ struct Scope {
 
 /// An unchangeable list of scopes, the outermost first.
 ///
-/// It is an entry of the chain on which LibTorch keeps what follows a computation, which is also the profiler's. Whoever
-/// takes an entry from the chain expects it on top, and scopes are opened and left at any time; so this entry is the
-/// lowest one, and a thread has one at most.
+/// It is an entry of the chain on which LibTorch keeps what follows a computation, which is also the profiler's.
+/// Whoever takes an entry from the chain expects it on top, and scopes are opened and left at any time; so this entry
+/// is the lowest one, and a thread has one at most.
 class ActiveScopes final : public c10::DebugInfoBase {
  public:
   using List = std::vector<std::shared_ptr<const Scope>>;
@@ -108,7 +109,7 @@ class ActiveScopes final : public c10::DebugInfoBase {
     }
   }
 
-  __attribute__((visibility("default"))) static c10::DebugInfoKind kind() {
+  LORA_SHARED static c10::DebugInfoKind kind() {
     static constexpr std::string_view name = "LORA_SCOPES " LORA_ABI_NAME;
     return debug_info_kind<c10::DebugInfoKind>(&name);
   }
@@ -146,8 +147,8 @@ class ActiveScopes final : public c10::DebugInfoBase {
   /// LibTorch does not know stays, and then what is below it.
   static Entries take_off_others() {
     using Kind = c10::DebugInfoKind;
-    const std::array<Kind, 7> kinds{Kind::PROFILER_STATE,    Kind::INFERENCE_CONTEXT, Kind::PARAM_COMMS_INFO,
-                                    Kind::PRODUCER_INFO,     Kind::TEST_INFO,         Kind::TEST_INFO_2,
+    const std::array<Kind, 7> kinds{Kind::PROFILER_STATE,     Kind::INFERENCE_CONTEXT, Kind::PARAM_COMMS_INFO,
+                                    Kind::PRODUCER_INFO,      Kind::TEST_INFO,         Kind::TEST_INFO_2,
                                     Kind::MOBILE_RUNTIME_INFO};
     Entries others;
     for (bool found = true; found;) {
@@ -184,8 +185,9 @@ class ScopeGuard {
       return;
     }
     scope_->was_left_elsewhere = true;
-    TORCH_WARN("lora::activate: a scope was left on another thread than the one it was opened on, where it stays open. ",
-               "Leave it there, and give other threads functions that lora::carry has wrapped");
+    TORCH_WARN(
+        "lora::activate: a scope was left on another thread than the one it was opened on, where it stays open. ",
+        "Leave it there, and give other threads functions that lora::carry has wrapped");
   }
 
   ScopeGuard(const ScopeGuard&) = delete;
@@ -218,7 +220,7 @@ class CarriedHere {
   static bool is() { return depth() > 0; }
 
  private:
-  __attribute__((visibility("default"))) static int& depth() {
+  LORA_SHARED static int& depth() {
     thread_local int count = 0;
     return count;
   }

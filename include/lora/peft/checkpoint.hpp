@@ -29,7 +29,7 @@ namespace detail {
 /// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
 inline std::pair<Adapter, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
                                                 const LoadOptions& options) {
-  const FolderLock lock(directory, LOCK_SH);  // so that both files are of one save
+  const FolderLock lock(directory, Lock::kShared);  // so that both files are of one save
   auto config = read_adapter_config(directory / kAdapterConfig);
   PeftTensors tensors(directory, options, config);
   try {

@@ -20,7 +20,7 @@ namespace detail {
 /// One of the two adapters of `subtract_start`.
 struct StoredAdapter {
   explicit StoredAdapter(std::filesystem::path directory) : path(std::move(directory)) {
-    const FolderLock lock(path, LOCK_SH);
+    const FolderLock lock(path, Lock::kShared);
     config = read_json<PeftJson>(path / kAdapterConfig);
     if (!config.is_object()) throw CheckpointError(path / kAdapterConfig, "has to hold an object");
     tensors = read_safetensors(path / kAdapterTensors);

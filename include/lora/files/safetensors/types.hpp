@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <string>
 #include <string_view>
@@ -83,19 +84,28 @@ struct SafetensorsHeader {
 inline constexpr int64_t kSafetensorsLengthBytes = 8;
 inline constexpr uint64_t kSafetensorsMaxHeader = 100'000'000;
 
+/// Multiplies `product`; false, and nothing is changed, where it would exceed `most`.
+inline bool multiply(uint64_t& product, uint64_t factor, uint64_t most) {
+  if (factor != 0 && product > most / factor) return false;
+  product *= factor;
+  return true;
+}
+
 /// The bytes of a tensor; false for a shape that cannot be: neither the number of its values nor its strides may
 /// overflow. An empty tensor has strides too, those of one with 1 in the place of each 0.
 inline bool count_bytes(const TensorInfo& info, int64_t& bytes) {
+  constexpr uint64_t kMost = std::numeric_limits<int64_t>::max();
   const auto& shape = info.shape;
-  uint64_t values = 1;
+  uint64_t values = 1, stride = 1;
   for (const auto size : shape) {
-    if (size < 0 || __builtin_mul_overflow(values, size, &values)) return false;
+    if (size < 0 || !multiply(values, static_cast<uint64_t>(size), std::numeric_limits<uint64_t>::max())) return false;
   }
-  int64_t stride = 1;
   for (size_t i = shape.size(); i > 1; --i) {
-    if (__builtin_mul_overflow(stride, std::max<int64_t>(shape[i - 1], 1), &stride)) return false;
+    if (!multiply(stride, static_cast<uint64_t>(std::max<int64_t>(shape[i - 1], 1)), kMost)) return false;
   }
-  return !__builtin_mul_overflow(values, c10::elementSize(info.dtype), &bytes);
+  if (!multiply(values, c10::elementSize(info.dtype), kMost)) return false;
+  bytes = static_cast<int64_t>(values);
+  return true;
 }
 
 }  // namespace detail

@@ -6,6 +6,7 @@
 #include <torch/csrc/jit/passes/inline_fork_wait.h>
 
 #include <lora/model/script/module.hpp>
+#include <lora/system/attributes.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -82,12 +83,12 @@ class PlainExecution {
   };
 
   // Never destroyed, since adapters may live in static variables.
-  __attribute__((visibility("default"))) static std::mutex& mutex() {
+  LORA_SHARED static std::mutex& mutex() {
     static auto* mutex = new std::mutex;
     return *mutex;
   }
 
-  __attribute__((visibility("default"))) static std::unordered_map<Function*, Held>& all() {
+  LORA_SHARED static std::unordered_map<Function*, Held>& all() {
     static auto* all = new std::unordered_map<Function*, Held>;
     return *all;
   }
