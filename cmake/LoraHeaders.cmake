@@ -58,6 +58,7 @@ set(LORA_DETAIL_HEADERS
   method/bias_update.hpp
   adapter/plan.hpp
   adapter/registry.hpp
+  adapter/start_values.hpp
   files/atomic_file.hpp
   files/atomic_pair.hpp
   files/descriptor.hpp
@@ -95,6 +96,7 @@ set(LORA_DETAIL_HEADERS
   weight/key.hpp
   weight/part.hpp
   weight/slot.hpp
+  weight/stamp.hpp
 )
 
 # A header in the folder that is not in the lists would be missing from the installed package, so that is an error.

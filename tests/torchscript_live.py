@@ -143,6 +143,21 @@ class Control(nn.Module):
         return x + torch.jit.wait(later)
 
 
+class Forks(nn.Module):
+    """What is forked is kept in a list, so that executors of its own run it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        later = [torch.jit.fork(self.other, x) for _ in range(3)]
+        y = self.first(x)
+        for one in later:
+            y = y * torch.jit.wait(one)
+        return y
+
+
 class Autocast(nn.Module):
     """Switches autocast on by itself, so that TorchScript casts its weights."""
 
@@ -254,11 +269,12 @@ CASES = {
     "parameters": (Functions, lambda: [random(5, 4)], [], ["matrix", "experts"], parameters("matrix", "experts")),
     "parameters of known layers": (Mlp, lambda: [random(2, 3, 4)], [], ["fc2.weight"], parameters("fc2.weight")),
     "autocast": (Autocast, lambda: [random(2, 3, 4)], ["fc1", "fc2"], [], layers("fc1", "fc2")),
+    "forks in a list": (Forks, lambda: [random(3, 4)], ["first", "other"], [], layers("first", "other")),
     "control flow": (Control, lambda: [random(3, 4)], ["step", "other"], [], layers("step", "other")),
 }
 
 
-ONLY_SCRIPTED = ("autocast", "control flow")
+ONLY_SCRIPTED = ("autocast", "control flow", "forks in a list")
 
 
 def exports(module, inputs, name):
@@ -282,6 +298,26 @@ def refusals(name, way, mode):
     if name == "nested encoder" and mode == "eval" and way != "trace":
         return {"gradients": "has no gradient for nested tensors"}
     return {}
+
+
+class Quantized(nn.Module):
+    """With one layer that stays as it is, or without."""
+
+    def __init__(self, keeps_one):
+        super().__init__()
+        self.fc1 = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4) if keeps_one else nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.fc1(x))
+
+
+def refused_modules():
+    """Modules that cannot be adapted, each with the target and a part of the error that `attach` has to throw."""
+    for keeps_one, error in ((True, "\"fc1\" is a quantized Linear, which has no weight that can be adapted"),
+                             (False, "the weights of this TorchScript module are quantized")):
+        module = torch.ao.quantization.quantize_dynamic(Quantized(keeps_one).float().eval(), {nn.Linear})
+        yield f"quantized, one layer kept: {keeps_one}", torch.jit.script(module), "fc1", error
 
 
 def loss_of(output):
@@ -344,6 +380,12 @@ def export_all(folder):
             exported.save(f"{folder}/{case['id']}.pt")
             torch.save({str(i): value for i, value in enumerate(values)}, f"{folder}/{case['id']}.inputs")
             cases.append(case | {"module": module, "inputs": values, "adapted": adapted})
+    for name, module, target, error in refused_modules():
+        case = {"id": len(cases), "name": name, "mode": "eval", "target_modules": [target], "target_parameters": [],
+                "refusals": {"attach": error}}
+        module.save(f"{folder}/{case['id']}.pt")
+        torch.save({"0": random(3, 4).float()}, f"{folder}/{case['id']}.inputs")
+        cases.append(case)
     with open(f"{folder}/cases.json", "w") as file:
         kept = ("id", "name", "mode", "target_modules", "target_parameters", "refusals")
         json.dump([{key: case[key] for key in kept} for case in cases], file)
@@ -361,6 +403,10 @@ def main():
         lines = dict(line.split(" ", 1) for line in program.stdout.splitlines())
         for case in cases:
             said = lines.get(str(case["id"]), "no answer")
+            if "attach" in case["refusals"]:  # with the error that was expected
+                failures += said != "done"
+                print(f"{case['name']}: {'refused' if said == 'done' else 'FAILED: ' + said}")
+                continue
             found = check(case, folder) if said == "done" else {said: float("inf")}
             worst = max(found, key=found.get)
             is_double = next(case["module"].parameters()).dtype == torch.float64

@@ -68,6 +68,7 @@ class Adapters {
     TORCH_CHECK(list.find(name) == nullptr, "lora::Adapters: there is an adapter \"", name, "\" already");
     check_addable(name, adapter);
     freeze();
+    list.running_means = model().running_means();
     for (auto& part : adapter.parts) {
       part.site = state_->index.take(part.site);
       const auto handles = part.site->slot().handles();
@@ -191,15 +192,16 @@ class Adapters {
   Activation activate(const std::string& name) const {
     TORCH_CHECK(!is_merged() || merged_ == name, "lora::activate: \"", merged_,
                 "\" is merged, and the two would add up; unmerge it first");
-    auto set = state_->registry.set_of(name);
-    if (!set) {
+    auto active = state_->registry.active(name);
+    if (!active) {
       const auto all = list();
       const auto& entry = known(*all, name);
       check_devices(*entry.adapter);
-      set = detail::make_active_set(entry);
-      state_->registry.keep(name, all, set);
+      active = {entry.adapter, detail::make_active_set(*all, entry)};
+      state_->registry.keep(name, all, *active);
     }
-    return Activation(std::move(set), state_->usage, model_->needs_plain_scripts());
+    if (active->adapter->start) active->adapter->start->follow();
+    return Activation(std::move(active->set), state_->usage, model_->needs_plain_scripts());
   }
 
   /// Folds the adapter into the weights: W' = W + update, in float and rounded once. All layers or, when an update is
@@ -482,7 +484,8 @@ inline void Adapters::adopt() {
     detail::mark(part.site->weight());
   }
   own_ = kOwnName;
-  state_->registry.publish({{{kOwnName, std::make_shared<const Adapter>(std::move(adapter))}}});
+  state_->registry.publish(
+      {{{kOwnName, std::make_shared<const Adapter>(std::move(adapter))}}, model().running_means()});
 }
 
 /// The adapters of a model that is written with layers of this library: their own ones are the adapter "default", and

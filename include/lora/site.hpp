@@ -10,6 +10,7 @@
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/slot.hpp>
+#include <lora/weight/stamp.hpp>
 #include <lora/weight/use.hpp>
 
 #include <algorithm>
@@ -104,6 +105,12 @@ class Site {
   /// The same for `weight`, which is this one or like it.
   DenseBase base(at::Tensor weight) const { return DenseBase(std::move(weight), view_); }
 
+  /// By which is seen whether somebody wrote to the weight; what merging writes does not count.
+  detail::Stamp stamp() const {
+    const bool is_aside = merged_ && merged_->is_apart;
+    return is_aside ? detail::Stamp(merged_->former.member) : detail::Stamp(weight(), own_writes_);
+  }
+
   bool is_merged() const { return merged_.has_value(); }
   /// Whether the weight has the update of that method in it.
   bool is_in(const AnyMethod* method) const {
@@ -134,11 +141,11 @@ class Site {
     if (is_told_apart()) {
       auto former = place_.slot->handles();
       place_.slot->set({values, values});
-      merged_ = Merged{std::move(former), values, 0, /*is_apart=*/true, std::move(methods)};
+      merged_ = Merged{std::move(former), values, detail::Stamp(values), /*is_apart=*/true, std::move(methods)};
       return;
     }
-    exchange(weight.detach(), values);
-    merged_ = Merged{{values, values}, weight, version(weight), /*is_apart=*/false, std::move(methods)};
+    count_own_writes(weight, [&] { exchange(weight.detach(), values); });
+    merged_ = Merged{{values, values}, weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods)};
   }
 
   /// Whether the model still holds what `merge` put there.
@@ -148,7 +155,10 @@ class Site {
     const auto& former = merged_->former.member;
     if (!now.is_same(merged_->weight)) return false;
     if (now.scalar_type() != former.scalar_type() || now.device() != former.device()) return true;  // moved since
-    return merged_->is_apart || version(now) == merged_->version || now.equal(merged(former, merged_->methods));
+    const detail::Stamp stamp(now);
+    if (stamp == merged_->stamp) return true;
+    if (place_.slot->is_apart()) return stamp.has_memory_of(merged_->stamp);  // the layer itself writes to it
+    return now.equal(merged(former, merged_->methods));
   }
 
   /// Puts the kept weight back. When the module was moved to another device or type meanwhile, the weight follows.
@@ -164,7 +174,7 @@ class Site {
       }
       place_.slot->set(former);
     } else {
-      write(weight(), former.member);
+      count_own_writes(weight(), [&] { write(weight(), former.member); });
     }
     merged_.reset();
   }
@@ -183,7 +193,7 @@ class Site {
     if (!other.merged_) return;
     const auto now = weight();
     auto former = other.merged_->former.member.to(now.device(), now.scalar_type(), false, /*copy=*/true);
-    merged_ = Merged{{former, former}, now, version(now), /*is_apart=*/false, std::move(methods)};
+    merged_ = Merged{{former, former}, now, detail::Stamp(now), /*is_apart=*/false, std::move(methods)};
   }
 
   /// How operators have used its adapters.
@@ -203,9 +213,9 @@ class Site {
  private:
   struct Merged {
     detail::WeightSlot::Handles former;
-    at::Tensor weight;  // that has the merged values
-    int64_t version;    // of it, by which is seen whether someone wrote to it since
-    bool is_apart;      // whether it was put in the place of the former one
+    at::Tensor weight;    // that has the merged values
+    detail::Stamp stamp;  // of it, by which is seen whether someone wrote to it since
+    bool is_apart;        // whether it was put in the place of the former one
     std::vector<MergedMethod> methods;
   };
 
@@ -232,8 +242,12 @@ class Site {
     TORCH_CHECK(at::isfinite(tensor).all().item<bool>(), "lora::merge: ", name(), ": ", what, "; nothing was merged");
   }
 
-  /// Tensors of inference mode have no version; they can only be written to there.
-  static int64_t version(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+  template <class Write>
+  void count_own_writes(const at::Tensor& tensor, const Write& write) {
+    const auto before = detail::Stamp::writes(tensor);
+    write();
+    own_writes_ += detail::Stamp::writes(tensor) - before;
+  }
 
   static void write(const at::Tensor& tensor, const at::Tensor& values) {
     c10::InferenceMode mode(tensor.is_inference());
@@ -263,6 +277,7 @@ class Site {
   Place place_;
   std::shared_ptr<const MatrixView> view_;
   FileLayout files_;
+  int64_t own_writes_ = 0;
   std::optional<Merged> merged_;
   std::shared_ptr<Site> bias_site_;
   std::shared_ptr<AnyMethod> own_;

@@ -157,6 +157,32 @@ TEST_CASE("Entries of containers are replaced in place; members cannot be") {
   CHECK_THROWS_WITH(lora::replace(*model, "body.7", layer), testing::contains("no module \"body.7\""));
 }
 
+TEST_CASE("Entries of containers are replaced by their names, whatever these are") {
+  namespace nn = torch::nn;
+  const auto linear = [] { return nn::Linear(4, 4); };
+  nn::Sequential named;
+  for (const char* name : {"first", "1", "0", "third"}) named->push_back(name, nn::AnyModule(linear()));
+  nn::ModuleDict dict;
+  dict->update({{"b", linear().ptr()}, {"a", linear().ptr()}});
+  const auto model = std::make_shared<nn::Module>("Net");
+  model->register_module("named", named);
+  model->register_module("dict", dict);
+  model->to(testing::device());
+  const auto x = torch::randn({2, 4}, testing::device());
+  for (const std::string name : {"named.first", "named.0", "named.third", "dict.a"}) {
+    const auto before = named->forward(x);
+    const auto stock = std::dynamic_pointer_cast<nn::LinearImpl>(model->named_modules()[name]);
+    lora::LoRALinear<> layer(nn::Linear(stock), LoRAOptions(2).alpha(6));
+    lora::replace(*model, name, layer);
+    CHECK(torch::equal(named->forward(x), before));
+    CHECK(model->named_modules()[name] == layer.ptr());
+    layer->lora_B().detach().normal_();
+    const bool is_used = name.front() == 'n';
+    CHECK((testing::distance(named->forward(x), before) > 1e-3) == is_used);
+    if (!is_used) CHECK(dict["a"] == layer.ptr());
+  }
+}
+
 TEST_CASE("Names that would collide, and models without such layers, are refused") {
   auto model = make_written();
   CHECK_THROWS_WITH(lora::attach(*model, lora::LoRAConfig(2).target_modules({"head"})),

@@ -31,6 +31,9 @@ TEST_CASE("A pattern is tried on the whole name, and on what follows a dot") {
       {R"(layers\.0)", "layersx0", false},
       {R"(layers\.[01]\.[qv]_proj)", "model.layers.1.v_proj", true},
       {R"(layers\.[01]\.[qv]_proj)", "model.layers.2.v_proj", false},
+      {R"(\Aq_proj\Z)", "q_proj", true},  // Python's words for the beginning and the end
+      {R"(\Aq_proj\Z)", "Aq_projZ", false},
+      {R"(.*q_proj\Z)", "layers.0.q_proj", true},
       {".*", "anything.at.all", true},
       {"q|v", "layers.v", true},  // the alternatives are bracketed before the prefix is put in front
       {"q|v", "layers.q", true},

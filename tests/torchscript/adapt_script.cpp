@@ -59,6 +59,7 @@ class Case {
   }
 
   void run() {
+    if (refusals_.contains("attach")) return unless_refused("attach", [&] { lora::attach(model_, config_); });
     train_base();
     const auto before = values();
     auto adapters = lora::attach(model_, config_);

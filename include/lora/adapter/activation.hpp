@@ -59,8 +59,9 @@ class Carried {
 /// Warns, each once for each `Adapters`: when a scope is left and some of its layers were never used by a forward pass;
 /// when products ran in it and none used an adapter, as where a clone of the model runs; when a weight was only used
 /// with gradient mode off although its input has a gradient, as a torch::autograd::Function does, so that its adapter
-/// gets none; when a thread of a parallel region uses it, whose other threads are in no scope. A scope that is left on
-/// another thread than its own stays open there: that warns, and the next use on its own thread throws.
+/// gets none; when a thread of a parallel region uses it, whose other threads are in no scope; when modules with
+/// running statistics were in training mode, which changes the base. A scope that is left on another thread than its
+/// own stays open there: that warns, and the next use on its own thread throws.
 class [[nodiscard]] Activation {
  public:
   Activation(std::shared_ptr<const detail::ActiveSet> set, std::shared_ptr<detail::Usage> usage,
@@ -82,6 +83,7 @@ class [[nodiscard]] Activation {
     const auto unreached = names([](const Site& site) { return site.uses.count == 0; });
     scope_->usage->warn_of_unreached(unreached);
     if (unreached.empty() && scope_->was_passed && !scope_->was_used) scope_->usage->warn_of_other_model();
+    if (scope_->was_used) scope_->usage->warn_of_statistics(scope_->set->statistics());
     // One use without gradient may be that of a checkpoint, which is computed again when the scope has ended.
     scope_->usage->warn_of_gradients(
         names([](const Site& site) { return site.uses.without_gradient > 1 && !site.uses.with_gradient; }));

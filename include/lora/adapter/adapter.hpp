@@ -4,6 +4,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/api/include/torch/ordered_dict.h>
 
+#include <lora/adapter/start_values.hpp>
 #include <lora/config.hpp>
 #include <lora/method/bias_update.hpp>
 #include <lora/method/full_delta.hpp>
@@ -48,6 +49,7 @@ struct AdapterPart {
 struct Adapter {
   LoRAConfig config;
   std::vector<AdapterPart> parts;  ///< the layers in the order of the model, then what is trained in full
+  std::shared_ptr<detail::StartValues> start = nullptr;  ///< what `initialize` took from the weights
 
   /// Gives every tensor its first values.
   void initialize() {
@@ -55,7 +57,12 @@ struct Adapter {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     at::NoGradGuard no_grad;
     if (!parts.empty()) parts.front().method->initialize_shared();
-    for (const auto& part : parts) part.method->initialize(part.site->base());
+    start = std::make_shared<detail::StartValues>();
+    for (const auto& part : parts) {
+      part.method->initialize(part.site->base());
+      if (part.method->follows()) start->note(part.site, part.method);
+    }
+    if (start->empty()) start.reset();
   }
 
   /// Calls `visit(part, tensor)` for every tensor, those that are shared once.

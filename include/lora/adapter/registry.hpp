@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,6 +36,7 @@ struct AdapterList {
   }
 
   std::vector<Entry> entries;
+  std::vector<Place> running_means;  ///< of the model
 };
 
 /// A list that is copied on write: who reads it has it as it was then, and waits for nobody but for the copy of a
@@ -53,37 +55,45 @@ class AdapterRegistry {
     sets_.clear();
   }
 
-  /// The active set of that adapter, if it was made from this list and the weights are the same still.
-  std::shared_ptr<const ActiveSet> set_of(const std::string& name) const {
-    std::shared_ptr<const ActiveSet> found;
+  /// An adapter and its active set.
+  struct Active {
+    std::shared_ptr<const Adapter> adapter;
+    std::shared_ptr<const ActiveSet> set;
+  };
+
+  /// Those of that adapter, if they were made from this list and the weights are the same still.
+  std::optional<Active> active(const std::string& name) const {
+    std::optional<Active> found;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto set = sets_.find(name);
-      if (set != sets_.end()) found = set->second;
+      const auto active = sets_.find(name);
+      if (active != sets_.end()) found = active->second;
     }
-    return found && found->is_current() ? found : nullptr;
+    return found && found->set->is_current() ? found : std::nullopt;
   }
 
-  void keep(const std::string& name, const std::shared_ptr<const AdapterList>& list,
-            std::shared_ptr<const ActiveSet> set) {
+  void keep(const std::string& name, const std::shared_ptr<const AdapterList>& list, const Active& active) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (list == list_) sets_[name] = std::move(set);
+    if (list == list_) sets_[name] = active;
   }
 
  private:
   mutable std::mutex mutex_;
   std::shared_ptr<const AdapterList> list_ = std::make_shared<const AdapterList>();
-  std::map<std::string, std::shared_ptr<const ActiveSet>> sets_;
+  std::map<std::string, Active> sets_;
 };
 
 /// The active set of one adapter. Marks the weights, some of which may have lost the key when they were moved.
-inline std::shared_ptr<const ActiveSet> make_active_set(const AdapterList::Entry& entry) {
+inline std::shared_ptr<const ActiveSet> make_active_set(const AdapterList& all, const AdapterList::Entry& entry) {
   std::vector<ActiveSite> sites;
   for (const auto& part : entry.adapter->parts) {
     mark(part.site->slot().handles().member);
     sites.emplace_back(part.site, std::vector<ActiveSite::Acting>{{part.method, entry.scale}});
   }
-  return std::make_shared<const ActiveSet>(std::move(sites));
+  auto statistics = all.running_means;
+  const auto is_own = [&](const Place& place) { return entry.adapter->part(place.name) != nullptr; };
+  statistics.erase(std::remove_if(statistics.begin(), statistics.end(), is_own), statistics.end());
+  return std::make_shared<const ActiveSet>(std::move(sites), std::move(statistics));
 }
 
 }  // namespace detail

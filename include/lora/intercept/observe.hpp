@@ -85,15 +85,31 @@ class Usage {
 
   void warn_of_gradients(const std::vector<std::string>& layers) {
     if (layers.empty() || warned_of_gradients_.exchange(true)) return;
-    TORCH_WARN("lora::activate: the adapters of ", list(layers), " get no gradient: their weights were only used with ",
-               "gradient mode off, beside inputs that have a gradient. A torch::autograd::Function does that; give it ",
-               "weight.clone(), which in a scope is W' with its gradient, instead of the weight. What is recomputed in ",
-               "backward needs the scope there, too (lora::carry)");
+    TORCH_WARN(
+        "lora::activate: the adapters of ", list(layers), " get no gradient: their weights were only used with ",
+        "gradient mode off, beside inputs that have a gradient. A torch::autograd::Function does that; give it ",
+        "weight.clone(), which in a scope is W' with its gradient, instead of the weight. What is recomputed in ",
+        "backward needs the scope there, too (lora::carry)");
+  }
+
+  /// Of those in training mode. `means` are the running means of modules.
+  void warn_of_statistics(const std::vector<Place>& means) {
+    if (means.empty() || warned_of_statistics_) return;
+    std::vector<std::string> modules;
+    for (const auto& mean : means) {
+      if (mean.slot->is_training()) modules.push_back(owner_of(mean.name));
+    }
+    if (modules.empty() || warned_of_statistics_.exchange(true)) return;
+    TORCH_WARN(
+        "lora::activate: ", list(modules), " keep running statistics and were in training mode in the scope, so ",
+        "that these, which are the base model's, changed. Put such modules into evaluation mode, or name them in ",
+        "modules_to_save, so that the adapter has statistics of its own and its files hold them");
   }
 
   void warn_of_parallel(const Site& site) {
     if (warned_of_parallel_.exchange(true)) return;
-    TORCH_WARN("lora::activate: the weight of ", site.name(), " is used inside of a parallel region (at::parallel_for, ",
+    TORCH_WARN("lora::activate: the weight of ", site.name(),
+               " is used inside of a parallel region (at::parallel_for, ",
                "OpenMP) that began within the scope. Its other threads are in no scope and run the base model there; ",
                "wrap the region's body with lora::carry");
   }
@@ -101,7 +117,7 @@ class Usage {
  private:
   std::atomic<int> recording_{0};
   std::atomic<bool> warned_of_unreached_{false}, warned_of_other_model_{false}, warned_of_gradients_{false};
-  std::atomic<bool> warned_of_parallel_{false};
+  std::atomic<bool> warned_of_parallel_{false}, warned_of_statistics_{false};
   std::mutex mutex_;
   std::map<std::tuple<std::string, std::string, bool>, WeightUse> uses_;
 };

@@ -83,6 +83,20 @@ inline void adapt_operands(const c10::OperatorHandle& op, torch::jit::Stack& sta
   });
 }
 
+/// Whether an operator gives its first operand other memory, as torch::load does.
+inline bool replaces_memory(const c10::OperatorHandle& op) {
+  const auto& name = op.operator_name().name;
+  return name == "aten::set_" || name == "aten::resize_" || name == "aten::resize_as_";
+}
+
+/// Throws for a weight that the active scopes adapt.
+inline void check_memory_stays(const at::Tensor& tensor) {
+  for_each_match(tensor, Use::kAny, [](const Scope&, const ActiveSite& active, const Part&) {
+    TORCH_CHECK(false, "lora: the weight of ", active.site->name(), " gets other data, as by moving, casting or ",
+                "loading a model, inside of a scope of its adapters; leave the scope first");
+  });
+}
+
 /// The kernel of all operators for the key that weights carry.
 inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto* scopes = ActiveScopes::current();
@@ -93,6 +107,7 @@ inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet key
     return;
   }
   const BelowInterception below;
+  if (replaces_memory(op)) check_memory_stays(torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor());
   adapt_operands(op, *stack, Use::kAny);
   op.callBoxed(stack);
 }
@@ -100,13 +115,7 @@ inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet key
 /// What `tensor.set_data(data)` asks before it gives a weight other data, as moving or casting a module does. Within a
 /// scope these data would have been computed from W', which would so become the frozen weight.
 inline bool replace_data_kernel(c10::DispatchKeySet keys, const at::Tensor& tensor, const at::Tensor& data) {
-  if (!data.is_alias_of(tensor)) {
-    for_each_match(tensor, Use::kAny, [](const Scope&, const ActiveSite& active, const Part&) {
-      TORCH_CHECK(
-          false, "lora: the weight of ", active.site->name(), " gets other data, of another type or device, inside ",
-          "of a scope of its adapters, where they would be made from the adapted weight; leave the scope first");
-    });
-  }
+  if (!data.is_alias_of(tensor)) check_memory_stays(tensor);
   return at::_ops::_has_compatible_shallow_copy_type::redispatch(
       keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), tensor, data);
 }

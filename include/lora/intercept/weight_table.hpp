@@ -6,6 +6,7 @@
 #include <lora/site.hpp>
 #include <lora/version.hpp>
 
+#include <algorithm>
 #include <memory>
 #include <unordered_map>
 #include <utility>
@@ -25,10 +26,22 @@ struct ActiveSite {
   };
 
   ActiveSite(std::shared_ptr<const Site> of, std::vector<Acting> acting)
-      : site(std::move(of)), base(site->base(site->weight())), methods(std::move(acting)) {}
+      : site(std::move(of)),
+        base(site->base(site->weight())),
+        storage(base.weight().has_storage() ? base.weight().storage() : c10::Storage()),
+        methods(std::move(acting)) {}
+
+  /// Whether the model still has the weight that it had then. One that got another type or place, other memory, as
+  /// torch::load gives it, and another tensor in its place are seen.
+  bool is_current() const {
+    const auto now = site->weight();
+    if (!now.is_same(base.weight()) || !is_marked(now)) return false;
+    return !now.has_storage() || now.storage().unsafeGetStorageImpl() == storage.unsafeGetStorageImpl();
+  }
 
   std::shared_ptr<const Site> site;
   DenseBase base;
+  c10::Storage storage;  // kept alive, so that no other tensor gets its address
   std::vector<Acting> methods;
 };
 
@@ -36,8 +49,7 @@ struct ActiveSite {
 class WeightTable {
  public:
   void add(const ActiveSite& active) {
-    const auto& weight = active.base.weight();
-    if (weight.has_storage()) entries_[key(weight)].push_back({&active, weight.storage()});
+    if (active.storage) entries_[active.storage.unsafeGetStorageImpl()].push_back(&active);
   }
 
   /// Calls `visit(active)` for every weight in the storage of `operand`.
@@ -46,29 +58,25 @@ class WeightTable {
     if (!operand.defined() || !operand.has_storage()) return;
     const auto found = entries_.find(key(operand));
     if (found == entries_.end()) return;
-    for (const auto& entry : found->second) {
+    for (const auto* active : found->second) {
       // else moved elsewhere since the set was made
-      if (entry.active->base.weight().is_alias_of(operand)) visit(*entry.active);
+      if (active->base.weight().is_alias_of(operand)) visit(*active);
     }
   }
 
  private:
-  struct Entry {
-    const ActiveSite* active;
-    c10::Storage storage;  // kept alive, so that no other tensor gets its address while the table lives
-  };
-
   static const void* key(const at::Tensor& tensor) {
     return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   }
 
-  std::unordered_map<const void*, std::vector<Entry>> entries_;
+  std::unordered_map<const void*, std::vector<const ActiveSite*>> entries_;
 };
 
 /// The adapters that are active together: for each weight the methods that act on it, without any name.
 class ActiveSet {
  public:
-  explicit ActiveSet(std::vector<ActiveSite> sites) : sites_(std::move(sites)) {
+  ActiveSet(std::vector<ActiveSite> sites, std::vector<Place> statistics)
+      : sites_(std::move(sites)), statistics_(std::move(statistics)) {
     for (const auto& active : sites_) table_.add(active);
   }
   ActiveSet(const ActiveSet&) = delete;
@@ -76,20 +84,17 @@ class ActiveSet {
 
   const std::vector<ActiveSite>& sites() const { return sites_; }
   const WeightTable& table() const { return table_; }
+  /// Running statistics of the model that are not the adapter's: in training mode a forward pass writes to the base.
+  const std::vector<Place>& statistics() const { return statistics_; }
 
-  /// Whether the model still has the weights that it had when the set was made. A weight that got another type or
-  /// place, and another tensor in its place, are seen.
+  /// Whether the model still has the weights that it had when the set was made.
   bool is_current() const {
-    for (const auto& active : sites_) {
-      const auto now = active.site->weight();
-      const auto& then = active.base.weight();
-      if (!now.is_same(then) || !is_marked(now)) return false;
-    }
-    return true;
+    return std::all_of(sites_.begin(), sites_.end(), [](const auto& active) { return active.is_current(); });
   }
 
  private:
   std::vector<ActiveSite> sites_;
+  std::vector<Place> statistics_;
   WeightTable table_;
 };
 

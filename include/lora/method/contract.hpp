@@ -30,8 +30,10 @@
 //   at::Tensor delta(const Base& base) const;        W' - W, differentiable, for everything else
 //
 // Beside `delta` a method may have `at::Tensor forward(const Product&) const`, which computes x W'^T + b in a cheaper
-// way than by forming W'. Further hooks are in `Method`. Everything else (modules, attaching, merging, several
-// adapters, files, reports) works with the method through `AnyMethod`. A method of a user's own:
+// way than by forming W'. One whose first values are taken from W has `void follow(const Base&)`, which takes them anew
+// when W gets other values before anything is trained. Further hooks are in `Method`. Everything else (modules,
+// attaching, merging, several adapters, files, reports) works with the method through `AnyMethod`. A method of a user's
+// own:
 //
 //   struct Shift : lora::Method {                    // W' = W + v 1^T
 //     static constexpr lora::MethodInfo info{"Shift", "SHIFT"};
@@ -102,6 +104,9 @@ struct Method {
   LoRAOptions options = 8;  ///< rank, dropout and so on; set before the tensors are made
   MatrixShape shape;        ///< of the weight; likewise
   double scaling = 1;       ///< for reports, and for methods that are scaled by alpha / rank
+
+  /// Whether `follow` is to be called, for a method that has it.
+  bool follows() const { return true; }
 };
 
 /// One tensor of a method, whatever its type.
@@ -143,6 +148,10 @@ struct HasOptions : std::false_type {};
 template <class M>
 struct HasOptions<M, std::void_t<decltype(M::peft_options())>> : std::true_type {};
 template <class M, class = void>
+struct HasFollow : std::false_type {};
+template <class M>
+struct HasFollow<M, std::void_t<decltype(std::declval<M&>().follow(std::declval<const Base&>()))>> : std::true_type {};
+template <class M, class = void>
 struct HasReplacement : std::false_type {};
 template <class M>
 struct HasReplacement<M, std::void_t<decltype(std::declval<const M&>().replacement(at::Tensor()))>> : std::true_type {};
@@ -163,6 +172,9 @@ class AnyMethod {
   virtual void initialize(const Base& base) = 0;
   /// Gives the shared tensors their first values.
   virtual void initialize_shared() = 0;
+  /// Whether some of the first values are taken from the weight; and takes these anew.
+  virtual bool follows() const = 0;
+  virtual void follow(const Base& base) = 0;
 
   /// Whether its update is a term.
   virtual bool has_term() const = 0;
@@ -238,6 +250,12 @@ class MethodOf final : public AnyMethod {
   void initialize_shared() override {
     at::NoGradGuard no_grad;
     if constexpr (detail::HasSharedStart<M>::value) value.initialize_shared();
+  }
+
+  bool follows() const override { return detail::HasFollow<M>::value && value.follows(); }
+  void follow(const Base& base) override {
+    at::NoGradGuard no_grad;
+    if constexpr (detail::HasFollow<M>::value) value.follow(base);
   }
 
   bool has_term() const override { return detail::HasTerm<M>::value; }

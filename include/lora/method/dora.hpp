@@ -37,8 +37,10 @@ struct DoRA : Method {
     start.lora_A = lora_A;
     start.lora_B = lora_B;
     start.initialize(base);
-    lora_magnitude_vector.copy_(norms(base));
+    follow(base);
   }
+
+  void follow(const Base& base) { lora_magnitude_vector.copy_(norms(base)); }
 
   /// A row of zeros, whose m starts at zero, has the gain 0 and not 0 / 0.
   Term term(const Base& base) const {

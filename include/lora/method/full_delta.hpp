@@ -33,9 +33,12 @@ struct FullDelta : Method {
     if (scale) {
       value.zero_();
     } else {
-      value.copy_(base.dense());
+      follow(base);
     }
   }
+
+  bool follows() const { return !scale; }
+  void follow(const Base& base) { value.copy_(base.dense()); }
 
   at::Tensor delta(const Base& base) const {
     const auto weight = base.dense();

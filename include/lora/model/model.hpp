@@ -32,6 +32,16 @@ struct NamedParameter {
   at::Tensor tensor;
 };
 
+namespace detail {
+
+inline constexpr const char* kRunningMean = "running_mean";
+
+inline std::string joined(const std::string& owner, const std::string& name) {
+  return owner.empty() ? name : owner + "." + name;
+}
+
+}  // namespace detail
+
 /// What `Adapters` have to know of a model, whatever it is written with.
 class Model {
  public:
@@ -42,6 +52,8 @@ class Model {
   virtual std::vector<NamedParameter> parameters() const = 0;
   /// Every parameter and buffer of every module, as something that is trained whole.
   virtual LayerWeights tensors() const = 0;
+  /// The mean of every module that keeps running statistics, which it updates in training mode (BatchNorm).
+  virtual std::vector<Place> running_means() const = 0;
   /// The parameter of that name as something that can be adapted whatever it is used for.
   virtual LayerWeight parameter(const std::string& name) const = 0;
   /// Whether the model was destroyed, as far as that can be known.

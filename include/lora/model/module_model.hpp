@@ -79,6 +79,17 @@ class ModuleModel final : public Model {
     return tensors;
   }
 
+  std::vector<Place> running_means() const override {
+    std::vector<Place> means;
+    for (const auto& [name, module] : modules()) {
+      const auto buffers = module->named_buffers(/*recurse=*/false);
+      const auto* mean = buffers.find(detail::kRunningMean);
+      if (mean == nullptr || !mean->defined()) continue;
+      means.push_back(layers::registered_weight(detail::joined(name, detail::kRunningMean), "", *module, *mean).place);
+    }
+    return means;
+  }
+
   LayerWeight parameter(const std::string& name) const override {
     const auto owner = detail::owner_of(name);
     for (const auto& [module_name, module] : modules()) {

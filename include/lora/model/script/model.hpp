@@ -19,12 +19,18 @@ namespace lora {
 inline namespace LORA_ABI {
 
 /// A model that TorchScript runs. `Adapters(std::make_shared<ScriptModel>(module))` has no adapters yet, e.g. for
-/// `Adapters::load`. Errors: c10::Error when the module was frozen.
+/// `Adapters::load`. Errors: c10::Error when the module was frozen, or all of its weights are quantized.
 class ScriptModel final : public Model {
  public:
   explicit ScriptModel(torch::jit::Module model) : model_(std::move(model)) {
+    bool is_quantized = false;
+    for (const auto& module : model_.modules())
+      is_quantized = is_quantized || detail::ScriptModule::is_quantized(module);
+    const bool has_parameters = model_.parameters().size() > 0;
+    TORCH_CHECK(has_parameters || !is_quantized, "lora::attach: the weights of this TorchScript module are quantized, ",
+                "and packed where no adapter can act on them. Attach to the module as it was before it was quantized");
     TORCH_CHECK(
-        model_.parameters().size() > 0, "lora::attach: this TorchScript module has no parameters; freezing it (",
+        has_parameters, "lora::attach: this TorchScript module has no parameters; freezing it (",
         "torch.jit.freeze, torch.jit.optimize_for_inference) made constants of them. Attach to the module as it ",
         "was before, merge, and freeze the merged one");
   }
@@ -65,6 +71,18 @@ class ScriptModel final : public Model {
       for (const auto& buffer : item.value.named_buffers(/*recurse=*/false)) take(buffer.name, Use::kAny, true);
     }
     return tensors;
+  }
+
+  std::vector<Place> running_means() const override {
+    std::vector<Place> means;
+    for (const auto& item : model_.named_modules()) {
+      for (const auto& buffer : item.value.named_buffers(/*recurse=*/false)) {
+        if (buffer.name != detail::kRunningMean) continue;
+        const detail::ScriptModule module(model_, item.name, item.value);
+        means.push_back(module.parameter(buffer.name, detail::joined(item.name, buffer.name), Use::kAny).place);
+      }
+    }
+    return means;
   }
 
   LayerWeight parameter(const std::string& name) const override {

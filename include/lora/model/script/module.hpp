@@ -118,7 +118,13 @@ class ScriptModule {
       : model_(std::move(model)),
         name_(std::move(name)),
         module_(std::move(module)),
-        type_(module_.type()->name()->name()) {}
+        type_((is_quantized(module_) ? "quantized " : "") + module_.type()->name()->name()) {}
+
+  /// Whether it is one of LibTorch's modules that hold their weight as packed integers.
+  static bool is_quantized(const torch::jit::Module& module) {
+    const auto name = module.type()->name()->qualifiedName();
+    return name.find("nn.quantized.") != name.npos;
+  }
 
   const std::string& type() const { return type_; }
   bool is_linear() const { return is_one_of({"Linear", "NonDynamicallyQuantizableLinear"}) && has_weight(2, 2); }
