@@ -1,8 +1,8 @@
 #!/bin/sh
 # sh tests/compilers.sh: the headers as other compilers and systems see them, without a warning: clang with its own C++
 # library, and for Windows mingw-w64's g++, with the headers that need no more of LibTorch than such a compiler can read.
-# Nothing is linked or run. Not part of tests/run.sh; needs clang 14 or later and the Debian packages libc++-dev,
-# libc++abi-dev and g++-mingw-w64-x86-64-posix.
+# What files need of Windows is also run, in wine where that is there. Not part of tests/run.sh; needs clang 14 or later
+# and the Debian packages libc++-dev, libc++abi-dev and g++-mingw-w64-x86-64-posix.
 set -eu
 cd "$(dirname "$0")/.."
 . tests/setup.sh
@@ -28,6 +28,13 @@ for header in $for_windows; do
   printf '#include <lora/%s.hpp>\n' "$header"
 done | check x86_64-w64-mingw32-g++-posix -isystem "$json"
 say "mingw-w64: $(echo $for_windows | wc -w) headers"
+x86_64-w64-mingw32-g++-posix -std=c++17 $warnings -Iinclude tests/system/check_files.cpp -static -o "$json/check_files.exe"
+if have wine; then
+  WINEPREFIX=$PWD/$json/wine WINEDEBUG=-all wine "$json/check_files.exe"
+  say "wine: system/files.hpp"
+else
+  say "There is no wine, so system/files.hpp is only compiled for Windows"
+fi
 find_clang || fail "compilers.sh: there is no clang++"
 for library in libstdc++ libc++; do
   printf '#include <lora/lora.hpp>\n#include <lora/torchscript.hpp>\n#include "tests/packaging/templates.cpp"\n' |
