@@ -1,8 +1,8 @@
 #!/bin/sh
 # sh tests/compilers.sh: the headers as other compilers and systems see them, without a warning: clang with its own C++
-# library, and for Windows mingw-w64's g++, with the headers that need no more of LibTorch than such a compiler can read.
-# What files need of Windows is also run, in wine where that is there. Not part of tests/run.sh; needs clang 14 or later
-# and the Debian packages libc++-dev, libc++abi-dev and g++-mingw-w64-x86-64-posix.
+# library, and for Windows mingw-w64's g++, with the headers that need no more of LibTorch than such a compiler can
+# read. What files need of Windows is also run, in wine where that is there. Not part of tests/run.sh; needs clang 14 or
+# later and the Debian packages libc++-dev, libc++abi-dev and g++-mingw-w64-x86-64-posix.
 set -eu
 cd "$(dirname "$0")/.."
 . tests/setup.sh
@@ -28,7 +28,8 @@ for header in $for_windows; do
   printf '#include <lora/%s.hpp>\n' "$header"
 done | check x86_64-w64-mingw32-g++-posix -isystem "$json"
 say "mingw-w64: $(echo $for_windows | wc -w) headers"
-x86_64-w64-mingw32-g++-posix -std=c++17 $warnings -Iinclude tests/system/check_files.cpp -static -o "$json/check_files.exe"
+x86_64-w64-mingw32-g++-posix -std=c++17 $warnings -Iinclude tests/system/check_files.cpp -static \
+  -o "$json/check_files.exe"
 if have wine; then
   WINEPREFIX=$PWD/$json/wine WINEDEBUG=-all wine "$json/check_files.exe"
   say "wine: system/files.hpp"

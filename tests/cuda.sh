@@ -1,14 +1,15 @@
 #!/bin/sh
 # The tests on a CUDA device, on a machine that has LibTorch but neither a network nor the packages that tests need:
 #
-#   sh tests/cuda.sh pack DIR           here: this checkout and what it needs beside LibTorch, at most 40 MB, in a new folder
-#   sh DIR/lora/tests/cuda.sh run DIR   there: builds in DIR/build, with the package torch of $LORA_PYTHON or python3, runs
-#                                       the tests on the device and a short benchmark
+#   sh tests/cuda.sh pack DIR           here: this checkout and what it needs beside LibTorch, at most 40 MB, in a new
+#                                       folder
+#   sh DIR/lora/tests/cuda.sh run DIR   there: builds in DIR/build, with the package torch of $LORA_PYTHON or python3,
+#                                       and runs the tests on the device and a short benchmark
 #
-# That machine has Linux on the same kind of processor, a C++ compiler, cmake 3.24, ninja, and a Python with torch 2.6 to
-# 2.14. With LORA_TEST_DEVICE=cpu the same is run where no GPU is.
+# That machine has Linux on the same kind of processor, a C++ compiler, cmake 3.24, ninja, and a Python with torch 2.6
+# to 2.14. With LORA_TEST_DEVICE=cpu the same is run where no GPU is.
 set -eu
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -eq 2 ] || usage
 mode=$1
 mkdir -p "$2"
@@ -21,7 +22,7 @@ most_kilobytes=40000
 
 # version_of HEADER MACRO_PREFIX: what the macros say
 version_of() {
-  printf '#include <%s>\n%s_MAJOR.%s_MINOR.%s_PATCH%s\n' "$1" "$2" "$2" "$2" "${3:-}" | c++ -E -P -x c++ - | tail -n 1 | tr -d ' '
+  printf '#include <%s>\n%s_MAJOR.%s_MINOR.%s_PATCH\n' "$1" "$2" "$2" "$2" | c++ -E -P -x c++ - | tail -n 1 | tr -d ' '
 }
 
 # add_package NAME VERSION TARGET: what find_package(NAME) reads there, for headers alone
@@ -79,7 +80,8 @@ run() {
   fi
   build=$place/build
   JOBS=${JOBS:-$(nproc)}
-  CMAKE_ARGS="-DCMAKE_PREFIX_PATH=$deps -DLORA_TEST_BATCHES=$JOBS -DLORA_BUILD_TESTS=ON -DLORA_BUILD_BENCHMARKS=ON ${CMAKE_ARGS:-}"
+  with="-DLORA_BUILD_TESTS=ON -DLORA_BUILD_BENCHMARKS=ON -DLORA_TEST_BATCHES=$JOBS"
+  CMAKE_ARGS="-DCMAKE_PREFIX_PATH=$deps $with ${CMAKE_ARGS:-}"
   configure
   build lora_tests finetune_gpt 02_six_lines train_step > "$build.out" 2>&1 ||
     { grep -A 30 FAILED "$build.out" >&2; fail "cuda.sh: the build failed; the whole log is $build.out"; }

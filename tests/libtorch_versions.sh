@@ -1,8 +1,8 @@
 #!/bin/sh
-# sh tests/libtorch_versions.sh [VERSION...]: compiles lora_tests, and with them all headers, with each of the versions of
-# LibTorch that cmake/LoraTorch.cmake names, and runs them on the CPU and, from LibTorch 2.11 on, on the second device. The
-# first version, which is the oldest, comes with the oldest nlohmann/json, which is Debian 11's. Not part of tests/run.sh,
-# for each version takes a download of up to 1 GB, 3 GB of disk until it is done with, and minutes of compiling.
+# sh tests/libtorch_versions.sh [VERSION...]: compiles lora_tests, and with them all headers, with each of the versions
+# of LibTorch that cmake/LoraTorch.cmake names, and runs them on the CPU and, from LibTorch 2.11 on, on the second
+# device. The first version, which is the oldest, comes with the oldest nlohmann/json, which is Debian 11's. Not part of
+# tests/run.sh, for each version takes a download of up to 1 GB, 3 GB of disk until it is done with, and minutes.
 #
 # What runs here is the CPU part of each: of NVIDIA's libraries only those are installed that it is linked with.
 set -eu
@@ -13,7 +13,7 @@ versions=${*:-"2.6 2.9 2.11 2.13 2.14"}
 oldest=${versions%% *}
 place=$PWD/build/versions
 
-# needs_of PYTHON: the packages with the two libraries of CUDA that LibTorch's CPU part is linked with, as torch names them
+# needs_of PYTHON: the packages, as torch names them, of the two CUDA libraries that LibTorch's CPU part is linked with
 needs_of() {
   "$1" - << 'END'
 import importlib.metadata, re
@@ -39,9 +39,10 @@ oldest_json() {
   mkdir -p "$state/lists/partial" "$state/archives/partial"
   mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | head -n 1)
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror bullseye main" > "$state/sources.list"
-  apt="apt-get -qq -o Dir::Etc::sourcelist=$state/sources.list -o Dir::Etc::sourceparts=- -o Dir::State::lists=$state/lists
-    -o Dir::Cache=$state -o APT::Sandbox::User=root"
-  $apt update && (cd "$state" && $apt download nlohmann-json3-dev=3.9.1-1) && dpkg -x "$state"/nlohmann-*.deb "$place/json"
+  apt="apt-get -qq -o Dir::Etc::sourcelist=$state/sources.list -o Dir::Etc::sourceparts=- -o Dir::Cache=$state
+    -o Dir::State::lists=$state/lists -o APT::Sandbox::User=root"
+  $apt update && (cd "$state" && $apt download nlohmann-json3-dev=3.9.1-1) &&
+    dpkg -x "$state"/nlohmann-*.deb "$place/json"
 }
 
 # run_version VERSION: prints one line; fails when something is wrong with it
