@@ -33,21 +33,21 @@ torch::nn::Sequential make_model(torch::Device device) {
 
 /// Milliseconds of one call: the median of some, after as many that are not counted.
 double median_of(torch::Device device, const std::function<void()>& call) {
-  constexpr int kCalls = 15;
+  const size_t calls = device.is_cuda() ? 15 : 3;
   const auto wait = [&] {
     if (device.is_cuda()) torch::cuda::synchronize();
   };
   std::vector<double> times;
-  for (int i = 0; i < 2 * kCalls; ++i) {
+  for (size_t i = 0; i < 2 * calls; ++i) {
     wait();
     const auto start = std::chrono::steady_clock::now();
     call();
     wait();
     const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
-    if (i >= kCalls) times.push_back(time.count());
+    if (i >= calls) times.push_back(time.count());
   }
-  std::nth_element(times.begin(), times.begin() + kCalls / 2, times.end());
-  return times[kCalls / 2];
+  std::sort(times.begin(), times.end());
+  return times[calls / 2];
 }
 
 }  // namespace
@@ -67,7 +67,7 @@ int main(int argc, char** argv) {
     model->forward(x);
   };
   const auto print = [](const char* what, double time, double base) {
-    std::cout << fmt::format("{:<34} {:8.3f} ms {:8.2f}\n", what, time, time / base);
+    std::cout << fmt::format("{:<34} {:8.3f} ms {:8.2f}\n", what, time, time / base) << std::flush;
   };
 
   std::cout << fmt::format(
