@@ -1,6 +1,6 @@
 // train_step [DEVICE]: what does a step of training cost on a device, in full and with an adapter, and what does a
 // forward pass cost with and without it? A stack of linear layers as wide as those of a small language model; prints
-// medians of times between two synchronizations. Needs nothing but LibTorch, for machines that have nothing else
+// the fastest of some, between two synchronizations. Needs nothing but LibTorch, for machines that have nothing else
 // (tests/cuda.sh).
 #include <torch/torch.h>
 
@@ -31,8 +31,8 @@ torch::nn::Sequential make_model(torch::Device device) {
   return model;
 }
 
-/// Milliseconds of one call: the median of some, after as many that are not counted.
-double median_of(torch::Device device, const std::function<void()>& call) {
+/// Milliseconds of one call: the fastest of some, after as many that are not counted.
+double time_of(torch::Device device, const std::function<void()>& call) {
   const size_t calls = device.is_cuda() ? 15 : 3;
   const auto wait = [&] {
     if (device.is_cuda()) torch::cuda::synchronize();
@@ -46,8 +46,7 @@ double median_of(torch::Device device, const std::function<void()>& call) {
     const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
     if (i >= calls) times.push_back(time.count());
   }
-  std::sort(times.begin(), times.end());
-  return times[calls / 2];
+  return *std::min_element(times.begin(), times.end());
 }
 
 }  // namespace
@@ -74,12 +73,12 @@ int main(int argc, char** argv) {
       "{} linear layers on {}, {} threads; beside the times their ratio to the first of the kind\n", kBlocks * 2,
       device.str(), torch::get_num_threads());
   torch::optim::AdamW everything(model->parameters(), 1e-4);
-  const auto full = median_of(device, [&] { train(everything); });
-  const auto base = median_of(device, forward);
+  const auto full = time_of(device, [&] { train(everything); });
+  const auto base = time_of(device, forward);
   auto adapters = lora::attach(*model, lora::LoRAConfig(8).target_modules(lora::all_linear));
   torch::optim::AdamW few(adapters.parameters(), 1e-4);
   const auto scoped = [&](const std::function<void()>& call) {
-    return median_of(device, [&] {
+    return time_of(device, [&] {
       auto active = adapters.activate();
       call();
     });
@@ -87,8 +86,8 @@ int main(int argc, char** argv) {
   print("a step, everything trained", full, full);
   print("a step, an adapter of rank 8", scoped([&] { train(few); }), full);
   print("a forward pass, no adapter", base, base);
-  print("a forward pass, attached, no scope", median_of(device, forward), base);
+  print("a forward pass, attached, no scope", time_of(device, forward), base);
   print("a forward pass in a scope", scoped(forward), base);
   adapters.merge_and_unload();
-  print("a forward pass, merged", median_of(device, forward), base);
+  print("a forward pass, merged", time_of(device, forward), base);
 }
