@@ -77,13 +77,17 @@ set(LORA_DETAIL_HEADERS
   intercept/weight_table.hpp
   layers/files.hpp
   layers/norm_limit.hpp
+  dropout.hpp
+  low_rank_linear.hpp
   model/frozen_parameters.hpp
   model/index.hpp
   model/script/module.hpp
   model/script/plain_execution.hpp
   modules/attention/mask.hpp
   modules/attention/packed.hpp
+  peft/folder_name.hpp
   peft/schema.hpp
+  peft/tables.hpp
   peft/tensors.hpp
   selection/candidate.hpp
   selection/full.hpp

@@ -65,6 +65,7 @@ pack() {
   library=$(c++ -print-file-name=libpcre2-8.a)
   [ -e "$library" ] || fail "cuda.sh: libpcre2-8.a is not there; it is in Debian's libpcre2-dev"
   cp "$library" "$deps/lib/"
+  [ ! -e build/jinja ] || cp -R build/jinja "$deps/"
   kilobytes=$(du -sk "$place" | cut -f 1)
   [ "$kilobytes" -le $most_kilobytes ] || fail "cuda.sh: $place takes $kilobytes kB, more than $most_kilobytes"
   say "$place takes $kilobytes kB. On the other machine: sh DIR/lora/tests/cuda.sh run DIR"
@@ -81,9 +82,9 @@ run() {
   build=$place/build
   JOBS=${JOBS:-$(nproc)}
   with="-DLORA_BUILD_TESTS=ON -DLORA_BUILD_BENCHMARKS=ON -DLORA_TEST_BATCHES=$JOBS"
-  CMAKE_ARGS="-DCMAKE_PREFIX_PATH=$deps $with ${CMAKE_ARGS:-}"
+  CMAKE_ARGS="-DCMAKE_PREFIX_PATH=$deps -DLORA_JINJA=$deps/jinja $with ${CMAKE_ARGS:-}"
   configure
-  build lora_tests finetune_gpt 02_six_lines train_step > "$build.out" 2>&1 ||
+  build 3 lora_tests finetune_gpt 02_six_lines train_step > "$build.out" 2>&1 ||
     { grep -A 30 FAILED "$build.out" >&2; fail "cuda.sh: the build failed; the whole log is $build.out"; }
   say "configured and built in $(($(date +%s) - start)) s"
   failed=

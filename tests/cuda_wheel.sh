@@ -41,7 +41,7 @@ configure
 expect "find_package(Torch) stops here for want of the toolkit" \
   grep -q 'cannot find the CUDA' "$build/lora_try_torch/log"
 expect "so the targets are lora's own" grep -q "(CUDA.*targets of lora's own" "$build.log"
-build finetune_gpt 02_six_lines
+build 3 finetune_gpt 02_six_lines
 
 expect "an example trains and merges with this LibTorch" "$build/programs/02_six_lines"
 program=$build/programs/finetune_gpt

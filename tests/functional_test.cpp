@@ -214,6 +214,19 @@ struct Fixture {
   std::vector<Acting> all;
 };
 
+/// The ways in which a product takes its updates.
+struct Way {
+  const char* name;
+  bool adds;
+  lora::Product::Form rows,
+      columns;  // what is said of an operand that is rows of W, and of one that is these transposed
+};
+
+using Form = lora::Product::Form;
+const Way kWays[] = {{"added up", true, Form::kOther, Form::kOther},
+                     {"one node", true, Form::kRows, Form::kColumns},
+                     {"the operator with W'", false, Form::kOther, Form::kOther}};
+
 const std::vector<Sizes> kInputs{{5}, {3, 5}, {2, 3, 5}, {2, 2, 3, 5}, {0, 5}, {2, 0, 5}};
 
 /// Calls `check` for every kind alone, every ordered pair, and some three.
@@ -241,10 +254,11 @@ TEST_CASE("Updates of every kind, alone and together, each with its weight, are 
       for (const bool has_bias : {true, false}) {
         const auto x = random(sizes);
         const auto expected = f.by_hand(has_bias)(x);
-        for (const bool adds : {true, false}) {
-          INFO("x " << sizes << (has_bias ? "" : ", no bias") << (adds ? "" : ", the operator with W'"));
+        for (const auto& way : kWays) {
+          INFO("x " << sizes << (has_bias ? "" : ", no bias") << ", " << way.name);
           const auto y = lora::adapted_product(
-              {x, f.weight, has_bias ? f.bias : Tensor(), run_linear, lora::linear_times, adds}, f.updates());
+              {x, f.weight, has_bias ? f.bias : Tensor(), run_linear, lora::linear_times, way.adds, way.rows},
+              f.updates());
           CHECK(testing::distance(y, expected) < 1e-12);
         }
       }
@@ -258,9 +272,11 @@ TEST_CASE("Gradients of the input, the bias and every tensor of a method are tho
     auto tensors = tensors_of(f.all);
     const auto x = random({2, 3, 5}).requires_grad_();
     tensors.insert(tensors.end(), {x, f.bias});
-    for (const bool adds : {true, false}) {
-      const auto computed = [&] {
-        return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, adds}, f.updates());
+    for (const auto& way : kWays) {
+      INFO(way.name);
+      const auto computed = [&, &way = way] {
+        return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, way.adds, way.rows},
+                                     f.updates());
       };
       check_same(
           computed, [&] { return f.by_hand(true)(x); }, tensors);
@@ -281,16 +297,17 @@ TEST_CASE("Of rows of a weight only these have updates, as they lie or transpose
       INFO(count << " rows from " << first);
       const auto rows = f.weight.narrow(0, first, count), bias = f.bias.narrow(0, first, count);
       const auto hand = [&, first = first, count = count] { return f.by_hand(true, first, count)(x); };
-      for (const bool adds : {true, false}) {
+      for (const auto& way : kWays) {
+        INFO(way.name);
         check_same(
             [&, first = first, count = count] {
-              return lora::adapted_product({x, rows, bias, run_linear, lora::linear_times, adds},
+              return lora::adapted_product({x, rows, bias, run_linear, lora::linear_times, way.adds, way.rows},
                                            f.updates({Part::Kind::kRows, first, count}));
             },
             hand, tensors);
         check_same(
             [&, first = first, count = count] {
-              return lora::adapted_product({x, rows.t(), bias, run_matmul, lora::linear_times, adds},
+              return lora::adapted_product({x, rows.t(), bias, run_matmul, lora::linear_times, way.adds, way.columns},
                                            f.updates({Part::Kind::kTransposedRows, first, count}));
             },
             hand, tensors);
@@ -431,18 +448,18 @@ TEST_CASE("Dropout acts on the input of each update alone, once for each, and no
     const auto x = random({2, 3, 5}).requires_grad_();
     auto tensors = tensors_of(f.all);
     tensors.push_back(x);
-    for (const bool adds : {true, false}) {
-      INFO((adds ? "" : "the operator with W'"));
+    for (const auto& way : kWays) {
+      INFO(way.name);
       for (const bool training : {true, false}) {
         size_t next = 0;
         const auto drop = [&](const Tensor& x) {  // what replaces a weight has no dropout
           const auto p = training ? f.all[next++ % f.all.size()].method->options().dropout() : 0;
-          return p > 0 ? torch::dropout(x, p, true) : x;
+          return p > 0 ? lora::detail::dropout(x, p) : x;
         };
         check_same(
             [&] {
               torch::manual_seed(7);
-              return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, adds},
+              return lora::adapted_product({x, f.weight, f.bias, run_linear, lora::linear_times, way.adds, way.rows},
                                            f.updates({Part::Kind::kRows, 0, 6}, training));
             },
             [&] {
@@ -469,7 +486,7 @@ TEST_CASE("The parts of a fused weight see one dropped input") {
                                        Update{any.get(), &base, lora::detail::whole_part(weight), true});
   torch::manual_seed(7);
   const auto delta = view->weight(2.5 * method.value.B.matmul(method.value.A));
-  CHECK(testing::distance(y, x.mm(weight.t()) + torch::dropout(x, 0.5, true).mm(delta.t())) < 1e-12);
+  CHECK(testing::distance(y, x.mm(weight.t()) + lora::detail::dropout(x, 0.5).mm(delta.t())) < 1e-12);
 }
 
 TEST_CASE("Of a layer in half precision the update is computed in float, and the output is in its type") {
@@ -555,7 +572,7 @@ TEST_CASE("Entries that are looked up in the weight of a linear layer are those 
   CHECK(testing::distance(run(false), torch::embedding(f.weight + delta, ids)) < 1e-12);
   const auto dropped = run(true);
   torch::manual_seed(7);  // whole columns of A: there is no input to drop
-  const auto columns = torch::dropout(torch::ones({5}, delta.options()), 0.5, true);
+  const auto columns = lora::detail::dropout(torch::ones({5}, delta.options()), 0.5);
   CHECK(testing::distance(dropped, torch::embedding(f.weight + delta * columns, ids)) < 1e-12);
 }
 

@@ -63,7 +63,7 @@ run_version() {
   cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g0" "-DLORA_PYTHON=$python" \
     $options > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
   grep -e '-- lora:' "$build.log"
-  build lora_tests > "$build.log" 2>&1 || { grep -A 20 -e FAILED -e 'error:' "$build.log" | head -n 60; return 1; }
+  build 5 lora_tests > "$build.log" 2>&1 || { grep -A 20 -e FAILED -e 'error:' "$build.log" | head -n 60; return 1; }
   ctest --test-dir "$build" --output-on-failure -R '_test(:second_device)?$' > "$build.log" 2>&1 ||
     { grep -v ' Passed ' "$build.log"; return 1; }
   grep '% tests passed' "$build.log"

@@ -23,7 +23,7 @@ if [ -z "${CXX:-}" ] && find_clang; then export CXX="$clang"; fi
 build=build/sanitize-$kind-$(basename "${CXX:-c++}")  # CMake keeps the compiler of the first time
 CMAKE_ARGS="${CMAKE_ARGS:-} -DLORA_BUILD_EXAMPLES=OFF -DLORA_TEST_FILES=$files -DLORA_TEST_BATCHES=2"
 CXXFLAGS="$flags -fno-omit-frame-pointer" configure
-build lora_tests
+build 15 lora_tests
 
 # Leaks are looked for where this library allocates; LibTorch keeps its registries until the process ends.
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=1}" LSAN_OPTIONS="suppressions=$PWD/tests/support/leaks.txt:print_suppressions=0"

@@ -8,9 +8,12 @@
 #   choose_python       sets $python: a Python with all of $requirements; makes build/venv when there is none
 #   prepare_model       sets $model: the default model as a Hugging Face directory
 #   prepare_text        sets $text: the default text
+#   prepare_jinja       build/jinja: the engine that renders chat templates
 #   configure           build/cmake, for LibTorch of that Python; with the tests where there is Catch2, and with the
 #                       benchmarks where there is Google Benchmark
-#   build TARGET...     with $JOBS jobs, two unless the environment says otherwise
+#   build MINUTES TARGET...
+#                       with $JOBS jobs, two unless the environment says otherwise; the first time it says what is
+#                       built, and that it takes so many minutes
 #   CMAKE_ARGS          more options for CMake, from the environment
 
 build=build/cmake
@@ -134,6 +137,8 @@ prepare_text() {
   [ -e "$text" ] || sh examples/finetune_gpt/prepare_text.sh "$text"
 }
 
+prepare_jinja() { [ -e build/jinja/json.h ] || "$python" examples/finetune_gpt/prepare_jinja.py build/jinja; }
+
 configure() {
   if have_catch2; then with_tests=ON; else with_tests=OFF; fi
   if have benchmark/benchmark.h; then with_benchmarks=ON; else with_benchmarks=OFF; fi
@@ -143,6 +148,12 @@ configure() {
   grep -e '-- lora:' "$build.log"
 }
 
-build() { cmake --build "$build" --parallel "${JOBS:-2}" --target "$@"; }
+build() {
+  minutes=$1
+  shift
+  [ -e "$build/programs" ] ||
+    say "Building $* in $build for the first time: about $minutes minutes on two cores; each step is named when it is done"
+  cmake --build "$build" --parallel "${JOBS:-2}" --target "$@"
+}
 
 mkdir -p build

@@ -8,6 +8,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <lora/files/safetensors.hpp>
@@ -49,6 +50,10 @@ inline std::string parameter_name(const ModelConfig& config, const std::string& 
   return config.architecture == Architecture::kLlama || complete ? name : "transformer." + name;
 }
 
+inline const char* embedding_name(const ModelConfig& config) {
+  return config.architecture == Architecture::kLlama ? "model.embed_tokens.weight" : "transformer.wte.weight";
+}
+
 // Tensors that checkpoints carry but that are computed, or that another name holds already.
 inline bool is_redundant(const ModelConfig& config, const std::string& name) {
   if (name == "lm_head.weight") return config.tie_word_embeddings;
@@ -66,6 +71,17 @@ inline TensorMap stored_parameters(const LanguageModelImpl& model) {
   return parameters;
 }
 
+// The two tables of a file that config.json may tie, where they are there.
+inline std::pair<torch::Tensor, torch::Tensor> embedding_and_head(const ModelConfig& config, const TensorMap& weights) {
+  std::pair<torch::Tensor, torch::Tensor> found;
+  for (const auto& [stored_name, tensor] : weights) {
+    const auto name = parameter_name(config, stored_name);
+    if (name == embedding_name(config)) found.first = tensor;
+    if (name == "lm_head.weight") found.second = tensor;
+  }
+  return found;
+}
+
 // The tensors of a file as the model wants them: its names, (out, in), nothing redundant. Views, no copies.
 inline TensorMap as_parameters(const ModelConfig& config, const TensorMap& weights) {
   TensorMap parameters;
@@ -75,6 +91,9 @@ inline TensorMap as_parameters(const ModelConfig& config, const TensorMap& weigh
     const bool transposed = is_stored_transposed(config, name) && tensor.dim() == 2;
     parameters.emplace(name, transposed ? tensor.t() : tensor);
   }
+  const auto [embedding, head] = embedding_and_head(config, weights);
+  if (config.tie_word_embeddings && !embedding.defined() && head.defined())  // the one table under its other name
+    parameters.emplace(embedding_name(config), head);
   return parameters;
 }
 
@@ -133,12 +152,27 @@ inline const char* dtype_name(torch::ScalarType dtype) {
 // What a directory holds beside the weights and config.json.
 inline const std::vector<std::string>& companion_files() {
   static const std::vector<std::string> names = {
-      "generation_config.json",  "tokenizer.json",    "tokenizer_config.json", "tokenizer.model", "vocab.json",
-      "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",   "merges.txt"};
+      "generation_config.json",   "tokenizer.json",      "tokenizer_config.json",
+      "tokenizer.model",          "vocab.json",          "special_tokens_map.json",
+      "added_tokens.json",        "chat_template.jinja", "merges.txt",
+      "additional_chat_templates"};
   return names;
 }
 
 }  // namespace detail
+
+/// What config.json says, corrected by the weights of the directory: a head that config.json ties to the embedding
+/// while the file holds a table for each, and they differ, is not tied, as in transformers. Warns of it.
+inline ModelConfig read_config(const std::filesystem::path& dir, const TensorMap& weights) {
+  auto config = read_config(dir);
+  if (!config.tie_word_embeddings) return config;
+  const auto [embedding, head] = detail::embedding_and_head(config, weights);
+  if (!embedding.defined() || !head.defined() || torch::equal(embedding, head)) return config;
+  TORCH_WARN(dir.string(), ": config.json ties the head to the embedding, but the file holds two different tables, ",
+             detail::embedding_name(config), " and lm_head.weight; both are used as they are");
+  config.tie_word_embeddings = false;
+  return config;
+}
 
 /// Loads a Hugging Face directory for use or for adapters: in eval mode and frozen.
 ///
@@ -147,9 +181,10 @@ inline const std::vector<std::string>& companion_files() {
 /// Throws lora::CheckpointError for an unsupported config.json, and for tensors that are missing, misshapen or not part
 /// of the model, naming them with their shapes.
 inline LanguageModel load_model(const std::filesystem::path& dir, torch::ScalarType dtype, torch::Device device) {
-  auto model = make_model(read_config(dir));
+  const auto weights = read_weights(dir);
+  auto model = make_model(read_config(dir, weights));
   auto parameters = detail::stored_parameters(*model);
-  const auto found = detail::as_parameters(model->config, read_weights(dir));
+  const auto found = detail::as_parameters(model->config, weights);
   detail::check_fit(dir, model->config, parameters, found);
   for (auto& [name, parameter] : parameters) {
     parameter.set_data(found.at(name).to(device, dtype));
@@ -169,9 +204,11 @@ struct ConfigChanges {
 /// directories exist. Throws lora::CheckpointError or std::filesystem::filesystem_error when a file cannot be written.
 inline void copy_model_files(const std::filesystem::path& source_dir, const std::filesystem::path& target_dir,
                              const ConfigChanges& changes) {
+  using CopyOptions = std::filesystem::copy_options;
   for (const auto& name : detail::companion_files()) {
-    if (!std::filesystem::exists(source_dir / name)) continue;
-    std::filesystem::copy_file(source_dir / name, target_dir / name, std::filesystem::copy_options::overwrite_existing);
+    std::filesystem::remove_all(target_dir / name);  // of a model that was in the target
+    if (std::filesystem::exists(source_dir / name))
+      std::filesystem::copy(source_dir / name, target_dir / name, CopyOptions::recursive);
   }
   std::ifstream source(source_dir / "config.json");
   auto config = nlohmann::ordered_json::parse(source);

@@ -1,5 +1,5 @@
 // What the programs of this folder share: devices and number types from the command line, how errors end a program,
-// and ChatML.
+// and the messages of a conversation.
 #pragma once
 
 #include <torch/torch.h>
@@ -85,18 +85,5 @@ struct ChatMessage {
   std::string role;
   std::string content;
 };
-
-/// What stands before the reply of `role`, and what closes a turn, in ChatML.
-inline std::string chatml_opening(const std::string& role) { return "<|im_start|>" + role + "\n"; }
-inline constexpr const char* kChatMLClosing = "<|im_end|>\n";
-
-/// A conversation as ChatML: `<|im_start|>role\ncontent<|im_end|>\n` for each message, and with `open_reply` the
-/// opening of the assistant's turn that the model is to continue. The text of a conversation is the concatenation of
-/// its turns.
-inline std::string to_chatml(const std::vector<ChatMessage>& messages, bool open_reply = false) {
-  std::string text;
-  for (const auto& message : messages) text += chatml_opening(message.role) + message.content + kChatMLClosing;
-  return open_reply ? text + chatml_opening("assistant") : text;
-}
 
 }  // namespace gpt

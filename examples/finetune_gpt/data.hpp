@@ -6,13 +6,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -29,6 +29,16 @@ inline constexpr int32_t kIgnored = -100;
 
 /// Turns text into token ids; the tokenizer of the model, or a toy in a test.
 using Encode = std::function<std::vector<int64_t>(std::string_view)>;
+
+/// How a model wants its texts.
+struct TextFormat {
+  Encode encode;                       ///< the ids of a text, and nothing around them
+  std::vector<int64_t> before, after;  ///< what stands around a whole text: the tokenizer's post_processor
+  std::optional<int64_t> end;          ///< closes a completion, and stands between two texts
+  /// A conversation as its chat template writes it, with or without the opening of a reply.
+  std::function<std::string(const std::vector<ChatMessage>& messages, bool open_reply)> render;
+  std::function<bool(int64_t)> is_added;  ///< whether a token is one of the added ones, as the ends of turns are
+};
 
 /// What the model reads, and for each position the token that it is to predict there (or kIgnored).
 struct Example {
@@ -50,9 +60,10 @@ struct Batch {
 struct Dataset {
   std::vector<Example> train;
   std::vector<Example> validation;
-  int64_t shortened = 0;  // examples that were cut at the block length
-  int64_t dropped = 0;    // examples of which the cut left nothing to predict
-  bool is_chat = false;   // conversations in ChatML
+  int64_t shortened = 0;   // examples that were cut at the block length
+  int64_t dropped = 0;     // examples of which the cut left nothing to predict
+  bool is_chat = false;    // conversations, in the form of the model's chat template
+  std::set<int64_t> ends;  // the tokens that were learned as the end of a completion or a reply
 
   /// A number that changes with any token of the data: two runs with the same number saw the same data.
   uint64_t fingerprint() const;
@@ -66,6 +77,14 @@ inline Example make_example(const std::vector<int64_t>& tokens, const std::vecto
     example.targets.push_back(learn[i + 1] ? static_cast<int32_t>(tokens[i + 1]) : kIgnored);
   }
   return example;
+}
+
+/// The targets that count.
+inline std::vector<int32_t> learned(const Example& example) {
+  std::vector<int32_t> ids;
+  std::copy_if(example.targets.begin(), example.targets.end(), std::back_inserter(ids),
+               [](int32_t id) { return id != kIgnored; });
+  return ids;
 }
 
 /// Cuts a stream of tokens into examples of `block` inputs. Neighbours share one token, the last target of one and the
@@ -189,26 +208,36 @@ inline std::string read_file(const std::filesystem::path& path) {
 
 namespace detail {
 
-inline std::vector<int64_t> encode_file(const std::filesystem::path& path, const Encode& encode) {
+inline void append(std::vector<int64_t>& ids, const std::vector<int64_t>& more) {
+  ids.insert(ids.end(), more.begin(), more.end());
+}
+
+inline std::vector<int64_t> encode_file(const std::filesystem::path& path, const TextFormat& format) {
   const auto text = read_file(path);
+  auto ids = format.before;
   try {
-    return encode(text);
+    append(ids, format.encode(text));
   } catch (const c10::Error& error) {
     TORCH_CHECK(false, path.string(), ": ", error.what_without_backtrace());
   }
+  append(ids, format.after);
+  return ids;
 }
 
 }  // namespace detail
 
-/// Reads text files into one stream of tokens, with `separator` (the tokenizer's end of text, if it has one) between
-/// them, and cuts it into blocks.
-inline std::vector<Example> read_text(const std::vector<std::filesystem::path>& paths, const Encode& encode,
-                                      std::optional<int64_t> separator, int64_t block) {
+/// Reads text files into one stream of tokens and cuts it into blocks. Each file is a whole text, with what the
+/// tokenizer puts around one; `format.end` stands between two files, unless it does already. Throws c10::ValueError for
+/// several files when there is no such token: nothing would tell the model that one text ends.
+inline std::vector<Example> read_text(const std::vector<std::filesystem::path>& paths, const TextFormat& format,
+                                      int64_t block) {
+  TORCH_CHECK_VALUE(paths.size() < 2 || format.end, "--text: the ", paths.size(),
+                    " files cannot be told apart, because this model names no token that ends a text: \"eos_token\" in "
+                    "tokenizer_config.json; name one there, or give one file");
   std::vector<int64_t> tokens;
   for (const auto& path : paths) {
-    if (!tokens.empty() && separator) tokens.push_back(*separator);
-    const auto ids = detail::encode_file(path, encode);
-    tokens.insert(tokens.end(), ids.begin(), ids.end());
+    if (!tokens.empty() && tokens.back() != *format.end) tokens.push_back(*format.end);
+    detail::append(tokens, detail::encode_file(path, format));
   }
   auto examples = cut_into_blocks(tokens, block);
   TORCH_CHECK(examples.size() >= 2, "the text has ", tokens.size(), " tokens, at least ", 2 * block + 1,
@@ -216,16 +245,10 @@ inline std::vector<Example> read_text(const std::vector<std::filesystem::path>& 
   return examples;
 }
 
-/// A piece of an example, and whether its tokens are to be learned.
-struct Segment {
-  std::string text;
-  bool learn;
-};
-
-/// One line of a JSONL file.
+/// One line of a JSONL file: a conversation, or what is given and what is to be completed.
 struct Dialogue {
-  std::vector<Segment> segments;
-  bool is_chat;
+  std::vector<ChatMessage> messages;
+  std::string prompt, completion;
 };
 
 namespace detail {
@@ -248,28 +271,22 @@ inline ChatMessage message_of(const nlohmann::json& message, size_t index) {
   return result;
 }
 
-/// A reply is learned with the token that closes it; what opens a turn, and the other turns, are only read.
-inline std::vector<Segment> conversation(const nlohmann::json& messages) {
-  TORCH_CHECK(messages.is_array(), "\"messages\" must be a list, found ", messages.type_name());
-  const std::string closing(kChatMLClosing, std::strlen(kChatMLClosing) - 1);  // the line feed comes after the reply
-  std::vector<Segment> segments;
+inline std::vector<ChatMessage> messages_of(const nlohmann::json& list) {
+  TORCH_CHECK(list.is_array(), "\"messages\" must be a list, found ", list.type_name());
+  std::vector<ChatMessage> messages;
   bool has_reply = false;
-  for (size_t i = 0; i < messages.size(); ++i) {
-    const auto message = message_of(messages[i], i);
-    const bool is_reply = message.role == "assistant";
-    segments.push_back({chatml_opening(message.role), false});
-    segments.push_back({message.content + closing, is_reply});
-    segments.push_back({"\n", false});
-    has_reply = has_reply || is_reply;
+  for (size_t i = 0; i < list.size(); ++i) {
+    messages.push_back(message_of(list[i], i));
+    has_reply = has_reply || messages.back().role == "assistant";
   }
   TORCH_CHECK(has_reply, "\"messages\" has no message of the assistant, so there is nothing to learn");
-  return segments;
+  return messages;
 }
 
-inline std::vector<Segment> pair(const nlohmann::json& object) {
-  std::vector<Segment> segments{{string_at(object, "prompt"), false}, {string_at(object, "completion"), true}};
-  TORCH_CHECK(!segments[1].text.empty(), "\"completion\" is empty, so there is nothing to learn");
-  return segments;
+inline Dialogue pair_of(const nlohmann::json& object) {
+  Dialogue dialogue{{}, string_at(object, "prompt"), string_at(object, "completion")};
+  TORCH_CHECK(!dialogue.completion.empty(), "\"completion\" is empty, so there is nothing to learn");
+  return dialogue;
 }
 
 inline nlohmann::json parse_line(const std::string& line) {
@@ -282,42 +299,102 @@ inline nlohmann::json parse_line(const std::string& line) {
 
 }  // namespace detail
 
-/// The pieces of one line of a JSONL file: {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content":
-/// ...}, ...]}. Throws c10::Error that says what is wrong with the line.
+/// One line of a JSONL file: {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}.
+/// Throws c10::Error that says what is wrong with the line.
 inline Dialogue parse_dialogue(const std::string& line) {
   const auto object = detail::parse_line(line);
   TORCH_CHECK(object.is_object(), "must be a JSON object, found ", object.type_name());
-  if (object.contains("messages")) return {detail::conversation(object["messages"]), true};
+  if (object.contains("messages")) return {detail::messages_of(object["messages"]), "", ""};
   TORCH_CHECK(object.contains("prompt") || object.contains("completion"),
               "must have \"prompt\" and \"completion\", or \"messages\"");
-  return {detail::pair(object), false};
+  return detail::pair_of(object);
 }
 
-/// Encodes each piece by itself, as it happens when a model is asked (it reads the prompt before the reply exists), and
-/// closes a completion with `end` if there is one.
-inline Example encode_segments(const std::vector<Segment>& segments, const Encode& encode, std::optional<int64_t> end) {
-  std::vector<int64_t> tokens;
+/// Tokens, and which of them are to be learned.
+struct Tokens {
+  std::vector<int64_t> ids;
   std::vector<bool> learn;
-  for (const auto& segment : segments) {
-    const auto ids = encode(segment.text);
-    tokens.insert(tokens.end(), ids.begin(), ids.end());
-    learn.insert(learn.end(), ids.size(), segment.learn);
+
+  /// Adds `more`, of which the first `learned` are learned.
+  void add(const std::vector<int64_t>& more, size_t learned) {
+    ids.insert(ids.end(), more.begin(), more.end());
+    for (size_t i = 0; i < more.size(); ++i) learn.push_back(i < learned);
   }
-  if (end) {
-    tokens.push_back(*end);
-    learn.push_back(true);
-  }
-  return make_example(tokens, learn);
-}
+};
 
 /// What a JSONL file holds.
 struct Dialogues {
   std::vector<Example> examples;
   int64_t shortened = 0, dropped = 0;  // see Dataset
   bool is_chat = false;
+  std::set<int64_t> ends;
 };
 
 namespace detail {
+
+/// A pair, of which the completion and its end are learned. Each part is encoded by itself, as it happens when a model
+/// is asked: it reads the prompt before the completion exists.
+inline Tokens encode_pair(const Dialogue& dialogue, const TextFormat& format, std::set<int64_t>& ends) {
+  Tokens tokens;
+  tokens.add(format.before, 0);
+  tokens.add(format.encode(dialogue.prompt), 0);
+  auto completion = format.encode(dialogue.completion);
+  const bool is_closed = !format.after.empty() && format.after.front() == format.end;  // the tokenizer does it
+  if (format.end && !is_closed) completion.push_back(*format.end);
+  if (format.end) ends.insert(*format.end);
+  tokens.add(completion, completion.size());
+  tokens.add(format.after, is_closed ? 1 : 0);
+  return tokens;
+}
+
+inline bool starts_with(const std::string& text, const std::string& start) {
+  return text.compare(0, start.size(), start) == 0;
+}
+
+/// How many tokens of `reply` are the assistant's. `closed` is the reply as it ends a conversation, and `reply` goes on
+/// with the next turn: what they share is the reply and what closes it, and the last added token there is what the
+/// assistant says at last. White space that a template writes behind it is not learned.
+inline size_t learned_length(const std::vector<int64_t>& reply, const std::vector<int64_t>& closed,
+                             const TextFormat& format, std::set<int64_t>& ends) {
+  const auto count = std::min(reply.size(), closed.size());
+  const auto shared = std::mismatch(reply.begin(), reply.begin() + static_cast<int64_t>(count), closed.begin()).first;
+  const auto last = std::find_if(std::make_reverse_iterator(shared), reply.rend(), format.is_added);
+  if (last == reply.rend()) return static_cast<size_t>(shared - reply.begin());
+  ends.insert(*last);
+  return static_cast<size_t>(last.base() - reply.begin());
+}
+
+/// A conversation as the chat template writes it, of which the replies are learned with the tokens that close them. A
+/// reply starts where the template, asked for the messages before it and the opening of a reply, ends; so up to there
+/// the tokens are those that the model reads when it is asked.
+inline Tokens encode_conversation(const std::vector<ChatMessage>& messages, const TextFormat& format,
+                                  std::set<int64_t>& ends) {
+  const auto whole = format.render(messages, false);
+  std::vector<size_t> starts;  // of the replies
+  std::vector<std::string> closed;
+  for (size_t i = 0; i < messages.size(); ++i) {
+    if (messages[i].role != "assistant") continue;
+    TORCH_CHECK(i > 0, "messages[0] is the assistant's, which nobody has asked yet; let a user or a system begin");
+    const auto at = messages.begin() + static_cast<int64_t>(i);
+    const auto opened = format.render({messages.begin(), at}, true);
+    const auto up_to_here = format.render({messages.begin(), at + 1}, false);
+    TORCH_CHECK(starts_with(whole, opened) && starts_with(up_to_here, opened), "messages[", i,
+                "]: the chat template writes the conversation up to this reply in another way once the reply is there "
+                "(as templates do that drop earlier thoughts, or a system message), so the model would learn it after "
+                "a text that it is never asked with; leave out the system message, let each line end with the reply it "
+                "is to teach, or give \"prompt\" and \"completion\"");
+    starts.push_back(opened.size());
+    closed.push_back(up_to_here.substr(opened.size()));
+  }
+  Tokens tokens;
+  tokens.add(format.encode(whole.substr(0, starts.front())), 0);
+  for (size_t i = 0; i < starts.size(); ++i) {
+    const auto end = i + 1 < starts.size() ? starts[i + 1] : whole.size();
+    const auto ids = format.encode(whole.substr(starts[i], end - starts[i]));
+    tokens.add(ids, learned_length(ids, format.encode(closed[i]), format, ends));
+  }
+  return tokens;
+}
 
 /// Cuts an example at `block` tokens; one that has nothing left to predict is dropped.
 inline void add_example(Dialogues& dialogues, Example example, int64_t block) {
@@ -334,10 +411,9 @@ inline void add_example(Dialogues& dialogues, Example example, int64_t block) {
 
 }  // namespace detail
 
-/// Reads a JSONL file; a pair's completion ends with `end`, a reply of a conversation with ChatML's closing. Empty
-/// lines are skipped. Throws c10::Error that names file, line and what is wrong.
-inline Dialogues read_jsonl(const std::filesystem::path& path, const Encode& encode, std::optional<int64_t> end,
-                            int64_t block) {
+/// Reads a JSONL file; a pair's completion ends with `format.end`, a reply of a conversation with what the chat
+/// template closes it with. Empty lines are skipped. Throws c10::Error that names file, line and what is wrong.
+inline Dialogues read_jsonl(const std::filesystem::path& path, const TextFormat& format, int64_t block) {
   std::ifstream file(path);
   TORCH_CHECK(file, path.string(), ": cannot be read");
   Dialogues dialogues;
@@ -346,9 +422,12 @@ inline Dialogues read_jsonl(const std::filesystem::path& path, const Encode& enc
     ++number;
     if (line.find_first_not_of(" \t\r") == line.npos) continue;
     try {
-      const auto [segments, is_chat] = parse_dialogue(line);
+      const auto dialogue = parse_dialogue(line);
+      const bool is_chat = !dialogue.messages.empty();
       dialogues.is_chat = dialogues.is_chat || is_chat;
-      detail::add_example(dialogues, encode_segments(segments, encode, is_chat ? std::nullopt : end), block);
+      const auto tokens = is_chat ? detail::encode_conversation(dialogue.messages, format, dialogues.ends)
+                                  : detail::encode_pair(dialogue, format, dialogues.ends);
+      detail::add_example(dialogues, make_example(tokens.ids, tokens.learn), block);
     } catch (const c10::Error& error) {
       TORCH_CHECK(false, path.string(), ":", number, ": ", error.what_without_backtrace());
     }

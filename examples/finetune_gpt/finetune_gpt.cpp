@@ -6,17 +6,22 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <filesystem>
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
 #include <lora/lora.hpp>
 
+#include "chat_template.hpp"
 #include "checkpoint.hpp"
 #include "data.hpp"
 #include "export_run.hpp"
+#include "generation_config.hpp"
 #include "interrupt.hpp"
 #include "metrics.hpp"
 #include "model.hpp"
@@ -24,6 +29,7 @@
 #include "progress.hpp"
 #include "run_state.hpp"
 #include "sampling.hpp"
+#include "special_tokens.hpp"
 #include "speed.hpp"
 #include "tokenizer.hpp"
 #include "trainer.hpp"
@@ -42,23 +48,56 @@ void make_repeatable(torch::Device device, int64_t threads) {
   at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
 
-Dataset read_data(const Options& options, const Tokenizer& tokenizer, const ModelConfig& config) {
+/// The model's directory, as far as it is about texts.
+struct Texts {
+  explicit Texts(const std::filesystem::path& model)
+      : tokenizer(model / "tokenizer.json"),
+        generation(read_generation_config(model)),
+        end(end_token(model, tokenizer, generation)),
+        model_dir(model) {}
+
+  /// A conversation as this model wants it. The template is read when it is needed: a text can be learned without one.
+  std::string render(const std::vector<ChatMessage>& messages, bool open_reply) const {
+    if (!chat_template) chat_template.emplace(model_dir);
+    return chat_template->render(messages, open_reply);
+  }
+
+  TextFormat format() const {
+    TextFormat format;
+    format.encode = [this](std::string_view text) { return tokenizer.encode(text); };
+    format.before = tokenizer.special_tokens().before();
+    format.after = tokenizer.special_tokens().after();
+    format.end = end;
+    format.render = [this](const auto& messages, bool open_reply) { return render(messages, open_reply); };
+    format.is_added = [this](int64_t id) { return tokenizer.is_added(id); };
+    return format;
+  }
+
+  const Tokenizer tokenizer;
+  const GenerationConfig generation;
+  const std::optional<int64_t> end;
+  const std::filesystem::path model_dir;
+  mutable std::optional<ChatTemplate> chat_template;
+};
+
+Dataset read_data(const Options& options, const Texts& texts, const ModelConfig& config) {
   TORCH_CHECK_VALUE(options.block <= config.max_positions, "--block must be at most ", config.max_positions,
                     ", the longest text of this model, got ", options.block);
-  const Encode encode = [&](std::string_view text) { return tokenizer.encode(text); };
+  Dialogues dialogues;
   if (options.jsonl.empty()) {
-    auto examples = read_text(options.text, encode, tokenizer.token_id("<|endoftext|>"), options.block);
-    return split(std::move(examples), options.validation_share, options.validation_blocks);
+    dialogues.examples = read_text(options.text, texts.format(), options.block);
+  } else {
+    dialogues = read_jsonl(options.jsonl, texts.format(), options.block);
   }
-  const auto end = config.eos_token_ids.empty() ? std::nullopt : std::make_optional(config.eos_token_ids.front());
-  auto dialogues = read_jsonl(options.jsonl, encode, end, options.block);
-  TORCH_CHECK_VALUE(!dialogues.is_chat || (tokenizer.token_id("<|im_start|>") && tokenizer.token_id("<|im_end|>")),
-                    "--jsonl holds conversations, which take a tokenizer with the tokens <|im_start|> and <|im_end|>; ",
-                    "this model's lacks them");
+  for (const auto& example : dialogues.examples) {
+    check_rows("the data", example.inputs, config.vocab_size, texts.tokenizer);
+    check_rows("the data", learned(example), config.vocab_size, texts.tokenizer);
+  }
   auto data = split(std::move(dialogues.examples), options.validation_share, options.validation_blocks);
   data.shortened = dialogues.shortened;
   data.dropped = dialogues.dropped;
   data.is_chat = dialogues.is_chat;
+  data.ends = dialogues.ends;
   return data;
 }
 
@@ -67,7 +106,12 @@ lora::LoRAConfig adapter_config(const Options& options, const ModelConfig& model
   auto targets = options.targets;
   if (targets.empty())
     targets = is_gpt2 ? std::vector<std::string>{"c_attn"} : std::vector<std::string>{"q_proj", "v_proj"};
-  auto config = lora::LoRAConfig(options.rank).alpha(options.alpha).dropout(options.dropout).target_modules(targets);
+  auto config = lora::LoRAConfig(options.rank).alpha(options.alpha).dropout(options.dropout);
+  if (is_all_linear(targets.front())) {
+    config.target_modules(lora::all_linear).exclude_modules({"lm_head"});  // as in PEFT, the head is no such layer
+  } else {
+    config.target_modules(targets);
+  }
   for (const auto& method : lora::all_methods()) {
     if (method.info().name == options.method) config.method(method);
   }
@@ -143,10 +187,10 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
 }
 
 /// The text to go on from: --prompt, else how the first validation row begins (a dialogue up to its first reply).
-std::vector<int64_t> prompt_tokens(const Options& options, const Dataset& data, const Tokenizer& tokenizer) {
-  if (!options.prompt.empty()) {
-    return tokenizer.encode(data.is_chat ? to_chatml({{"user", options.prompt}}, /*open_reply=*/true) : options.prompt);
-  }
+std::vector<int64_t> prompt_tokens(const Options& options, const Dataset& data, const Texts& texts) {
+  if (!options.prompt.empty() && data.is_chat)
+    return texts.tokenizer.encode(texts.render({{"user", options.prompt}}, /*open_reply=*/true));
+  if (!options.prompt.empty()) return texts.tokenizer.encode_whole(options.prompt);
   const auto& example = data.validation.front();
   size_t length = std::min<size_t>(16, example.inputs.size());
   if (!options.jsonl.empty()) {
@@ -155,16 +199,24 @@ std::vector<int64_t> prompt_tokens(const Options& options, const Dataset& data, 
   return {example.inputs.begin(), example.inputs.begin() + static_cast<int64_t>(length)};
 }
 
+/// The tokens that end a text: those of the model, and those that are trained to.
+std::vector<int64_t> all_ends(const Dataset& data, const Texts& texts) {
+  auto ids = texts.generation.eos_token_ids;
+  ids.insert(ids.end(), data.ends.begin(), data.ends.end());
+  return ids;
+}
+
 void print_sample(const char* when, const Options& options, LanguageModelImpl& model, lora::Adapters& adapters,
-                  const Tokenizer& tokenizer, const std::vector<int64_t>& prompt) {
+                  const Texts& texts, const Dataset& data, const std::vector<int64_t>& prompt) {
   if (options.sample_tokens == 0) return;
   SamplingOptions sampling;
   sampling.max_new_tokens = options.sample_tokens;
   sampling.temperature = options.sample_temperature;
   sampling.seed = options.seed;
   auto active = adapters.activate();
-  const auto reply = generate(model, prompt, sampling, model.config.eos_token_ids);
-  fmt::print("\nsample {} training\n  {} >>> {}\n\n", when, tokenizer.decode(prompt), tokenizer.decode(reply));
+  const auto reply = generate(model, prompt, sampling, all_ends(data, texts));
+  fmt::print("\nsample {} training\n  {} >>> {}\n\n", when, texts.tokenizer.decode(prompt),
+             texts.tokenizer.decode(reply));
 }
 
 std::string format_loss(const std::optional<double>& loss) {
@@ -255,6 +307,15 @@ void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& ada
   save_model(model, options.model, options.out / "merged");
 }
 
+/// Says in the adapter's and the merged model's generation_config.json with which tokens texts were trained to end,
+/// where the model knows others only: nobody who loads the result would stop there.
+void save_ends(const Options& options, const Dataset& data, const Texts& texts) {
+  const std::vector<int64_t> ends(data.ends.begin(), data.ends.end());
+  std::filesystem::remove(options.out / "adapter" / kGenerationConfig);  // of an earlier run
+  write_ends(texts.generation, ends, options.out / "adapter");
+  if (!options.no_merge) write_ends(texts.generation, ends, options.out / "merged");
+}
+
 void print_summary(const Options& options, const Metrics& metrics) {
   const auto& rows = metrics.rows();
   const auto before = rows.empty() ? std::nullopt : rows.front().validation_loss;
@@ -280,9 +341,11 @@ int run(const Options& options) {
 
   // The model as it was published. Nothing in it knows of adapters.
   auto model = load_model(options.model, parse_dtype(options.dtype), device);
-  const Tokenizer tokenizer(options.model / "tokenizer.json");
-  const auto data = read_data(options, tokenizer, model->config);
-  const auto prompt = prompt_tokens(options, data, tokenizer);
+  const Texts texts(options.model);
+  check_ends(texts.generation, model->config.vocab_size);
+  const auto data = read_data(options, texts, model->config);
+  const auto prompt = prompt_tokens(options, data, texts);
+  check_rows("--prompt", prompt, model->config.vocab_size, texts.tokenizer);
 
   // Adapters on some of its layers. Only they learn.
   torch::manual_seed(options.seed);
@@ -298,7 +361,7 @@ int run(const Options& options) {
   if (options.overwrite) remove_old_checkpoints(options.out, 0);
   Metrics metrics(options.out / "metrics.csv", former ? std::make_optional(former->step) : std::nullopt);
   if (former) fmt::print("resumed   from {}\n", former->folder.string());
-  if (!former) print_sample("before", options, *model, adapters, tokenizer, prompt);
+  if (!former) print_sample("before", options, *model, adapters, texts, data, prompt);
 
   auto save = [&] {
     save_checkpoint(options.out, trainer.steps_done, state, settings, [&](const auto& path) { adapters.save(path); });
@@ -311,8 +374,9 @@ int run(const Options& options) {
 
   // What stays: the adapter by itself, and a model that needs no adapter.
   adapters.save(options.out / "adapter");
-  print_sample("after", options, *model, adapters, tokenizer, prompt);
+  print_sample("after", options, *model, adapters, texts, data, prompt);
   if (!options.no_merge) merge(options, *model, adapters, data);
+  save_ends(options, data, texts);
   print_summary(options, metrics);
   return 0;
 }

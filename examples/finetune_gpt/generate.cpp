@@ -8,17 +8,22 @@
 #include <filesystem>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include <fmt/core.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <lora/lora.hpp>
 #include <lora/peft/checkpoint.hpp>
 
+#include "chat_template.hpp"
 #include "checkpoint.hpp"
 #include "common.hpp"
+#include "generation_config.hpp"
 #include "sampling.hpp"
+#include "special_tokens.hpp"
 #include "tokenizer.hpp"
 
 namespace gpt {
@@ -30,13 +35,14 @@ struct Options {
   std::string system;
   bool chat = false;
   bool merge = false;
-  SamplingOptions sampling;
+  std::optional<int64_t> max_new_tokens, top_k;
+  std::optional<double> temperature, top_p, repetition_penalty;
+  uint64_t seed = 0;
   std::string device = "auto";
   std::string dtype = "float32";
 };
 
 void add_options(CLI::App& app, Options& options) {
-  auto& sampling = options.sampling;
   app.add_option("--model", options.model, "Hugging Face directory of the model")
       ->required()
       ->check(CLI::ExistingDirectory)
@@ -47,18 +53,50 @@ void add_options(CLI::App& app, Options& options) {
   app.add_flag("--merge", options.merge, "fold the adapter into the weights first: faster, more memory")
       ->needs("--adapter");
   app.add_option("--prompt", options.prompt, "the text to continue; without it, standard input")->type_name("TEXT");
-  app.add_flag("--chat", options.chat, "the prompt is a user's message in ChatML, to be answered");
+  app.add_flag("--chat", options.chat,
+               "the prompt is a user's message, to be answered; the model's chat template says\n"
+               "how that is written");
   app.add_option("--system", options.system, "message that precedes it")->needs("--chat")->type_name("TEXT");
-  app.option_defaults()->always_capture_default();
-  app.add_option("--max-new-tokens", sampling.max_new_tokens, "end after this many tokens")->check(between(1));
-  app.add_option("--temperature", sampling.temperature, "0: always the most likely token; 1: as the model says")
+  app.add_option("--max-new-tokens", options.max_new_tokens, "end after this many tokens [generation_config.json; 128]")
+      ->check(between(1));
+  app.add_option(
+         "--temperature", options.temperature,
+         "draw tokens; 0: always the most likely one; 1: as the model says.\nThis and the three that follow are "
+         "as generation_config.json says,\nwhich draws where \"do_sample\" is true; giving one of the first three "
+         "draws too")
       ->check(between(0));
-  app.add_option("--top-k", sampling.top_k, "draw from this many of the most likely tokens; 0: all")->check(between(0));
-  app.add_option("--top-p", sampling.top_p, "draw from the most likely tokens of this total probability")
+  app.add_option("--top-k", options.top_k, "draw from this many of the most likely tokens; 0: all")->check(between(0));
+  app.add_option("--top-p", options.top_p, "draw from the most likely tokens of this total probability")
       ->check(between(0, 1));
-  app.add_option("--seed", sampling.seed, "the same seed gives the same text");
+  app.add_option("--repetition-penalty", options.repetition_penalty, "make tokens of the text less likely; 1: do not")
+      ->check(between(0));
+  app.option_defaults()->always_capture_default();
+  app.add_option("--seed", options.seed, "the same seed gives the same text");
   app.add_option("--device", options.device, "auto, cpu, cuda or cuda:N");
   app.add_option("--dtype", options.dtype, "float32 or bfloat16");
+}
+
+/// What the command line says, and for the rest what the model's generation_config.json does, as in transformers.
+SamplingOptions sampling_options(const Options& options, const GenerationConfig& config) {
+  SamplingOptions sampling;
+  const bool draws = config.do_sample || options.temperature || options.top_k || options.top_p;
+  sampling.temperature = draws ? options.temperature.value_or(config.temperature) : 0;
+  sampling.top_k = options.top_k.value_or(config.top_k);
+  sampling.top_p = options.top_p.value_or(config.top_p);
+  sampling.repetition_penalty = options.repetition_penalty.value_or(config.repetition_penalty);
+  sampling.max_new_tokens = options.max_new_tokens.value_or(config.max_new_tokens.value_or(sampling.max_new_tokens));
+  sampling.seed = options.seed;
+  return sampling;
+}
+
+std::string describe(const SamplingOptions& sampling) {
+  const auto penalty = sampling.repetition_penalty == 1
+                           ? std::string()
+                           : fmt::format(", repetition penalty {:g}", sampling.repetition_penalty);
+  if (sampling.temperature == 0) return "always the most likely token" + penalty;
+  return fmt::format("drawn with temperature {:g}, top-k {}, top-p {:g}", sampling.temperature, sampling.top_k,
+                     sampling.top_p) +
+         penalty;
 }
 
 std::string read_prompt(const Options& options) {
@@ -69,21 +107,14 @@ std::string read_prompt(const Options& options) {
   return text;
 }
 
-std::string prompt_text(const Options& options, const Tokenizer& tokenizer) {
+/// The tokens that the model is to continue. A chat template writes a whole text by itself.
+std::vector<int64_t> prompt_tokens(const Options& options, const Tokenizer& tokenizer) {
   const auto prompt = read_prompt(options);
-  if (!options.chat) return prompt;
-  TORCH_CHECK_VALUE(tokenizer.token_id("<|im_start|>") && tokenizer.token_id("<|im_end|>"),
-                    "--chat needs a tokenizer with the tokens <|im_start|> and <|im_end|>, which this model's lacks");
+  if (!options.chat) return tokenizer.encode_whole(prompt);
   std::vector<ChatMessage> messages;
   if (!options.system.empty()) messages.push_back({"system", options.system});
   messages.push_back({"user", prompt});
-  return to_chatml(messages, /*open_reply=*/true);
-}
-
-std::vector<int64_t> stop_ids(const Options& options, const ModelConfig& config, const Tokenizer& tokenizer) {
-  auto ids = config.eos_token_ids;
-  if (options.chat) ids.push_back(*tokenizer.token_id("<|im_end|>"));
-  return ids;
+  return tokenizer.encode(ChatTemplate(options.model).render(messages, /*open_reply=*/true));
 }
 
 // Half a character is written as the bytes it is: the next token brings the rest.
@@ -106,21 +137,28 @@ auto with_adapter(const Options& options, LanguageModelImpl& model, const Call& 
 
 void run(const Options& options) {
   const auto device = parse_device(options.device);
+  const auto config = read_generation_config(options.model, options.adapter);
+  const auto sampling = sampling_options(options, config);
   const auto model = load_model(options.model, parse_dtype(options.dtype), device);
   const Tokenizer tokenizer(options.model / "tokenizer.json");
-  const auto prompt = tokenizer.encode(prompt_text(options, tokenizer));
+  const auto prompt = prompt_tokens(options, tokenizer);
+  check_ends(config, model->config.vocab_size);
+  check_rows("the prompt", prompt, model->config.vocab_size, tokenizer);
+  if (!config.ignored.empty())
+    fmt::print(stderr, "{} asks for {}, which is not done here\n", config.file.string(),
+               fmt::join(config.ignored, ", "));
 
   std::chrono::steady_clock::time_point start;
   auto write = [&] {
     start = std::chrono::steady_clock::now();
-    return generate(*model, prompt, options.sampling, stop_ids(options, model->config, tokenizer),
+    return generate(*model, prompt, sampling, config.eos_token_ids,
                     [&](int64_t token) { print_token(tokenizer, token); });
   };
   const auto tokens = options.adapter.empty() ? write() : with_adapter(options, *model, write);
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   fmt::print("\n");
-  fmt::print(stderr, "{} tokens after a prompt of {} in {:.1f} s: {:.1f} tokens/s\n", tokens.size(), prompt.size(),
-             time.count(), static_cast<double>(tokens.size()) / time.count());
+  fmt::print(stderr, "{} tokens after a prompt of {} in {:.1f} s: {:.1f} tokens/s; {}\n", tokens.size(), prompt.size(),
+             time.count(), static_cast<double>(tokens.size()) / time.count(), describe(sampling));
 }
 
 }  // namespace

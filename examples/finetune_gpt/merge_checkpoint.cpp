@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <fmt/core.h>
@@ -20,6 +21,7 @@
 
 #include "checkpoint.hpp"
 #include "common.hpp"
+#include "generation_config.hpp"
 
 namespace gpt {
 namespace {
@@ -44,8 +46,9 @@ Shards read_shards(const std::filesystem::path& base) {
 class MergedWeights {
  public:
   /// `found` are the tensors of the base under the names of the model.
-  MergedWeights(const std::filesystem::path& base, const TensorMap& found, const std::filesystem::path& adapter)
-      : model_(make_model(read_config(base))), adapters_(load_adapter(base, found, adapter)) {
+  MergedWeights(const std::filesystem::path& base, const ModelConfig& model_config, const TensorMap& found,
+                const std::filesystem::path& adapter)
+      : model_(make_model(model_config)), adapters_(load_adapter(base, found, adapter)) {
     for (const auto& part : adapter_->parts) {
       for (const auto& name : parameters_of(part)) parts_[name] = part;
     }
@@ -116,6 +119,18 @@ class MergedWeights {
   std::map<std::string, lora::AdapterPart> parts_;
 };
 
+/// Gives the embedding its own name where the one table that it shares with the head is in the file under the head's.
+void name_embedding(const ModelConfig& config, const TensorMap& weights, Shards& shards) {
+  const auto [embedding, head] = detail::embedding_and_head(config, weights);
+  if (!config.tie_word_embeddings || embedding.defined()) return;
+  for (auto& [file, tensors] : shards) {
+    auto table = tensors.extract(MergedWeights::kHead);
+    if (table.empty()) continue;
+    table.key() = detail::embedding_name(config);
+    tensors.insert(std::move(table));
+  }
+}
+
 /// Adds a head of its own beside the embedding, and drops a redundant copy of the tied one.
 void separate_head(const MergedWeights& merged, Shards& shards) {
   for (auto& [file, tensors] : shards) tensors.erase(MergedWeights::kHead);
@@ -160,10 +175,11 @@ void write_index(const std::filesystem::path& out, const nlohmann::json& index) 
 
 void run(const Options& options) {
   auto shards = read_shards(options.base);
-  const auto model_config = read_config(options.base);
-  TensorMap found;
-  for (const auto& [file, tensors] : shards) found.merge(detail::as_parameters(model_config, tensors));
-  const MergedWeights merged(options.base, found, options.adapter);
+  TensorMap weights;
+  for (const auto& [file, tensors] : shards) weights.insert(tensors.begin(), tensors.end());
+  const auto model_config = read_config(options.base, weights);
+  name_embedding(model_config, weights, shards);
+  const MergedWeights merged(options.base, model_config, detail::as_parameters(model_config, weights), options.adapter);
   if (merged.separates_head()) separate_head(merged, shards);
 
   // No file appears under its name before all are written: an update that is not finite leaves nothing behind.
@@ -176,8 +192,14 @@ void run(const Options& options) {
   for (const auto& writer : writers) writer->finish();
   if (is_sharded) write_index(options.out, index);
   ConfigChanges changes;
-  if (merged.separates_head()) changes.tie_word_embeddings = false;
+  const bool is_wrong = read_config(options.base).tie_word_embeddings && !model_config.tie_word_embeddings;
+  if (merged.separates_head() || is_wrong) changes.tie_word_embeddings = false;
   copy_model_files(options.base, options.out, changes);
+  const auto generation = options.adapter / kGenerationConfig;  // of an adapter that ends its texts in its own way
+  if (std::filesystem::exists(generation)) {
+    std::filesystem::copy_file(generation, options.out / kGenerationConfig,
+                               std::filesystem::copy_options::overwrite_existing);
+  }
   fmt::print("{} adapted layers merged into {}\n", merged.count(), options.out.string());
 }
 

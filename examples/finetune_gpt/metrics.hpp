@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -111,23 +112,47 @@ class Metrics {
   std::vector<MetricsRow> rows_;
 };
 
+/// The mean of the training losses of the last `window` rows that have one, at each of these: (step, mean). Fewer than
+/// `window` are averaged at the start. Single batches differ by more than a run gains in ten steps.
+inline std::vector<std::pair<int64_t, double>> running_mean(const std::vector<MetricsRow>& rows, size_t window) {
+  std::vector<std::pair<int64_t, double>> losses, means;
+  for (const auto& row : rows) {
+    if (row.train_loss) losses.emplace_back(row.step, *row.train_loss);
+  }
+  for (size_t i = 0; i < losses.size(); ++i) {
+    const auto first = i + 1 - std::min(i + 1, window);
+    double sum = 0;
+    for (auto j = first; j <= i; ++j) sum += losses[j].second;
+    means.emplace_back(losses[i].first, sum / static_cast<double>(i + 1 - first));
+  }
+  return means;
+}
+
+/// Steps that the running mean in the picture of so many rows covers: a tenth, at least 5.
+inline size_t mean_window(size_t rows) { return std::max<size_t>(5, rows / 10); }
+
 /// Draws training and validation loss over the steps into a PNG file with gnuplot. Returns what kept it from doing so,
 /// empty if nothing did: a picture is no reason for a run to fail.
 inline std::string draw_losses(const std::vector<MetricsRow>& rows, const std::filesystem::path& png) {
   if (!detail::has_program("gnuplot")) return "gnuplot is not installed (Debian: gnuplot-nox)";
-  std::string train, validation;
+  const auto window = mean_window(rows.size());
+  std::string train, mean, validation;
   for (const auto& row : rows) {
     if (row.train_loss) train += fmt::format("{} {:.9g}\n", row.step, *row.train_loss);
     if (row.validation_loss) validation += fmt::format("{} {:.9g}\n", row.step, *row.validation_loss);
   }
+  for (const auto& [step, loss] : running_mean(rows, window)) mean += fmt::format("{} {:.9g}\n", step, loss);
   std::FILE* gnuplot = popen("gnuplot 2>/dev/null", "w");
   if (gnuplot == nullptr) return "gnuplot cannot be started";
-  fmt::print(gnuplot, "$train << END\n{}END\n$validation << END\n{}END\n", train, validation);
+  fmt::print(gnuplot, "$train << END\n{}END\n$mean << END\n{}END\n$validation << END\n{}END\n", train, mean,
+             validation);
   fmt::print(gnuplot, "set terminal png size 960,600\nset output {}\n", detail::quoted(png.string()));
   fmt::print(gnuplot, "set xlabel 'step'\nset ylabel 'loss (nats per token)'\nset grid\n");
   fmt::print(gnuplot,
-             "plot $train with lines lc rgb '#9ecae1' title 'training', "
-             "$validation with linespoints lw 2 pt 7 lc rgb '#d94801' title 'validation'\n");
+             "plot $train with points pt 7 ps 0.6 lc rgb '#9ecae1' title 'training, each step', "
+             "$mean with lines lw 2 lc rgb '#2171b5' title 'training, mean of {} steps', "
+             "$validation with linespoints lw 2 pt 7 lc rgb '#d94801' title 'validation'\n",
+             window);
   return pclose(gnuplot) == 0 ? "" : "gnuplot could not draw the losses";
 }
 

@@ -100,7 +100,9 @@ inline void add_adapter_options(CLI::App& app, Options& o) {
   app.add_option("--rank", o.rank, "Rank of the update")->check(between(1))->group(group);
   app.add_option("--alpha", o.alpha, "The update is scaled by alpha / rank")->check(between())->group(group);
   app.add_option("--dropout", o.dropout, "Dropout on the adapter's input")->check(between(0, 0.99))->group(group);
-  app.add_option("--targets", o.targets, "Names of the layers to adapt\n[default: q_proj v_proj; GPT-2: c_attn]")
+  app.add_option(
+         "--targets", o.targets,
+         "Names of the layers to adapt, or all-linear: all but\nthe head [default: q_proj v_proj; GPT-2: c_attn]")
       ->type_name("NAME ...")
       ->group(group);
 }
@@ -180,6 +182,9 @@ inline std::string value_text(const CLI::Option& option) {
 
 }  // namespace detail
 
+/// Whether --targets asks for all linear layers, in PEFT's word for them.
+inline bool is_all_linear(const std::string& target) { return CLI::detail::to_lower(target) == "all-linear"; }
+
 /// Defines the options of finetune_gpt.
 inline void add_options(CLI::App& app, Options& options) {
   app.option_defaults()->always_capture_default();
@@ -204,6 +209,9 @@ inline void check_options(const Options& options) {
                     "--text or --jsonl is needed: the data to learn from");
   TORCH_CHECK_VALUE(options.validation_share > 0 && options.validation_share < 1,
                     "--validation-share must be above 0 and below 1, got ", options.validation_share);
+  const bool has_all = std::any_of(options.targets.begin(), options.targets.end(), is_all_linear);
+  TORCH_CHECK_VALUE(!has_all || options.targets.size() == 1,
+                    "--targets: all-linear stands alone; give it without other names, or names without it");
   TORCH_CHECK_VALUE(options.training.learning_rate > 0, "--lr must be above 0, got ", options.training.learning_rate);
   TORCH_CHECK_VALUE(options.training.warmup <= options.training.steps, "--warmup must not be above --steps (",
                     options.training.steps, "), got ", options.training.warmup);

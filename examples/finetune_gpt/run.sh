@@ -21,8 +21,9 @@ packages=
 if [ "$needs_text" = yes ] && [ "$only_help" = no ] && [ ! -e build/text/kjv.txt ]; then packages=bible-kjv; fi
 install_packages only $packages
 choose_python
+prepare_jinja
 configure
-build finetune_gpt generate merge_checkpoint
+build 3 finetune_gpt generate merge_checkpoint
 program=$PWD/$build/programs/finetune_gpt
 if [ "$only_help" = yes ]; then exec "$program" "$@"; fi
 

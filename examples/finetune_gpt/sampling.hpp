@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <tuple>
 #include <vector>
 
 #include "language_model.hpp"
@@ -20,6 +21,8 @@ struct SamplingOptions {
   double temperature = 0.8;  ///< scores are divided by it; 0 always takes the most likely token
   double top_p = 0.95;       ///< only the most likely tokens that together have this probability; 1: all
   int64_t top_k = 0;         ///< only this many of the most likely tokens; 0: all
+  /// Scores of tokens that are in the text already are divided by it, or multiplied when below 0; 1 leaves them.
+  double repetition_penalty = 1;
   uint64_t seed = 0;
 };
 
@@ -30,6 +33,17 @@ inline void validate(const SamplingOptions& options) {
   TORCH_CHECK_VALUE(options.temperature >= 0, "temperature must not be negative, got ", options.temperature);
   TORCH_CHECK_VALUE(options.top_p > 0 && options.top_p <= 1, "top_p must be in (0, 1], got ", options.top_p);
   TORCH_CHECK_VALUE(options.top_k >= 0, "top_k must not be negative, got ", options.top_k);
+  TORCH_CHECK_VALUE(options.repetition_penalty > 0, "repetition_penalty must be positive, got ",
+                    options.repetition_penalty);
+}
+
+// Scores (V) with those of the tokens in `text`, once each, made less likely.
+inline torch::Tensor penalized(const torch::Tensor& scores, const std::vector<int64_t>& text, double penalty) {
+  if (penalty == 1) return scores;
+  const auto seen = std::get<0>(at::_unique(torch::tensor(text, torch::kLong)));
+  const auto logits = scores.to(torch::kCPU, torch::kFloat);
+  const auto before = logits.index_select(0, seen);
+  return logits.index_copy(0, seen, torch::where(before < 0, before * penalty, before / penalty));
 }
 
 // One draw from scores (V), on the CPU so that a seed means the same text on every device.
@@ -77,13 +91,15 @@ inline std::vector<int64_t> generate(LanguageModelImpl& model, const std::vector
   const auto generator = at::detail::createCPUGenerator(options.seed);
   const auto device = model.lm_head->weight.device();
   KeyValueCache cache;
-  std::vector<int64_t> generated;
+  std::vector<int64_t> generated, text = prompt;
   auto input = torch::tensor(prompt, torch::kLong).unsqueeze(0).to(device);  // (1, T), later (1, 1)
   while (static_cast<int64_t>(generated.size()) < std::min(options.max_new_tokens, room)) {
     const auto last = model.hidden_states(input, &cache).select(1, -1);  // (1, C): only its scores are needed
-    const auto token = detail::sample(model.lm_head->forward(last).squeeze(0), options, generator);
+    const auto scores = model.lm_head->forward(last).squeeze(0);         // (V)
+    const auto token = detail::sample(detail::penalized(scores, text, options.repetition_penalty), options, generator);
     if (std::find(stop_ids.begin(), stop_ids.end(), token) != stop_ids.end()) break;
     generated.push_back(token);
+    text.push_back(token);
     if (on_token) on_token(token);
     input = torch::full({1, 1}, token, input.options());
   }

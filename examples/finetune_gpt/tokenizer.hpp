@@ -3,6 +3,7 @@
 #include "tokenizer/added_tokens.hpp"
 #include "tokenizer/byte_pair_encoding.hpp"
 #include "tokenizer/json_field.hpp"
+#include "tokenizer/post_processor.hpp"
 #include "tokenizer/split_pattern.hpp"
 #include "tokenizer/split_step.hpp"
 
@@ -24,10 +25,12 @@ namespace gpt {
 /// Turns text into the ids of a byte-level BPE and back, as the Python package `tokenizers` does:
 ///
 ///   encode(text) == Tokenizer.from_file(tokenizer_json).encode(text, add_special_tokens=False).ids
+///   encode_whole(text) == Tokenizer.from_file(tokenizer_json).encode(text).ids
 ///
 /// The steps: added tokens are cut out of the text; the rest is split to words ("pre_tokenizer": ByteLevel, Digits,
-/// Split or a Sequence of these that ends with ByteLevel); the bytes of each word are merged ("model": BPE).
-/// "truncation" and "padding" are about batches and "post_processor" adds tokens, so these are not looked at.
+/// Split or a Sequence of these that ends with ByteLevel); the bytes of each word are merged ("model": BPE); a whole
+/// text gets the tokens around it that "post_processor" names. "truncation" and "padding" are about batches, so these
+/// are not looked at.
 /// Anything else that cannot be read (a normalizer, another model...) throws lora::CheckpointError that names the file,
 /// the field and its value. One Tokenizer may be used from several threads; they take turns.
 class Tokenizer {
@@ -56,6 +59,18 @@ class Tokenizer {
     return ids;
   }
 
+  /// The ids of `text` between the tokens that the file puts around every text, such as a beginning of text. So are
+  /// texts seen in training, and prompts, unless a chat template wrote them: that has written such tokens itself.
+  std::vector<int64_t> encode_whole(std::string_view text) const {
+    auto ids = special_tokens_.before();
+    append(encode(text), ids);
+    append(special_tokens_.after(), ids);
+    return ids;
+  }
+
+  /// What encode_whole puts around a text.
+  const PostProcessor& special_tokens() const { return special_tokens_; }
+
   /// The bytes of `ids`, added tokens included; decode(encode(text)) is text, unless the file asks for a space in
   /// front, has no token for a byte (SmolLM2 lacks some control characters), or strips an added token's white space.
   /// One id can be a part of a character, so decode(a) + decode(b) is decode(a and b): write them as they come.
@@ -74,6 +89,9 @@ class Tokenizer {
     const auto found = ids_.find(std::string(token));
     return found == ids_.end() ? std::nullopt : std::make_optional(found->second);
   }
+
+  /// Whether a token is one of those that are recognized in the text itself, as the ends of turns are.
+  bool is_added(int64_t id) const { return added_ids_.count(id) > 0; }
 
   /// The number of rows an embedding needs for all ids: the greatest id plus one.
   int64_t vocab_size() const {
@@ -103,7 +121,10 @@ class Tokenizer {
   }
 
   explicit Tokenizer(const std::unique_ptr<File>& file)
-      : model_((*file->root)["model"]), ids_(model_.vocabulary()), cache_(std::make_unique<Cache>()) {
+      : model_((*file->root)["model"]),
+        special_tokens_((*file->root)["post_processor"]),
+        ids_(model_.vocabulary()),
+        cache_(std::make_unique<Cache>()) {
     const auto& root = *file->root;
     if (!root["version"].is_null() && root["version"].text() != "1.0") root["version"].refuse("only 1.0 can be read");
     check_normalizer(root["normalizer"]);
@@ -155,6 +176,7 @@ class Tokenizer {
         field["id"].refuse("\"" + content + "\" is number " + std::to_string(place->second) + " by the vocabulary");
       }
       texts_.emplace(place->second, content);
+      added_ids_.insert(place->second);
       auto& tokens = field["normalized"].flag() ? added_normalized_ : added_;
       tokens.add({content, place->second, field["single_word"].flag(), field["lstrip"].flag(), field["rstrip"].flag()});
     }
@@ -187,10 +209,12 @@ class Tokenizer {
   }
 
   BytePairEncoding model_;
+  PostProcessor special_tokens_;
   std::unordered_map<std::string, int64_t> ids_;    // of all tokens
   std::unordered_map<int64_t, std::string> texts_;  // the bytes each id stands for
-  AddedTokens added_;                               // looked for in the text as it is
-  AddedTokens added_normalized_;                    // looked for in what is left of it
+  std::set<int64_t> added_ids_;
+  AddedTokens added_;             // looked for in the text as it is
+  AddedTokens added_normalized_;  // looked for in what is left of it
   std::vector<SplitStep> steps_;
   std::unique_ptr<Cache> cache_;
 };

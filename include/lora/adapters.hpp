@@ -51,7 +51,8 @@ class Adapters {
   Adapters& operator=(Adapters&&) = default;
 
   /// Adds an adapter; the first one freezes the model's parameters. The tensors are those of a float layer even for a
-  /// model in half precision. Throws when a part of the configuration matches nothing in the model.
+  /// model in half precision. The name may be any text but "". Throws when a part of the configuration matches nothing
+  /// in the model.
   void add(const std::string& name, const LoRAConfig& config) {
     auto planned = plan(config);
     planned.initialize();
@@ -62,9 +63,7 @@ class Adapters {
   void add(const std::string& name, Adapter adapter) {
     std::lock_guard<std::mutex> lock(state_->writing);
     auto list = *state_->registry.read();
-    TORCH_CHECK(!name.empty() && name.find('.') == std::string::npos,
-                "lora::Adapters: the name of an adapter has to be non-empty and without a \".\", but got \"", name,
-                "\"");
+    TORCH_CHECK(!name.empty(), "lora::Adapters: an adapter has to have a name that is not empty");
     TORCH_CHECK(list.find(name) == nullptr, "lora::Adapters: there is an adapter \"", name, "\" already");
     check_addable(name, adapter);
     freeze();
@@ -109,10 +108,11 @@ class Adapters {
   /// What requires gradients stays as it is. Throws when the model has no such layers, or of different methods.
   void adopt();
 
-  /// What `add` would add: the layers that `config` selects, with tensors that have no values yet.
-  Adapter plan(const LoRAConfig& config) const {
+  /// What `add` would add: the layers that `config` selects, with tensors that have no values yet. Entries that match
+  /// nothing are an error, or are noted in `unmatched` where that is given and anything is selected at all.
+  Adapter plan(const LoRAConfig& config, std::vector<std::string>* unmatched = nullptr) const {
     std::lock_guard<std::mutex> lock(state_->writing);
-    return detail::Planner(model(), state_->index, config).run();
+    return detail::Planner(model(), state_->index, config, detail::Unmatched(unmatched)).run();
   }
 
   /// Names of the adapters, in the order in which they were added.
@@ -309,7 +309,8 @@ class Adapters {
   void save(const Directory& directory, const std::string& name) const {
     write_adapter(*this, name, directory);
   }
-  /// Writes all: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT does.
+  /// Writes all: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT does;
+  /// what may not be in the name of a folder is written there as "%2F".
   template <class Directory>
   void save_all(const Directory& directory) const {
     write_adapters(*this, directory);

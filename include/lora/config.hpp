@@ -78,7 +78,8 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   template <class T>
   using Patterns = std::vector<std::pair<std::string, T>>;
 
-  /// The modules to adapt. Required unless there are `target_parameters`.
+  /// The modules to adapt. Required unless there are `target_parameters`; none are meant by PEFT's name for that,
+  /// `regex("dummy-target-modules")`.
   LORA_ARG(ModuleSelector, target_modules);
   /// Modules that are left out although `target_modules` selects them. Default: none.
   LORA_ARG(ModuleSelector, exclude_modules);

@@ -1,15 +1,18 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/dropout.h>
 #include <ATen/ops/ones.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/dropout.hpp>
+#include <lora/low_rank_linear.hpp>
 #include <lora/method/contract.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/part.hpp>
@@ -44,12 +47,15 @@ class Dropout {
 
   bool acts() const { return probability_ > 0; }
 
-  at::Tensor of_input(const at::Tensor& x) const { return acts() ? at::dropout(x, probability_, /*train=*/true) : x; }
+  /// The mask for an input that has one of its own kind, or none.
+  DropoutMask mask() const { return acts() ? DropoutMask(probability_) : DropoutMask(); }
+
+  at::Tensor of_input(const at::Tensor& x) const { return acts() ? dropout(x, probability_) : x; }
 
   /// For operators that take a weight whole: whole input features are dropped, A diag(mask / (1 - p)) in place of A.
   /// `delta` is (out, in), or a batch.
   at::Tensor of_columns(const at::Tensor& delta) const {
-    return acts() ? delta * at::dropout(at::ones({delta.size(-1)}, delta.options()), probability_, true) : delta;
+    return acts() ? delta * dropout(at::ones({delta.size(-1)}, delta.options()), probability_) : delta;
   }
 
  private:
@@ -88,13 +94,105 @@ inline at::Tensor adapted_operand(const at::Tensor& operand, c10::ArrayRef<Updat
   return adapted_operand(operand, updates, /*drop_columns=*/true, [](const Update&) { return true; });
 }
 
+/// The rows [first, first + count) of a term act on the outputs [at, at + count).
+struct TermRows {
+  int64_t first, at, count;
+
+  at::Tensor of(const at::Tensor& tensor) const {
+    return !tensor.defined() || count == tensor.size(0) ? tensor : tensor.narrow(0, first, count);
+  }
+};
+
+/// The outputs of the weight that are those of the operand. A lookup, which has entries for rows, has them all.
+inline TermRows outputs_of(const Update& update) {
+  const auto& shape = update.base->shape();
+  return shape.is_lookup ? TermRows{0, update.at, shape.out}
+                         : TermRows{update.part.first, update.at, update.part.count};
+}
+
+/// Calls `visit(term, rows)` for an update. The parts of a fused weight have a term each, which acts on its own outputs
+/// as far as these are among those of the operand.
+template <class Visit>
+void for_each_term(const Update& update, const Term& term, const Visit& visit) {
+  if (update.base->shape().batch.empty()) return visit(term, outputs_of(update));
+  const auto& view = update.base->view();
+  int64_t part = 0, row = 0;
+  for (size_t i = 0; i < view.part_rows().size(); row += view.part_rows()[i++]) {
+    if (!view.chosen_parts()[i]) continue;
+    const auto first = std::max(row, update.part.first);
+    const auto last = std::min(row + view.part_rows()[i], update.part.first + update.part.count);
+    const auto number = part++;
+    if (first >= last) continue;
+    const auto of_part = [&](const at::Tensor& batch) { return batch.defined() ? batch[number] : batch; };
+    visit(Term{of_part(term.A), of_part(term.B), term.scale, of_part(term.gain), of_part(term.input_gain)},
+          TermRows{first - row, update.at + first - update.part.first, last - first});
+  }
+}
+
+using Terms = c10::SmallVector<Term, 2>;
+
+/// The updates as slices of one node, where each is a plain term on rows of a linear product, all in one type;
+/// empty where that is not so. What a frozen A needs is little, so there the products are taken apart.
+class FusedProduct {
+ public:
+  FusedProduct(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms) : product_(product) {
+    if (product.form == Product::Form::kOther || !is_plain(product.x) || !is_plain(product.operand)) return;
+    if (product.operand.dim() != 2 || product.operand.requires_grad() || product.x.dim() == 0) return;
+    if (product.bias.defined() && (product.bias.dim() != 1 || !is_alike(product.bias))) return;
+    if (!is_alike(product.operand) || at::autocast::is_autocast_enabled(product.x.device().type())) return;
+    if (torch::jit::tracer::isTracing()) return;
+    for (size_t i = 0; i < updates.size(); ++i) {
+      if (!can_add(updates[i], terms[i])) return;
+    }
+    for (size_t i = 0; i < updates.size(); ++i) add(updates[i], terms[i]);
+  }
+
+  bool is_possible() const { return !slices_.empty(); }
+
+  at::Tensor result() const {
+    const auto& x = product_.x;
+    if (x.dim() == 2) return LowRankLinear::compute(product_, x, slices_);
+    const auto y = LowRankLinear::compute(product_, x.reshape({-1, x.size(-1)}), slices_);
+    at::DimVector sizes(x.sizes().begin(), x.sizes().end());
+    sizes.back() = y.size(1);
+    return y.view(sizes);
+  }
+
+ private:
+  bool can_add(const Update& update, const Term& term) const {
+    if (Dropout(update).acts() && !DropoutMask::is_for(product_.x)) return false;
+    if (!update.method->has_term() || update.base->shape().is_lookup) return false;
+    if (term.scales_weight() || !is_alike(term.A) || !is_alike(term.B)) return false;
+    return !at::GradMode::is_enabled() || term.A.requires_grad() || !product_.x.requires_grad();
+  }
+
+  void add(const Update& update, const Term& term) {
+    const auto mask = Dropout(update).mask();
+    for_each_term(update, term, [&](const Term& own, const TermRows& rows) {
+      slices_.push_back({own.A, rows.of(own.B), own.scale * update.weight, rows.at, mask});
+    });
+  }
+
+  bool is_alike(const at::Tensor& tensor) const {
+    return tensor.scalar_type() == product_.x.scalar_type() && tensor.device() == product_.x.device() &&
+           is_plain(tensor);
+  }
+
+  /// Whether it is numbers and strides, and no transform (vmap, forward mode) looks at what is computed with it.
+  static bool is_plain(const at::Tensor& tensor) {
+    return tensor.layout() == at::kStrided && at::isFloatingType(tensor.scalar_type()) &&
+           !at::isTensorSubclassLike(tensor) && !tensor._fw_grad(0).defined();
+  }
+
+  const Product& product_;
+  LowRankLinear::Slices slices_;
+};
+
 /// Adds up a product and the updates that act on it, in the type of the adapters.
 class ProductSum {
  public:
-  ProductSum(const Product& product, c10::ArrayRef<Update> updates) : product_(product), single_(updates.size() == 1) {
-    c10::SmallVector<Term, 2> terms;
-    for (const auto& update : updates)
-      terms.push_back(update.method->has_term() ? update.method->term(*update.base) : Term());
+  ProductSum(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms)
+      : product_(product), single_(updates.size() == 1) {
     // A gain scales x W^T alone, so then the bias comes last.
     const bool scales = std::any_of(terms.begin(), terms.end(), [](const Term& term) { return term.scales_weight(); });
     if (scales) late_bias_ = product.bias;
@@ -108,19 +206,14 @@ class ProductSum {
   }
 
  private:
-  /// The rows [first, first + count) of a term act on the outputs [at, at + count).
-  struct Rows {
-    int64_t first, at, count;
-  };
-
   void add(const Update& update, const Term& term) {
-    const auto rows = outputs_of(update);
     if (update.method->has_term()) {
       const auto x = Dropout(update).of_input(x_in(term.dtype()));
-      return update.base->shape().batch.empty() ? add(update, term, rows, x) : add_parts(update, term, x);
+      return for_each_term(update, term, [&](const Term& own, const TermRows& rows) { add(update, own, rows, x); });
     }
     if (update.method->has_forward() && is_product_of(update)) return add_forward(update);
-    const auto matrix = narrowed(update.method->delta(*update.base), rows);
+    const auto rows = outputs_of(update);
+    const auto matrix = rows.of(update.method->delta(*update.base));
     const auto added = product_.times(Dropout(update).of_input(x_in(matrix.scalar_type())), matrix) * update.weight;
     y_ = on_rows(start(), rows, [&](const at::Tensor& y) { return y + added; });
   }
@@ -156,32 +249,10 @@ class ProductSum {
            outputs_of(update).count == update.base->shape().out;
   }
 
-  /// The outputs of the weight that are those of the operand. A lookup, which has entries for rows, has them all.
-  static Rows outputs_of(const Update& update) {
-    const auto& shape = update.base->shape();
-    return shape.is_lookup ? Rows{0, update.at, shape.out} : Rows{update.part.first, update.at, update.part.count};
-  }
-
-  /// The parts of a fused weight: each acts on its own outputs, as far as these are among those of the operand.
-  void add_parts(const Update& update, const Term& term, const at::Tensor& x) {
-    const auto& view = update.base->view();
-    int64_t part = 0, row = 0;
-    for (size_t i = 0; i < view.part_rows().size(); row += view.part_rows()[i++]) {
-      if (!view.chosen_parts()[i]) continue;
-      const auto first = std::max(row, update.part.first);
-      const auto last = std::min(row + view.part_rows()[i], update.part.first + update.part.count);
-      const auto number = part++;
-      if (first >= last) continue;
-      const auto of_part = [&](const at::Tensor& batch) { return batch.defined() ? batch[number] : batch; };
-      add(update, {of_part(term.A), of_part(term.B), term.scale, of_part(term.gain), of_part(term.input_gain)},
-          {first - row, update.at + first - update.part.first, last - first}, x);
-    }
-  }
-
   /// `x` is that of the adapter, dropped.
-  void add(const Update& update, Term term, const Rows& rows, const at::Tensor& x) {
-    if (term.B.defined()) term.B = narrowed(term.B, rows);
-    if (term.gain.defined()) term.gain = narrowed(term.gain, rows);
+  void add(const Update& update, Term term, const TermRows& rows, const at::Tensor& x) {
+    term.B = rows.of(term.B);
+    term.gain = rows.of(term.gain);
     if (!term.scales_weight()) {
       term.scale *= update.weight;
       const auto projected = project(term, x);
@@ -192,7 +263,7 @@ class ProductSum {
   }
 
   /// y += gain * (z W^T + s z A^T B^T) - x W^T, where z is x, dropped and scaled.
-  void add_scaled(const Update& update, const Term& term, const Rows& rows, at::Tensor x) {
+  void add_scaled(const Update& update, const Term& term, const TermRows& rows, at::Tensor x) {
     const bool same_product = !Dropout(update).acts();
     const auto plain = same_product ? frozen() : again(x);
     if (term.input_gain.defined()) x = x * term.input_gain;
@@ -233,24 +304,21 @@ class ProductSum {
     return at::addmm(flat(y), flat(p), term.B.t(), 1, term.scale).view(y.sizes());
   }
 
-  static at::Tensor narrowed(const at::Tensor& tensor, const Rows& rows) {
-    return rows.count == tensor.size(0) ? tensor : tensor.narrow(0, rows.first, rows.count);
-  }
-
   /// The outputs of `rows`.
-  static at::Tensor of_rows(const at::Tensor& y, const Rows& rows) {
+  static at::Tensor of_rows(const at::Tensor& y, const TermRows& rows) {
     return rows.count == y.size(-1) ? y : y.narrow(-1, rows.at, rows.count);
   }
 
   /// y with `change` applied to the outputs of `rows`.
   template <class Change>
-  static at::Tensor on_rows(const at::Tensor& y, const Rows& rows, const Change& change) {
+  static at::Tensor on_rows(const at::Tensor& y, const TermRows& rows, const Change& change) {
     return on_rows_of(y, y, rows, change);
   }
 
   /// y with `change(other)` in the outputs of `rows`.
   template <class Change>
-  static at::Tensor on_rows_of(const at::Tensor& y, const at::Tensor& other, const Rows& rows, const Change& change) {
+  static at::Tensor on_rows_of(const at::Tensor& y, const at::Tensor& other, const TermRows& rows,
+                               const Change& change) {
     const auto outputs = y.size(-1), end = rows.at + rows.count;
     const auto changed = change(of_rows(other, rows));
     if (rows.count == outputs) return changed;
@@ -285,7 +353,13 @@ inline bool can_add(const Product& product, const Update& update) {
 inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> updates) {
   using detail::Dropout;
   const auto adds = [&](const Update& update) { return detail::can_add(product, update); };
-  if (std::all_of(updates.begin(), updates.end(), adds)) return detail::ProductSum(product, updates).result();
+  if (std::all_of(updates.begin(), updates.end(), adds)) {
+    detail::Terms terms;
+    for (const auto& update : updates)
+      terms.push_back(update.method->has_term() ? update.method->term(*update.base) : Term());
+    const detail::FusedProduct fused(product, updates, terms);
+    return fused.is_possible() ? fused.result() : detail::ProductSum(product, updates, terms).result();
+  }
 
   // The numbers of columns cannot be dropped.
   const bool is_lookup = !at::isFloatingType(product.x.scalar_type());

@@ -1,5 +1,6 @@
 #include "support/testing.hpp"
 
+#include <algorithm>
 #include <fstream>
 #include <set>
 
@@ -20,6 +21,25 @@ std::vector<int64_t> encode(std::string_view text) {
     i += is_open ? 12 : is_close ? 10 : 1;
   }
   return ids;
+}
+
+// A conversation in ChatML.
+std::string render(const std::vector<gpt::ChatMessage>& messages, bool open_reply) {
+  std::string text;
+  for (const auto& message : messages) text += "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n";
+  return open_reply ? text + "<|im_start|>assistant\n" : text;
+}
+
+gpt::TextFormat format(std::optional<int64_t> end) {
+  return {encode, {}, {}, end, render, [](int64_t id) { return id >= 300; }};
+}
+
+// A tokenizer that puts 400 in front of each text and `after` behind.
+gpt::TextFormat enclosing(std::optional<int64_t> end, std::vector<int64_t> after = {}) {
+  auto result = format(end);
+  result.before = {400};
+  result.after = std::move(after);
+  return result;
 }
 
 using Ids = std::vector<int32_t>;
@@ -52,17 +72,23 @@ TEST_CASE("Text files become one stream with the end of text between them", "[ex
   testing::TemporaryFolder folder;
   const std::vector<std::filesystem::path> files{write_file(folder / "a.txt", "abc"),
                                                  write_file(folder / "b.txt", "de")};
-  const auto blocks = gpt::read_text(files, encode, 999, 2);
+  const auto blocks = gpt::read_text(files, format(999), 2);
   REQUIRE(blocks.size() == 2);
   CHECK(blocks[0].inputs == Ids{'a', 'b'});
   CHECK(blocks[1].inputs == Ids{'c', 999});
   CHECK(blocks[1].targets == Ids{999, 'd'});
-  CHECK(gpt::read_text(files, encode, std::nullopt, 2)[1].targets == Ids{'d', 'e'});
-  CHECK_THAT(error_of([&] { gpt::read_text(files, encode, 999, 3); }), contains("has 6 tokens, at least 7"));
-  CHECK_THAT(error_of([&] { gpt::read_text({folder / "none.txt"}, encode, 999, 3); }),
+  CHECK(gpt::read_text(files, enclosing(999), 2)[0].inputs == Ids{400, 'a'});
+  CHECK(gpt::read_text(files, enclosing(999), 2)[2].inputs == Ids{999, 400});
+  CHECK(gpt::read_text(files, enclosing(999, {999}), 3)[1].inputs == Ids{'c', 999, 400});  // not twice
+  CHECK(gpt::read_text({files[0]}, format(std::nullopt), 1)[1].targets == Ids{'c'});
+  CHECK_THAT(error_of([&] { gpt::read_text(files, format(std::nullopt), 2); }),
+             contains("--text: the 2 files cannot be told apart, because this model names no token that ends a text"));
+  CHECK_THAT(error_of([&] { gpt::read_text(files, format(999), 3); }), contains("has 6 tokens, at least 7"));
+  CHECK_THAT(error_of([&] { gpt::read_text({folder / "none.txt"}, format(999), 3); }),
              contains("none.txt: cannot be read"));
-  const gpt::Encode refuse = [](std::string_view) -> std::vector<int64_t> { TORCH_CHECK(false, "has to be UTF-8"); };
-  CHECK_THAT(error_of([&] { gpt::read_text(files, refuse, 999, 3); }), contains("a.txt: has to be UTF-8"));
+  auto refuse = format(999);
+  refuse.encode = [](std::string_view) -> std::vector<int64_t> { TORCH_CHECK(false, "has to be UTF-8"); };
+  CHECK_THAT(error_of([&] { gpt::read_text(files, refuse, 3); }), contains("a.txt: has to be UTF-8"));
 }
 
 TEST_CASE("Validation is the end of the data, evenly thinned out", "[examples][data]") {
@@ -131,12 +157,23 @@ TEST_CASE("Each epoch sees everything once, in an order that follows from the se
 TEST_CASE("Of a pair only the completion and the end are learned", "[examples][data]") {
   testing::TemporaryFolder folder;
   const auto file = write_file(folder / "pairs.jsonl", "{\"prompt\": \"ab\", \"completion\": \"xyz\"}\n\n");
-  const auto dialogues = gpt::read_jsonl(file, encode, 2, 100);
+  const auto dialogues = gpt::read_jsonl(file, format(2), 100);
   REQUIRE(dialogues.examples.size() == 1);
   CHECK(dialogues.examples[0].inputs == Ids{'a', 'b', 'x', 'y', 'z'});
   CHECK(dialogues.examples[0].targets == Ids{-100, 'x', 'y', 'z', 2});
   CHECK_FALSE(dialogues.is_chat);
-  CHECK(gpt::read_jsonl(file, encode, std::nullopt, 100).examples[0].targets == Ids{-100, 'x', 'y', 'z'});
+  CHECK(dialogues.ends == std::set<int64_t>{2});
+  CHECK(gpt::read_jsonl(file, format(std::nullopt), 100).examples[0].targets == Ids{-100, 'x', 'y', 'z'});
+}
+
+TEST_CASE("A pair stands between what the tokenizer puts around a text", "[examples][data]") {
+  testing::TemporaryFolder folder;
+  const auto file = write_file(folder / "pairs.jsonl", "{\"prompt\": \"a\", \"completion\": \"x\"}\n");
+  auto example = [&](const gpt::TextFormat& format) { return gpt::read_jsonl(file, format, 100).examples.at(0); };
+  CHECK(example(enclosing(2)).inputs == Ids{400, 'a', 'x'});
+  CHECK(example(enclosing(2)).targets == Ids{-100, 'x', 2});
+  CHECK(example(enclosing(2, {2})).targets == Ids{-100, 'x', 2});  // the tokenizer closes it itself
+  CHECK(example(enclosing(2, {7})).targets == Ids{-100, 'x', 2, -100});
 }
 
 TEST_CASE("Of a conversation only what the assistant says is learned", "[examples][data]") {
@@ -144,7 +181,7 @@ TEST_CASE("Of a conversation only what the assistant says is learned", "[example
   const auto file = write_file(
       folder / "chat.jsonl", R"({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"},)"
                              R"({"role": "user", "content": "s"}, {"role": "assistant", "content": "t"}]})");
-  const auto dialogues = gpt::read_jsonl(file, encode, 2, 1000);
+  const auto dialogues = gpt::read_jsonl(file, format(2), 1000);
   REQUIRE(dialogues.examples.size() == 1);
   CHECK(dialogues.is_chat);
   const auto& [inputs, targets] = dialogues.examples[0];
@@ -155,8 +192,52 @@ TEST_CASE("Of a conversation only what the assistant says is learned", "[example
     if (targets[i] != gpt::kIgnored) learned.emplace_back(i, targets[i]);
   }
   CHECK(learned == std::vector<std::pair<size_t, int32_t>>{{19, 'r'}, {20, 301}, {42, 't'}, {43, 301}});
+  CHECK(dialogues.ends == std::set<int64_t>{301});
   CHECK(inputs[19] == '\n');  // what opens the reply is read, not learned
   CHECK(Ids(inputs.begin(), inputs.begin() + 9) == Ids{300, 'u', 's', 'e', 'r', '\n', 'q', 301, '\n'});
+}
+
+TEST_CASE("What a chat template writes behind a reply, and between replies, is not learned", "[examples][data]") {
+  // One that begins with 300, closes a whole conversation with 302 "e", and writes a default system of its own.
+  auto with_end = format(2);
+  with_end.encode = [](std::string_view text) {
+    auto ids = encode(text);
+    std::replace(ids.begin(), ids.end(), int64_t{'e'}, int64_t{302});
+    return ids;
+  };
+  with_end.render = [](const std::vector<gpt::ChatMessage>& messages, bool open_reply) {
+    std::string text = messages.front().role == "system" ? "" : "S\n";
+    for (const auto& message : messages) text += message.role.substr(0, 1) + ":" + message.content + "<|im_end|>\n";
+    return text + (open_reply ? "a:" : "e");
+  };
+  std::set<int64_t> ends;
+  auto learned = [&](const std::vector<gpt::ChatMessage>& messages) {
+    const auto tokens = gpt::detail::encode_conversation(messages, with_end, ends);
+    CHECK(tokens.ids == with_end.encode(with_end.render(messages, false)));
+    std::vector<int64_t> ids;
+    for (size_t i = 0; i < tokens.ids.size(); ++i) {
+      if (tokens.learn[i]) ids.push_back(tokens.ids[i]);
+    }
+    return ids;
+  };
+  using Tokens = std::vector<int64_t>;
+  CHECK(learned({{"user", "q"}, {"assistant", "r"}, {"user", "s"}, {"assistant", "t"}, {"user", "v"}}) ==
+        Tokens{'r', 301, 't', 301});
+  CHECK(ends == std::set<int64_t>{301});
+  CHECK(learned({{"system", "q"}, {"assistant", "r"}}) == Tokens{'r', 301, '\n', 302});
+  CHECK(ends == std::set<int64_t>{301, 302});
+
+  with_end.is_added = [](int64_t) { return false; };  // nothing tells a closing from a reply: both are learned
+  CHECK(learned({{"user", "q"}, {"assistant", "r"}, {"user", "s"}}) == Tokens{'r', 301, '\n'});
+
+  with_end.render = [](const std::vector<gpt::ChatMessage>& messages, bool open_reply) {
+    return std::to_string(messages.size()) + (open_reply ? "a:" : "");
+  };
+  CHECK_THAT(error_of([&] {
+               learned({{"user", "q"}, {"assistant", "r"}});
+             }),
+             contains("messages[1]: the chat template writes the conversation up to this reply in another way"));
+  CHECK_THAT(error_of([&] { learned({{"assistant", "r"}}); }), contains("messages[0] is the assistant's"));
 }
 
 TEST_CASE("Examples that are too long are cut, and left out when nothing to learn remains", "[examples][data]") {
@@ -165,14 +246,14 @@ TEST_CASE("Examples that are too long are cut, and left out when nothing to lear
                                "{\"prompt\": \"abcd\", \"completion\": \"xyz\"}\n"
                                "{\"prompt\": \"a\", \"completion\": \"xyz\"}\n"
                                "{\"prompt\": \"a\", \"completion\": \"x\"}\n");
-  const auto dialogues = gpt::read_jsonl(file, encode, 2, 3);
+  const auto dialogues = gpt::read_jsonl(file, format(2), 3);
   REQUIRE(dialogues.examples.size() == 2);
   CHECK(dialogues.examples[0].targets == Ids{'x', 'y', 'z'});
   CHECK(dialogues.examples[1].targets == Ids{'x', 2});
   CHECK(dialogues.shortened == 2);
   CHECK(dialogues.dropped == 1);
   const auto cut = write_file(folder / "cut.jsonl", "{\"prompt\": \"abcd\", \"completion\": \"xyz\"}\n");
-  const auto error = error_of([&] { gpt::read_jsonl(cut, encode, 2, 3); });
+  const auto error = error_of([&] { gpt::read_jsonl(cut, format(2), 3); });
   CHECK_THAT(error, contains("cut.jsonl: all 1 examples have nothing left to learn"));
   CHECK_THAT(error, contains("cut at 3 tokens; give a larger --block"));
 }
@@ -196,7 +277,7 @@ TEST_CASE("A malformed line is named with its file, its number and what is wrong
   };
   for (const auto& [line, reason] : cases) {
     const auto file = write_file(folder / "bad.jsonl", good + "\n" + line + "\n" + good);
-    const auto error = error_of([&] { gpt::read_jsonl(file, encode, 2, 100); });
+    const auto error = error_of([&] { gpt::read_jsonl(file, format(2), 100); });
     CAPTURE(line);
     CHECK_THAT(error, contains("bad.jsonl:3: "));
     CHECK_THAT(error, contains(reason));

@@ -81,6 +81,7 @@ def check_bad_options(command, folder):
         (["--method", "magic"], "--method"),
         (["--device", "abacus"], "device"),
         (["--targets", "w_proj"], "w_proj"),
+        (["--targets", "all-linear", "q_proj"], "all-linear stands alone"),
         (["--resume"], "no checkpoint"),
         (["--bogus"], "--bogus"),
     ]:

@@ -6,6 +6,7 @@ Small random models of every supported kind, and the directories given, are run 
 most LIMIT. The directory that save_model writes has to give transformers the same logits again. With random PEFT
 adapters on the small models, attached here and merged by merge_checkpoint, the logits have to be those of peft.
 """
+import json
 import pathlib
 import subprocess
 import sys
@@ -168,6 +169,27 @@ def without_prefix(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def called_tied(folder):
+    """Two tables that differ, in a directory whose config.json says that they are one."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+def under_the_head(folder):
+    """One table, in the file under the head's name only."""
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(("embed_tokens.weight", "wte.weight")))
+    weights["lm_head.weight"] = weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+EDITS = {  # form: the models it is for, and what makes it
+    "without prefix": (["gpt2"], without_prefix),
+    "called tied": (["llama", "gpt2 untied, scaled by layer"], called_tied),
+    "under the head": (["llama tied, llama3 rope", "gpt2"], under_the_head),
+}
+
+
 def main():
     print_logits, merge_checkpoint, *folders = sys.argv[1:]
     warnings.simplefilter("ignore")
@@ -175,8 +197,9 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     comparison = Comparison()
     for name, make in MODELS.items():
-        for form in ["one file", "sharded", "without prefix"]:
-            if form == "without prefix" and name != "gpt2":
+        for form in ["one file", "sharded", *EDITS]:
+            models, edit = EDITS.get(form, ([name], None))
+            if name not in models:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 scratch = pathlib.Path(scratch)
@@ -185,8 +208,8 @@ def main():
                 randomize_vectors(model)
                 model.save_pretrained(scratch / "model", max_shard_size="60KB" if form == "sharded" else "1GB")
                 assert (scratch / "model" / "model.safetensors.index.json").exists() == (form == "sharded")
-                if form == "without prefix":
-                    without_prefix(scratch / "model")
+                if edit is not None:
+                    edit(scratch / "model")
                 compare(comparison, print_logits, f"{name}, {form}", scratch / "model", scratch)
                 compare_adapted(comparison, print_logits, merge_checkpoint, f"{name}, {form}", scratch / "model",
                                 scratch)

@@ -50,6 +50,18 @@ TEST_CASE("A resumed run goes on with the lines up to its checkpoint", "[example
         "2,2,2.5,0.001,512.25,0.5\n3,7,,0.001,512.25,0.5\n");
 }
 
+TEST_CASE("The running mean is that of the last steps, of fewer at the start", "[examples][metrics]") {
+  gpt::MetricsRow before;
+  before.validation_loss = 9;  // no training loss: it is passed over
+  const std::vector<gpt::MetricsRow> rows{before, row(1, 4), row(2, 2), row(3, 9), row(5, 1)};
+  using Means = std::vector<std::pair<int64_t, double>>;
+  CHECK(gpt::running_mean(rows, 3) == Means{{1, 4}, {2, 3}, {3, 5}, {5, 4}});
+  CHECK(gpt::running_mean(rows, 1) == Means{{1, 4}, {2, 2}, {3, 9}, {5, 1}});
+  CHECK(gpt::running_mean({before}, 3).empty());
+  CHECK(gpt::mean_window(101) == 10);
+  CHECK(gpt::mean_window(3) == 5);
+}
+
 TEST_CASE("The losses are drawn, or it is said why not", "[examples][metrics]") {
   testing::TemporaryFolder folder;
   const auto png = folder / "it's a loss.png";

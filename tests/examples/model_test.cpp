@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <set>
 #include <sstream>
 
 #include <lora/attach.hpp>
@@ -192,11 +193,43 @@ TEST_CASE("a tied head is the embedding, for forward, parameters and files") {
   model->to(torch::kDouble);
   CHECK(model->is_tied());
   CHECK(distance(model->forward(ids), expected) < 1e-4);
+}
 
-  // An lm_head.weight beside a tied embedding is a copy that some exporters write.
-  folder.weights["lm_head.weight"] = torch::zeros({31, 24});
+TEST_CASE("of two tables that config.json ties the file says whether they are one") {
+  const bool is_llama = GENERATE(true, false);
+  ModelFolder folder(is_llama ? config_json("llama tied") : kGPT2Json);
+  const std::string name = is_llama ? "model.embed_tokens.weight" : "transformer.wte.weight";
+  const auto ids = random_ids(2, 9);
+  const auto expected = folder.load()->forward(ids);
+  const auto embedding = folder.weights.at(name);
+
+  // A copy that some exporters write.
+  folder.weights["lm_head.weight"] = embedding.clone();
   folder.write();
+  testing::Warnings warnings;
+  CHECK(folder.load()->is_tied());
   CHECK(torch::equal(folder.load()->forward(ids), expected));
+  CHECK(warnings.texts.empty());
+
+  // The one table under its other name.
+  folder.weights.erase(name);
+  folder.write();
+  CHECK(folder.load()->is_tied());
+  CHECK(torch::equal(folder.load()->forward(ids), expected));
+
+  // A head of its own.
+  folder.weights[name] = embedding;
+  folder.weights["lm_head.weight"] = 2 * embedding;
+  folder.write();
+  auto model = folder.load();
+  CHECK_FALSE(model->is_tied());
+  CHECK_FALSE(model->config.tie_word_embeddings);
+  CHECK(distance(model->forward(ids), 2 * expected) < 1e-5);
+  REQUIRE(warnings.texts.size() == 1);
+  CHECK_THAT(warnings.texts[0], contains("config.json ties the head to the embedding, but the file holds two"));
+  testing::TemporaryFolder target;
+  gpt::save_model(*model, folder.path(), target.path());
+  CHECK(read_text(target / "config.json").at("tie_word_embeddings") == false);
 }
 
 TEST_CASE("a merged head is saved apart from the embedding it was tied to") {
@@ -270,8 +303,11 @@ TEST_CASE("save_model and load_model give the same model back") {
   testing::TemporaryFolder parent;
   const auto target = parent / "deep/target";
   auto model = folder.load();
+  std::filesystem::create_directories(target);
+  write_text(target / "chat_template.jinja", "of another model");
   gpt::save_model(*model, folder.path(), target);
   CHECK(std::filesystem::exists(target / "tokenizer.json"));
+  CHECK(!std::filesystem::exists(target / "chat_template.jinja"));
   CHECK(!std::filesystem::exists(target / "unrelated.bin"));
 
   const auto written = lora::read_safetensors(target / "model.safetensors");
@@ -505,6 +541,25 @@ TEST_CASE("sampling draws from the tokens it may, with the model's probabilities
   CHECK(contains("temperature").match(invalid([](auto& bad) { bad.temperature = -1; })));
   CHECK(contains("top_p").match(invalid([](auto& bad) { bad.top_p = 0; })));
   CHECK(contains("top_k").match(invalid([](auto& bad) { bad.top_k = -1; })));
+  CHECK(contains("repetition_penalty").match(invalid([](auto& bad) { bad.repetition_penalty = 0; })));
+}
+
+TEST_CASE("the repetition penalty makes tokens of the text less likely, each once") {
+  const auto scores = torch::tensor({3.0f, -2.0f, 1.0f, 4.0f});
+  CHECK(torch::equal(gpt::detail::penalized(scores, {0, 1, 0}, 2), torch::tensor({1.5f, -4.0f, 1.0f, 4.0f})));
+  CHECK(gpt::detail::penalized(scores, {0, 1}, 1).is_same(scores));
+
+  ModelFolder folder(kLlamaJson);
+  gpt::SamplingOptions greedy;
+  greedy.max_new_tokens = 12;
+  greedy.temperature = 0;
+  auto different = [&](double penalty) {
+    greedy.repetition_penalty = penalty;
+    const auto tokens = gpt::generate(*folder.load(), {3, 1}, greedy, {});
+    return std::set<int64_t>(tokens.begin(), tokens.end()).size();
+  };
+  CHECK(different(1) < 12);
+  CHECK(different(1e9) == 12);  // none twice, as long as one with a score above 0 is left
 }
 
 TEST_CASE("devices and types are named in words") {
@@ -520,10 +575,4 @@ TEST_CASE("devices and types are named in words") {
     CHECK_THROWS_WITH(gpt::parse_device("cuda:1"), contains("\"cuda:1\" was asked for, but no CUDA device is there"));
   }
   CHECK_THROWS_WITH(gpt::parse_device("cuda:99"), contains("\"cuda:99\" was asked for"));
-}
-
-TEST_CASE("ChatML is the concatenation of its turns") {
-  CHECK(gpt::to_chatml({{"system", "Be brief."}, {"user", "Hi!"}}, true) ==
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n");
-  CHECK(gpt::to_chatml({{"user", "Hi!"}}) == "<|im_start|>user\nHi!<|im_end|>\n");
 }

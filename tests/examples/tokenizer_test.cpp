@@ -175,6 +175,51 @@ TEST_CASE("tokenizer: a byte without a token is unk_token, or nothing") {
   CHECK(tokenizer(content).encode("axyb") == Ids{0, 9, 1});
 }
 
+TEST_CASE("tokenizer: what a whole text gets around it") {
+  const json special = {{"<s>", {{"id", "<s>"}, {"ids", {7, 8}}, {"tokens", {"<s>", "x"}}}},
+                        {"</s>", {{"id", "</s>"}, {"ids", {9}}, {"tokens", {"</s>"}}}}};
+  const json begin = {{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}}, end = {{"SpecialToken", {{"id", "</s>"}}}};
+  const json text = {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}, second = {{"Sequence", {{"id", "B"}}}};
+  auto pattern = [&](const std::vector<json>& single) {
+    return json{
+        {"type", "TemplateProcessing"}, {"single", single}, {"pair", json::array({text})}, {"special_tokens", special}};
+  };
+  const json byte_level = {{"type", "ByteLevel"}, {"add_prefix_space", true}, {"trim_offsets", true}};
+  auto classes = [](const std::string& type) {
+    return json{{"type", type}, {"sep", {"</s>", 2}}, {"cls", {"<s>", 3}}, {"add_prefix_space", false}};
+  };
+  auto sequence = [](const std::vector<json>& steps) { return json{{"type", "Sequence"}, {"processors", steps}}; };
+  for (const auto& [processor, ids] : std::vector<std::pair<json, Ids>>{
+           {nullptr, {4}},
+           {byte_level, {4}},
+           {pattern({text}), {4}},
+           {pattern({begin, text}), {7, 8, 4}},
+           {pattern({begin, text, end, end}), {7, 8, 4, 9, 9}},
+           {classes("RobertaProcessing"), {3, 4, 2}},
+           {classes("BertProcessing"), {3, 4, 2}},
+           {sequence({}), {4}},
+           {sequence({byte_level, pattern({begin, text, end})}), {7, 8, 4, 9}},
+           {sequence({classes("BertProcessing"), sequence({pattern({begin, text, end})})}), {7, 8, 3, 4, 2, 9}},
+       }) {
+    CAPTURE(processor);
+    const auto bpe = tokenizer(with("/post_processor", processor));
+    CHECK(bpe.encode("ab") == Ids{4});
+    CHECK(bpe.encode_whole("ab") == ids);
+  }
+  for (const auto& [processor, error] : std::vector<std::pair<json, std::string>>{
+           {{{"type", "Marking"}}, R"(post_processor.type is "Marking"; only TemplateProcessing, RobertaProcessing)"},
+           {sequence({json{{"type", "Marking"}}}), R"(post_processor.processors[0].type is "Marking"; only)"},
+           {pattern({begin}), "; the text, A, has to be in it once"},
+           {pattern({text, begin, text}), "; the text, A, has to be in it once"},
+           {pattern({text, second}), "; a single text has the part A only"},
+           {pattern({text, json{{"SpecialToken", {{"id", "<x>"}}}}}), "post_processor.special_tokens.<x> is null"},
+           {{{"type", "BertProcessing"}, {"cls", json::array({"<s>"})}},
+            "post_processor.cls is [\"<s>\"]; a token and its id"},
+       }) {
+    CHECK_THAT(error_of(with("/post_processor", processor)), testing::contains(error));
+  }
+}
+
 TEST_CASE("tokenizer: ids turn into the same text again") {
   const auto bpe = tokenizer(small());
   for (const std::string text : {"", "abc a\n 12's é<|end|> \n", "<|end|>", "éa é"}) {

@@ -8,10 +8,12 @@ some, twenty steps of training from peft's start have to give peft's losses.
 Left out is what peft gets wrong: convolutions with a dilation or a padding_mode, which it does not pass on to its A;
 DoRA on a convolution of several groups, whose norms it takes of a scrambled product; an embedding with max_norm, which
 it also applies to A. Of a convolution of several groups peft's own A reads the inputs of all groups, which is refused
-here; the other way round works, but peft cannot merge it. What it adds twice (see adds_out_proj_twice) is halved.
+here; the other way round works, but peft cannot merge it. What it adds twice (see adds_out_proj_twice) is halved, or
+adapted twice here, too (LoadOptions::out_proj_twice).
 """
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -37,13 +39,23 @@ CONFIGS = {"LORA": LoraConfig, "VERA": VeraConfig, "IA3": IA3Config}
 
 def make_model(case):
     description, _ = MODELS[case.model]
-    kind = LanguageNet if case.model == "language" else Net
+    kind = LanguageNet if case.model.startswith("language") else Net
     return kind(description, seed=3).to(getattr(torch, case.dtype)).eval()
+
+
+def make_base(case):
+    """The model that peft adapts, which may have more tokens."""
+    model = make_model(case)
+    if case.added:
+        model.add_tokens(case.added)
+    return model
 
 
 def make_input(case):
     sizes = MODELS[case.model][1]
     generator = torch.Generator().manual_seed(4)
+    if case.added:  # each of the new ones, too
+        return torch.arange(11 + case.added).view(2, -1)
     if sizes == IDS:
         return torch.randint(0, 11, (2, 5), generator=generator)
     return torch.randn(sizes, generator=generator).to(getattr(torch, case.dtype))
@@ -52,7 +64,7 @@ def make_input(case):
 def write_tensors(case, path):
     model = make_model(case)
     with torch.no_grad():
-        output = model(make_input(case))
+        output = make_base(case)(make_input(case))
     tensors = {f"model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
     target = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(output.dtype)
     save_file({**tensors, "input": make_input(case), "target": target}, path)
@@ -70,12 +82,16 @@ def adds_out_proj_twice():
 ADDS_OUT_PROJ_TWICE = adds_out_proj_twice()
 
 
-def add_once(model):
-    """Halves the scaling of what peft adds twice."""
+def add_once(model, case):
+    """Halves the scaling of what peft adds twice, unless that is what is wanted."""
     for module in model.modules():
-        if isinstance(module, MultiheadAttention) and ADDS_OUT_PROJ_TWICE:
+        if isinstance(module, MultiheadAttention) and ADDS_OUT_PROJ_TWICE and "out_proj_twice" not in case.options:
             module.get_base_layer().out_proj.scaling["default"] /= 2
     return model
+
+
+def make_config(kind, fields):
+    return CONFIGS[kind](**copy.deepcopy(fields))  # since peft adds to the lists that it is given
 
 
 def peft_model(case, noise):
@@ -84,14 +100,14 @@ def peft_model(case, noise):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(
-            make_model(case), CONFIGS[case.type](**case.config), autocast_adapter_dtype=not case.half_adapter
+            make_base(case), make_config(case.type, case.config), autocast_adapter_dtype=not case.half_adapter
         )
     add_noise(model, noise)
     if case.second:
-        model.add_adapter("second", CONFIGS[case.type](**case.second))
+        model.add_adapter("second", make_config(case.type, case.second))
         model.set_adapter("second")
         add_noise(model, noise)
-    return add_once(model).eval()
+    return add_once(model, case).eval()
 
 
 def add_noise(model, size):
@@ -101,16 +117,17 @@ def add_noise(model, size):
                 parameter.add_(size * torch.randn_like(parameter))
 
 
-def save(model, folder, pickled=False):
+def save(model, folder, pickled=False, tables=False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder, safe_serialization=not pickled)
+        tables = {"save_embedding_layers": True} if tables else {}
+        model.save_pretrained(folder, safe_serialization=not pickled, **tables)
 
 
 def logits(model, case):
     """What peft's model computes, and what it computes when it is merged."""
     with torch.no_grad():
-        unmerged = model(make_input(case))
+        unmerged = model.get_base_model()(make_input(case))  # the others want what transformers' models have
         return unmerged, model.merge_and_unload()(make_input(case)) if case.merges else unmerged
 
 
@@ -136,7 +153,8 @@ class Exchange:
         self.jobs, self.results, self.distances = {}, {}, {}
         if case.reads:
             self.prepare_reading()
-        self.prepare_writing()
+        if case.writes:
+            self.prepare_writing()
         if case.steps:
             self.prepare_training()
 
@@ -150,9 +168,10 @@ class Exchange:
 
     def prepare_reading(self):
         model = peft_model(self.case, noise=0.2)
-        save(model, self.folder / "peft", self.case.pickled)
+        save(model, self.folder / "peft", self.case.pickled, self.case.tables)
         self.expected = logits(self.reload(), self.case)
-        self.add_job("reading", adapter=str(self.folder / "peft"), save=str(self.folder / "copy"))
+        options = {"options": self.case.options, "save": str(self.folder / "copy")}
+        self.add_job("reading", adapter=str(self.folder / "peft"), **options)
 
     def reload(self):
         """As peft reads it, since it writes patterns in another order than it was given, and the first match counts."""
@@ -160,12 +179,12 @@ class Exchange:
             warnings.simplefilter("ignore")
             kept = not self.case.half_adapter
             model = PeftModel.from_pretrained(
-                make_model(self.case), self.folder / "peft", autocast_adapter_dtype=kept
+                make_base(self.case), self.folder / "peft", autocast_adapter_dtype=kept
             )
             if self.case.second:
                 model.load_adapter(self.folder / "peft" / "second", "second")
                 model.set_adapter("second")
-        return add_once(model).eval()
+        return add_once(model, self.case).eval()
 
     def prepare_writing(self):
         """From a configuration that says only what is not a default."""
@@ -209,13 +228,27 @@ class Exchange:
         self.compare("read", output["adapted"], self.expected[0])
         self.compare("read, merged", output["merged"], self.expected[1])
         self.compare("read, written, read", output["again"], output["adapted"], tolerance=0)
-        if not self.case.half_adapter and not self.case.pickled:
+        self.check_config()
+        if not self.case.half_adapter and not self.case.pickled and "out_proj_twice" not in self.case.options:
             for folder in ("", "second") if self.case.second else ("",):
                 self.check_bytes(*(self.folder / name / folder / FILE for name in ("copy", "peft")))
 
+    def check_config(self):
+        """What the configuration says is kept, also of modules that are not there."""
+        ours, theirs = (json.loads((self.folder / name / "adapter_config.json").read_text()) for name in ("copy", "peft"))
+        names = ["rank_pattern", "alpha_pattern", "target_parameters", "task_type"]
+        if theirs.get("layers_to_transform") is None:  # else the layers are written by name
+            names += ["target_modules", "exclude_modules"]
+        value = lambda config, name: sorted(config[name]) if isinstance(config.get(name), list) else config.get(name)
+        changed = [name for name in names if value(ours, name) != value(theirs, name)]
+        if not set(theirs.get("modules_to_save") or []) <= set(ours.get("modules_to_save") or []):
+            changed.append("modules_to_save")  # to which those are added that only end in the letters of one
+        if changed:
+            raise AssertionError("; ".join(f"{name} is written as {ours.get(name)}, but was {theirs.get(name)}" for name in changed))
+
     def check_bytes(self, ours, theirs):
         """What was read is written as it was; but for what peft writes without need, so that the files differ there."""
-        needless = re.compile(r"\.(original_module|modules_to_save|base_layer\.weight$)")
+        needless = re.compile(r"\.(original_module|modules_to_save)\.")
         tensors, copy = load_file(theirs), load_file(ours)
         kept = {name: tensor for name, tensor in tensors.items() if not needless.search(name)}
         is_same = kept.keys() == copy.keys() and all(torch.equal(copy[name], kept[name]) for name in kept)
@@ -229,7 +262,7 @@ class Exchange:
         self.compare("written, read", output["again"], output["adapted"], tolerance=again)
         folder = self.folder / "ours" / ("second" if self.case.second else "")
         model = load_adapter(make_model(self.case), folder, expected_warning=self.case.warning).eval()
-        unmerged, merged = logits(add_once(model), self.case)
+        unmerged, merged = logits(add_once(model, self.case), self.case)
         self.compare("written", output["adapted"], unmerged)
         self.compare("written, merged", output["merged"], merged)
 

@@ -231,11 +231,11 @@ TEST_CASE("load_adapter changes nothing when something is wrong", "[peft_checkpo
     tensors.erase("base_model.model.fc1.lora_B.weight");
     write_safetensors(file, tensors);
     fails("missing: \"base_model.model.fc1.lora_B.weight\" [16, 2], \"" + key +
-          "\" [3, 16]; unexpected: \"fc2.lora_A.weight\" [3, 16]");
+          "\" [3, 16];\nunexpected: \"fc2.lora_A.weight\" [3, 16]");
   }
   SECTION("a pattern that does not agree with the tensors") {
     edit(config, "\"fc2\": 3", "\"fc2\": 4");
-    fails("not of the shape or type that rank and layer give: \"" + key + "\" is [3, 16], not [4, 16]");
+    fails("not of the shape or type that rank and layer give: \n  \"" + key + "\" is [3, 16], not [4, 16]");
   }
   SECTION("a tensor of whole numbers") {
     tensors[key] = torch::ones({3, 16}, torch::kLong);
@@ -489,7 +489,7 @@ TEST_CASE("what PEFT writes without need is compared or left aside", "[peft_chec
     write_safetensors(file, tensors);
     CHECK_THROWS_WITH(load_adapter(*again, folder.path()),
                       contains("unexpected: \"base_model.model.fc1.base_layer.weight\" [16, 8] (a frozen weight, and "
-                               "not the model's own)"));
+                               "not the model's own, which is [16, 8])"));
   }
   SECTION("a copy of something else") {
     tensors[prefix + "norm.original_module.bias"] = torch::ones({3});

@@ -81,7 +81,7 @@ TEST_CASE("write_adapter_config writes every field as PEFT 0.21 does", "[peft_co
   "modules_to_save": null,
   "monteclora_config": null,
   "peft_type": "LORA",
-  "peft_version": "0.21.2",
+  "peft_version": "0.21.2@lora",
   "qalora_group_size": 16,
   "r": 2,
   "rank_pattern": {

@@ -3,7 +3,7 @@
 // writes what the model computes. Prints for each job an empty line, or in one line why it could not be done.
 //   model    the description
 //   tensors  file of the model's tensors, the "input", and the "target" of training
-//   adapter  folder to load, or
+//   adapter  folder to load, with `options` of lora::LoadOptions that are to be true, or
 //   trained  folder to make the former from, with `start`
 //   config   file to attach, with random values; `fused` its parts of fused projections; `second` file of one more
 //   steps    of training, with the rate `lr`
@@ -189,8 +189,17 @@ lora::LoRAConfig read_config(const json& job) {
   return config.fused(fused);
 }
 
+lora::LoadOptions load_options(const json& job) {
+  lora::LoadOptions options;
+  for (const std::string name : job.value("options", json::array())) {
+    if (name == "take_tables") options.take_tables(true);
+    if (name == "out_proj_twice") options.out_proj_twice(true);
+  }
+  return options;
+}
+
 lora::Adapters adapt(torch::nn::Module& model, const json& job) {
-  if (job.contains("adapter")) return lora::load_adapters(model, job["adapter"].get<std::string>());
+  if (job.contains("adapter")) return lora::load_adapters(model, job["adapter"].get<std::string>(), load_options(job));
   auto adapters = lora::attach(model, read_config(job));
   if (job.contains("second")) adapters.add("second", lora::read_adapter_config(job["second"].get<std::string>()));
   torch::NoGradGuard no_grad;
@@ -223,7 +232,8 @@ Tensor train(Net& model, const lora::Adapters& adapters, const json& job, const 
 /// The output with the adapters in a folder, on a model of its own.
 Tensor loaded(const std::string& folder, const json& job, const std::map<std::string, Tensor>& tensors) {
   auto model = make_model(job, tensors);
-  return adapted(*model, lora::load_adapters(*model, folder), tensors.at("input"));
+  const auto options = load_options(job).out_proj_twice(false);  // which is in what was saved
+  return adapted(*model, lora::load_adapters(*model, folder, options), tensors.at("input"));
 }
 
 void run(const json& job) {

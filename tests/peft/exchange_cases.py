@@ -71,6 +71,9 @@ MODELS = {  # description, input
     "text": (text_model(layer("head", "Linear", 8, 11), padding_idx=1), IDS),
     "tied": (text_model(tied()), IDS),
     "language": (text_model(tied("lm_head", "embed_tokens"), "embed_tokens"), IDS),
+    "language, untied": (text_model(layer("lm_head", "Linear", 8, 11), "embed_tokens"), IDS),
+    "classifier": ([layer("fc1", "Linear", 8, 8), layer("classifier", "Linear", 8, 3)], VECTORS),
+    "score": ([layer("fc1", "Linear", 8, 8), layer("score", "Linear", 8, 3, bias=False)], VECTORS),
     "gpt": (gpt(), IDS),
     "grouped_qkv": (gpt(transposed=False, kv_width=4), IDS),
     "conv1d": (convolutions(1, 40, stride=2), (2, 3, 11)),
@@ -113,6 +116,10 @@ class Case:
     pickled: bool = False  # whether peft writes adapter_model.bin
     steps: int = 0  # of training
     warning: str = ""  # what peft says about the model, whatever the adapter
+    writes: bool = True  # whether this library makes such an adapter from the configuration
+    tables: bool = False  # whether peft writes the tables of embedding and head along
+    added: int = 0  # tokens that the model got before it was adapted, and that this library's model has not
+    options: list = field(default_factory=list)  # of lora::LoadOptions
 
 
 def case(name, model, targets, **options):
@@ -141,6 +148,17 @@ ATTENTION_PATTERNS = {"rank_pattern": {"block.attn": 2}, "alpha_pattern": {"attn
 SEEDED = {"save_projection": False, "projection_prng_key": 7, "warning": "vera_A and vera_B"}
 FEEDFORWARD = {"feedforward_modules": ["fc1"]}
 GPT_FEEDFORWARD = {**GPT, "feedforward_modules": ["mlp.c_proj"]}
+GENERIC = {  # what a configuration names that is to do for several kinds of models; of one's own that is an error here
+    "rank_pattern": {"fc1": 2, "gate_proj": 8},
+    "alpha_pattern": {"c_attn": 3, "fc2": 5},
+    "exclude_modules": ["vision_tower"],
+    "warning": "did not match any targeted module",
+    "writes": False,
+}
+HEADS = {"task_type": "SEQ_CLS"}  # for which peft adds two modules to those that it saves in full
+GROWN = {"added": 3, "options": ["take_tables"], "tables": True, "writes": False}
+ALONG = {"tables": True, "writes": False}
+TWICE = {"options": ["out_proj_twice"], "writes": False}
 EXPERTS = ["mlp.experts.gate_up", "mlp.experts.down"]
 EXPERT_PATTERNS = {  # which act, though peft says that they do not
     "rank_pattern": {"gate_up": 2},
@@ -182,6 +200,15 @@ CASES = [
     case("DoRA and a head in full", "mlp", ["fc1"], modules_to_save=["head"], **DORA),
     case("all biases and a head in full", "mlp", ["fc1"], bias="all", modules_to_save=["head"]),
     case("a second adapter", "mlp", ["fc1", "fc2"], second={"r": 3, "target_modules": ["fc2", "head"], **DORA}),
+    case("targets and patterns of several kinds of models", "mlp", ["fc1", "fc2", "c_attn", "query"], **GENERIC),
+    case("a head in full that is not there", "mlp", ["fc1"], modules_to_save=["score", "head"], writes=False),
+    case("heads in full, none of which is there", "mlp", ["fc1"], modules_to_save=["score", "lm_head"], writes=False),
+    case("nothing but a head in full", "mlp", "dummy-target-modules", modules_to_save=["head"]),
+    case("classification", "classifier", ["fc1"], modules_to_save=["classifier"], **HEADS),
+    case("classification, without being asked", "score", ["fc1"], **HEADS, writes=False),
+    case("classification of tokens, DoRA", "classifier", ["fc1"], task_type="TOKEN_CLS", **DORA, writes=False),
+    case("classification, VeRA", "classifier", ["fc1"], type="VERA", **HEADS, writes=False),
+    case("classification, IA3", "score", ["fc1"], type="IA3", **HEADS, writes=False),
     case("adapter_model.bin", "mlp", ["fc1", "fc2"], pickled=True),
     case("one block", "text", ["q_proj", "v_proj"], layers_to_transform=1),
     case("some blocks of a list", "text", ["q_proj", "fc1"], layers_to_transform=[0, 2], layers_pattern="layers"),
@@ -200,6 +227,14 @@ CASES = [
     case("tied embedding in full", "tied", ["q_proj"], modules_to_save=["embed"]),
     case("embedding of a language model", "language", ["embed_tokens", "q_proj"], merges=False),
     case("head of a language model", "language", ["lm_head", "q_proj"], merges=False),
+    case("tables along", "language", ["q_proj"], **ALONG),
+    case("tables along, untied", "language, untied", ["q_proj", "lm_head"], **ALONG),
+    case("added tokens", "language", ["q_proj"], **GROWN),
+    case("added tokens, untied", "language, untied", ["q_proj"], **GROWN),
+    case("added tokens, adapted embedding", "language", ["embed_tokens", "q_proj"], **GROWN, merges=False),
+    case("added tokens, adapted head", "language", ["lm_head", "q_proj"], **GROWN, merges=False),
+    case("added tokens, both adapted", "language, untied", ["lm_head", "embed_tokens"], **GROWN),
+    case("added tokens, tables in full", "language, untied", ["q_proj"], **GROWN, modules_to_save=["lm_head", "embed_tokens"]),
     case("c_attn", "gpt", ["c_attn"], **GPT, steps=STEPS),
     case("every projection, rsLoRA", "gpt", ["c_attn", "c_proj", "c_fc"], **GPT, **RSLORA),
     case("c_attn, DoRA", "gpt", ["c_attn", "mlp.c_proj"], **GPT, **DORA),
@@ -233,6 +268,8 @@ CASES = [
     case("MultiheadAttention, ranks by patterns", "attention", ["attn"], **ATTENTION_PATTERNS),
     case("MultiheadAttention, all biases", "attention", ["attn"], bias="all"),
     case("MultiheadAttention, its biases", "attention", ["attn"], bias="lora_only"),
+    case("MultiheadAttention, as peft computes", "attention", ["attn"], **TWICE),
+    case("MultiheadAttention with patterns, as peft computes", "attention", ["attn", "fc"], **ATTENTION_PATTERNS, **TWICE),
     case("MultiheadAttention in full", "attention", ["fc"], modules_to_save=["block.attn"]),
     case("parameter of experts", "experts", [], target_parameters=EXPERTS[:1]),
     case("parameters of experts", "experts", [], target_parameters=EXPERTS, steps=STEPS),

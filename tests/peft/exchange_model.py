@@ -124,6 +124,18 @@ class Net(nn.Module):
 class LanguageNet(Net):
     """With the two methods by which peft knows the embeddings of a transformers model."""
 
+    def add_tokens(self, count):
+        """As resize_token_embeddings does: rows more for the embedding and for the head, tied or not."""
+        generator = torch.Generator().manual_seed(7)
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        is_tied = head.weight is embedding.weight
+        grown = lambda old: nn.Parameter(torch.cat([old.detach(), torch.randn((count, *old.shape[1:]), generator=generator)]))
+        embedding.weight = grown(embedding.weight)
+        embedding.num_embeddings = head.out_features = embedding.weight.shape[0]
+        head.weight = embedding.weight if is_tied else grown(head.weight)
+        if head.bias is not None:
+            head.bias = grown(head.bias)
+
     def get_input_embeddings(self):
         return self.get_submodule(self.steps[0][0])
 

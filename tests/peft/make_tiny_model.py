@@ -17,9 +17,13 @@ We'll mend what we can, said the smith. It isn't much, but it's ours, and the wi
 Über die Brücke führt der Weg nach Süden; où va le fleuve? 河は海へ流れる。 The sign was written in every tongue.
 """
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
-def make_tokenizer(architecture, texts):
+def make_tokenizer(architecture, texts, special_tokens=SPECIAL_TOKENS):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -29,7 +33,7 @@ def make_tokenizer(architecture, texts):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=384, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -106,7 +110,9 @@ def main(arguments=None):
     randomize(model, options.seed)
     model.save_pretrained(options.out_dir)
     eos = SPECIAL_TOKENS[model.config.eos_token_id]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos).save_pretrained(options.out_dir)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(options.out_dir)
 
 
 if __name__ == "__main__":

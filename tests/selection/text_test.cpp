@@ -51,6 +51,9 @@ TEST_CASE("A list shows the first names and counts the others") {
   CHECK(lora::detail::list({"a", "b", "c", "d", "e", "f", "g", "h"}) == "a, b, c, d, e, f (+2 more)");
   CHECK(lora::detail::list({"a", "b", "c"}, 2) == "a, b (+1 more)");
   CHECK(lora::detail::list({"a", "b"}, 2) == "a, b");
+  const std::string wide(60, 'w'), line(200, 'l');  // more than a line is written one below the other
+  CHECK(lora::detail::list({wide, wide, wide}, 2) == "\n  " + wide + ",\n  " + wide + " (+1 more)");
+  CHECK(lora::detail::list({line}) == line);
 }
 
 TEST_CASE("The distance of two words counts letters put in, left out, changed, and neighbours that changed places") {

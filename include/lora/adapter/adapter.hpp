@@ -13,6 +13,7 @@
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
 
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -50,6 +51,9 @@ struct Adapter {
   LoRAConfig config;
   std::vector<AdapterPart> parts;  ///< the layers in the order of the model, then what is trained in full
   std::shared_ptr<detail::StartValues> start = nullptr;  ///< what `initialize` took from the weights
+  /// What its files hold of the model beside what it changes, as PEFT writes tables that got more tokens: the name in
+  /// the file, and that of the tensor in the model.
+  std::map<std::string, std::string> frozen = {};
 
   /// Gives every tensor its first values.
   void initialize() {

@@ -22,8 +22,8 @@ namespace detail {
 /// sites are those of `index` where it has them; nothing is changed.
 class Planner {
  public:
-  Planner(const Model& model, const SiteIndex& index, const LoRAConfig& config)
-      : index_(index), config_(config), selection_(model, config) {}
+  Planner(const Model& model, const SiteIndex& index, const LoRAConfig& config, Unmatched unmatched = Unmatched())
+      : index_(index), config_(config), selection_(model, config, unmatched) {}
 
   Adapter run() {
     const BelowInterception below;

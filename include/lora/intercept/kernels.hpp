@@ -59,6 +59,9 @@ inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
 template <class Run>
 at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::Tensor& operand,
                          const std::optional<at::Tensor>& bias, std::optional<Part::Kind> kind, const Run& run) {
+  const auto form = kind == Part::Kind::kRows             ? Product::Form::kRows
+                    : kind == Part::Kind::kTransposedRows ? Product::Form::kColumns
+                                                          : Product::Form::kOther;
   const BelowInterception below;
   const auto updates = find_updates(operand, Use::kProduct, operation, misses_gradient(x));
   if (updates.empty()) note_passed();
@@ -68,7 +71,7 @@ at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::T
   // A table is the transpose of its matrix.
   const auto is_added = [&](const Update& u) { return u.part.kind == kind && !u.base->shape().is_lookup; };
   const bool adds = std::all_of(updates.begin(), updates.end(), is_added);
-  return adapted_product({left, operand, b, run, linear_times, adds}, updates);
+  return adapted_product({left, operand, b, run, linear_times, adds, form}, updates);
 }
 
 inline at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {

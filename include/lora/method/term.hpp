@@ -12,6 +12,8 @@
 #include <lora/version.hpp>
 #include <lora/weight/base.hpp>
 
+#include <cstdint>
+
 namespace lora {
 inline namespace LORA_ABI {
 
@@ -69,6 +71,9 @@ struct Product {
   /// Whether the operand is W, or rows of it, and y has one number for each of these rows, so that updates can be added
   /// to y. If not, the operator is run with W' in the place of W.
   bool adds = true;
+  /// What the operand is of the matrix M (out, in), where the operator is y = x M^T + b and nothing else.
+  enum class Form : uint8_t { kOther, kRows, kColumns };
+  Form form = Form::kOther;
 
   /// y without any update.
   at::Tensor frozen() const { return run(x, operand, bias); }

@@ -56,6 +56,8 @@ class Model {
   virtual std::vector<Place> running_means() const = 0;
   /// The parameter of that name as something that can be adapted whatever it is used for.
   virtual LayerWeight parameter(const std::string& name) const = 0;
+  /// Tells the layer of the parameter of that name that it has another number of rows.
+  virtual void note_rows(const std::string& /*name*/) const {}
   /// Whether the model was destroyed, as far as that can be known.
   virtual bool is_gone() const = 0;
   /// Whether it has parts that TorchScript would optimize anew whenever they run, and differentiate on its own.

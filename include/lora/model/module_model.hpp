@@ -1,6 +1,8 @@
 #pragma once
 
 #include <torch/nn/module.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
 
 #include <lora/layers/adaptable.hpp>
 #include <lora/layers/all.hpp>
@@ -96,6 +98,14 @@ class ModuleModel final : public Model {
       if (module_name == owner) return parameter_of(*module, name, name.substr(owner.empty() ? 0 : owner.size() + 1));
     }
     C10_THROW_ERROR(Error, "lora::attach: no module has the parameter \"" + name + "\"");
+  }
+
+  void note_rows(const std::string& name) const override {
+    for (const auto& [module_name, module] : modules()) {
+      if (module_name != detail::owner_of(name)) continue;
+      if (auto* table = module->as<torch::nn::EmbeddingImpl>()) table->options.num_embeddings(table->weight.size(0));
+      if (auto* head = module->as<torch::nn::LinearImpl>()) head->options.out_features(head->weight.size(0));
+    }
   }
 
   bool is_gone() const override { return is_held_ && alive_.expired(); }

@@ -133,10 +133,11 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   }
 
   /// y = op(x, W') + b', with the layer's own update where it acts.
-  at::Tensor adapt(const at::Tensor& x, Product::Run run, Product::Times times, bool adds = true) const {
+  at::Tensor adapt(const at::Tensor& x, Product::Run run, Product::Times times, bool adds = true,
+                   Product::Form form = Product::Form::kOther) const {
     if (!acts()) return run(x, weight, bias);
     const auto base = own_base();
-    return adapted_product({x, weight, own_bias(), run, times, adds}, own_update(base));
+    return adapted_product({x, weight, own_bias(), run, times, adds, form}, own_update(base));
   }
 
  public:

@@ -405,7 +405,8 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
       return at::linear(in, w, b);
     };
     // Unlike `narrow`, whose gradients would be padded and added up; and each part may be written to.
-    return adapted_product({x, weight, bias, run, linear_times}, updates).unsafe_split_with_sizes(columns, -1);
+    const Product product{x, weight, bias, run, linear_times, /*adds=*/true, Product::Form::kRows};
+    return adapted_product(product, updates).unsafe_split_with_sizes(columns, -1);
   }
 
   /// (..., length, heads * head_dim) -> (batch, heads, length, head_dim)

@@ -89,7 +89,7 @@ class LoRALinearImpl : public AdaptedModule<LoRALinearImpl<Method>, Method> {
         [](const at::Tensor& x, const at::Tensor& w, const at::Tensor& b) {
           return torch::nn::functional::linear(x, w, b);
         },
-        linear_times);
+        linear_times, /*adds=*/true, Product::Form::kRows);
   }
 
   void describe(LayerWeight& /*weight*/) const {}  // (out, in), as it is

@@ -3,14 +3,17 @@
 #include <ATen/ops/constant_pad_nd.h>
 
 #include <lora/adapters.hpp>
-#include <lora/peft/tensors.hpp>
 #include <lora/peft/config.hpp>
+#include <lora/peft/folder_name.hpp>
 #include <lora/peft/load_options.hpp>
+#include <lora/peft/tables.hpp>
+#include <lora/peft/tensors.hpp>
 #include <lora/files/safetensors.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -26,21 +29,61 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is.
+/// From 0.15 to 0.21 PEFT computes with MultiheadAttention's out_proj as W + 2 s B A, and merges it so. Earlier
+/// versions adapt no such layer; before 0.18 they do not write which one they are.
+inline bool adds_out_proj_twice(const std::string& version) {
+  int major = 0, minor = 0;
+  if (version.empty()) return true;
+  if (version == kPeftVersion || std::sscanf(version.c_str(), "%d.%d", &major, &minor) != 2) return false;
+  return major == 0 && minor >= 15 && minor <= 21;
+}
+
+inline void warn_of_out_proj(const Adapter& adapter, const std::string& version, const std::filesystem::path& file) {
+  if (!adds_out_proj_twice(version)) return;
+  std::vector<std::string> names;
+  for (const auto& part : adapter.parts) {
+    if (is_inner_out_proj(part)) names.push_back(part.site->name());
+  }
+  if (names.empty()) return;
+  TORCH_WARN(file.string(), ": ",
+             version.empty() ? "does not say which version of PEFT wrote it" : "is of PEFT " + version,
+             "; from 0.15 to 0.21 PEFT counts the update of MultiheadAttention's out_proj twice, in training, too, and "
+             "here it counts once. If this adapter was trained there, LoadOptions().out_proj_twice(true) computes what "
+             "it learned. The layers: ",
+             list(names));
+}
+
+/// Why nothing in the model may match: the layers of the file have one other beginning.
+inline std::string other_names(const PeftTensors& tensors, const Adapters& adapters) {
+  std::vector<std::string> here;
+  for (const auto& part : adapters.model().parts()) here.push_back(part.name);
+  const auto other = other_beginning(tensors.layers(), here);
+  return other && other->first != other->second ? "; " + say_mapping(other->first, other->second) : "";
+}
+
+/// The adapter in a PEFT directory, worked out for the model of `adapters`, which stays as it is but for `tables`.
 inline std::pair<Adapter, LoadReport> read_plan(const Adapters& adapters, const std::filesystem::path& directory,
-                                                const LoadOptions& options) {
+                                                const LoadOptions& options, TakenTables& tables) {
   const FolderLock lock(directory, Lock::kShared);  // so that both files are of one save
-  auto config = read_adapter_config(directory / kAdapterConfig);
+  PeftConfigReader reader(directory / kAdapterConfig);
+  auto config = reader.read();
   PeftTensors tensors(directory, options, config);
+  bool is_planned = false;
   try {
-    if (!options.key_mapping().empty()) config = tensors.mapped(std::move(config));
-    auto plan = adapters.plan(tensors.with_saved(std::move(config)));
-    auto report = PeftTensorReader(tensors, options).fill(plan);
+    config = tensors.adjusted(std::move(config));
+    if (options.take_tables()) tables.take(tensors, config);
+    std::vector<std::string> unmatched;
+    auto plan = adapters.plan(config, &unmatched);
+    is_planned = true;
+    const auto frozen = [&] { return frozen_tensors(adapters); };
+    auto report = PeftTensorReader(tensors, options, frozen, std::move(unmatched)).fill(plan);
+    if (!options.out_proj_twice()) warn_of_out_proj(plan, reader.version(), directory / kAdapterConfig);
     return {std::move(plan), std::move(report)};
   } catch (CheckpointError&) {
     throw;
   } catch (c10::Error& error) {
-    TORCH_RETHROW(error, "while loading the adapter in ", directory.string());
+    TORCH_RETHROW(error, "while loading the adapter in ", directory.string(),
+                  is_planned ? "" : other_names(tensors, adapters));
   }
 }
 
@@ -110,6 +153,11 @@ inline void write_files(const std::filesystem::path& directory, const std::strin
 
 /// Writes one adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
 ///
+/// An adapter that was loaded is written with the entries of its configuration as they were, also those that match
+/// nothing in this model, and with the tables of the model that its file had. What PEFT might understand in another way
+/// is written as the names of the adapted layers: all linear layers, a list of blocks (layers_to_transform), and what
+/// is excluded where a type of PEFT's configurations has no such field; so is what a key_mapping renamed.
+///
 /// Both files appear under their names at one moment. Whoever is interrupted before it, by an error or by the end of
 /// the process, leaves the adapter that was there; of two that save to the same place at a time, one is left complete.
 ///
@@ -133,6 +181,10 @@ inline void write_adapter(const Adapters& adapters, const std::string& name, con
       if (!detail::saved_by_peft(adapter->config, owner).empty() && std::none_of(parts.begin(), parts.end(), is_it))
         tensors.emplace(detail::kPrefix + tensor.place.name, tensor.place.slot->read());
     }
+  }
+  if (!adapter->frozen.empty()) {
+    const auto frozen = detail::frozen_tensors(adapters);
+    for (const auto& item : adapter->frozen) tensors.emplace(detail::kPrefix + item.first, frozen.at(item.second));
   }
   const auto written = detail::written_config(*adapter, stacked);
   const auto text = detail::PeftConfigWriter(directory / detail::kAdapterConfig, written).text();
@@ -164,16 +216,22 @@ inline void write_merged(Adapters& adapters, const std::string& name, const std:
 /// Adds the adapter in a PEFT directory to those of a model. Errors: those of `load_adapter`.
 inline LoadReport read_adapter(Adapters& adapters, const std::string& name, const std::filesystem::path& directory,
                                const LoadOptions& options) {
-  auto [adapter, report] = detail::read_plan(adapters, directory, options);
+  detail::TakenTables tables(adapters);
+  auto [adapter, report] = detail::read_plan(adapters, directory, options, tables);
   adapters.add(name, std::move(adapter));
+  tables.keep();
   return report;
 }
 
 /// Writes every adapter: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT
-/// does. Errors: as for one; those written before the one that fails are there.
+/// does. What may not be in the name of a folder is written there as "%2F", a byte in hexadecimal digits:
+/// `load_adapters` finds each adapter under the name it has here, and none is written outside of `directory`. Names are
+/// in no file. Errors: as for one; those written before the one that fails are there.
 inline void write_adapters(const Adapters& adapters, const std::filesystem::path& directory) {
-  for (const auto& name : adapters.names())
-    write_adapter(adapters, name, name == "default" ? directory : directory / name);
+  for (const auto& name : adapters.names()) {
+    const auto path = name == "default" ? directory : directory / detail::folder_name(name);
+    write_adapter(adapters, name, path);
+  }
 }
 
 /// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"
@@ -181,9 +239,13 @@ inline void write_adapters(const Adapters& adapters, const std::filesystem::path
 ///
 ///   auto adapters = lora::load_adapter(*model, "adapter");
 ///
+/// The tensors of the file decide: entries of its configuration that match nothing in this model are no error, unlike
+/// those of a configuration for `attach`, as long as every tensor has its place; they are kept for the next file.
+/// Tables of the model that PEFT wrote along have to be the model's, or see LoadOptions::take_tables.
+///
 /// Errors: CheckpointError if a file is missing or damaged, asks for what is not supported, or if a tensor is missing,
-/// unexpected or of another shape than rank and layer give; c10::Error if the configuration names layers that the model
-/// does not have. The model is unchanged then.
+/// unexpected or of another shape than rank and layer give; c10::Error if the configuration names no layer that the
+/// model has. The model is unchanged then.
 inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
                              const LoadOptions& options = {}, LoadReport* report = nullptr) {
   Adapters adapters(model);
@@ -196,18 +258,12 @@ namespace detail {
 
 /// Loads every adapter below a directory for a model that has none yet.
 inline Adapters load_all(Adapters adapters, const std::filesystem::path& directory, const LoadOptions& options) {
-  std::vector<std::string> names;
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
-    if (std::filesystem::exists(entry.path() / kAdapterConfig)) names.push_back(entry.path().filename().string());
-  }
-  if (error) throw CheckpointError(directory, "cannot be read: ", error.message());
-  std::sort(names.begin(), names.end());
+  const auto stored = find_adapters(directory);
   const bool has_default = std::filesystem::exists(directory / kAdapterConfig);
-  if (names.empty() && !has_default) throw CheckpointError(directory, "holds no ", kAdapterConfig);
+  if (stored.empty() && !has_default) throw CheckpointError(directory, "holds no ", kAdapterConfig);
   try {
     if (has_default) adapters.load("default", directory, options);
-    for (const auto& name : names) adapters.load(name, directory / name, options);
+    for (const auto& adapter : stored) adapters.load(adapter.name, adapter.directory, options);
   } catch (...) {
     adapters.detach();
     throw;
@@ -218,8 +274,8 @@ inline Adapters load_all(Adapters adapters, const std::filesystem::path& directo
 }  // namespace detail
 
 /// Loads every adapter below a directory that `Adapters::save_all` or PEFT's save_pretrained wrote: the one in it is
-/// "default", those in its subdirectories have their names. Errors: as for `load_adapter`; CheckpointError when there
-/// is none. The model is unchanged then.
+/// "default", those in its subdirectories have their names ("a/b" in PEFT's folder of that path, too). Errors: as for
+/// `load_adapter`; CheckpointError when there is none. The model is unchanged then.
 inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
                               const LoadOptions& options = {}) {
   return detail::load_all(Adapters(model), directory, options);

@@ -47,6 +47,12 @@ class PeftConfigReader {
     return config;
   }
 
+  /// The version of PEFT that wrote the file, "0.21.2"; empty where that is not said, as before 0.18.
+  std::string version() const {
+    const auto found = json_.find("peft_version");
+    return found != json_.end() && found->is_string() ? found->get<std::string>() : "";
+  }
+
  private:
   template <typename... Reason>
   [[noreturn]] void fail(const char* field, const Reason&... reason) const {

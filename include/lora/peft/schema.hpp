@@ -31,8 +31,9 @@ struct PeftField {
   PeftEffect effect;
 };
 
-/// The version of PEFT whose fields these are.
-inline constexpr const char* kPeftVersion = "0.21.2";
+/// The version of PEFT whose fields these are, and behind it who wrote the file, where PEFT's own builds between two
+/// releases have the commit.
+inline constexpr const char* kPeftVersion = "0.21.2@lora";
 
 /// All fields of PEFT's LoraConfig but the flags that select a method; these are in the methods' own descriptions.
 inline constexpr std::array<PeftField, 41> kPeftFields = {{

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <optional>
 #include <regex>
 #include <set>
 #include <string>
@@ -61,6 +62,51 @@ inline std::string saved_by_peft(const LoRAConfig& config, std::string name) {
   return "";
 }
 
+/// The modules that PEFT trains in full for a task, whether modules_to_save has them or not.
+inline std::vector<std::string> task_heads(const std::string& task) {
+  if (task == "SEQ_CLS" || task == "TOKEN_CLS") return {"classifier", "score"};
+  if (task == "QUESTION_ANS") return {"qa_outputs"};
+  return {};
+}
+
+/// Whether the last `letters` of a name are whole parts of it: "fc.weight" in "head.fc.weight".
+inline bool are_parts(const std::string& name, size_t letters) {
+  return letters == name.size() || name[name.size() - letters - 1] == '.';
+}
+
+/// Two beginnings by which names differ.
+struct OtherBeginning {
+  std::string first, second;
+};
+
+/// The one difference of all `names` from some of `others`: each is `first` + rest, where `second` + rest is there.
+inline std::optional<OtherBeginning> other_beginning(const std::vector<std::string>& names,
+                                                     const std::vector<std::string>& others) {
+  if (names.empty()) return std::nullopt;
+  const auto& name = names.front();
+  const std::set<std::string> there(others.begin(), others.end());
+  for (const auto& other : others) {
+    const auto ends = std::mismatch(name.rbegin(), name.rend(), other.rbegin(), other.rend());
+    auto same = static_cast<size_t>(ends.first - name.rbegin());
+    while (same > 0 && !(are_parts(name, same) && are_parts(other, same))) --same;
+    if (same == 0) continue;
+    const OtherBeginning found{name.substr(0, name.size() - same), other.substr(0, other.size() - same)};
+    const auto fits = [&](const std::string& each) {
+      const auto size = found.first.size();
+      return each.compare(0, size, found.first) == 0 && there.count(found.second + each.substr(size)) > 0;
+    };
+    if (std::all_of(names.begin(), names.end(), fits)) return found;
+  }
+  return std::nullopt;
+}
+
+/// Whether a tensor of a file is one of the model, which may be of another type.
+inline bool is_same(const at::Tensor& theirs, const at::Tensor& frozen) {
+  const auto own = frozen.to(theirs.device());
+  return theirs.sizes() == own.sizes() &&
+         (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
+}
+
 /// The tensors of an adapter file, by their names in the model at hand.
 class PeftTensors {
  public:
@@ -79,6 +125,38 @@ class PeftTensors {
   /// Those without the prefix.
   const std::map<std::string, at::Tensor>& foreign() const { return foreign_; }
 
+  /// The configuration under the names here, with every module that the file has in full.
+  LoRAConfig adjusted(LoRAConfig config) const {
+    config = with_task_heads(std::move(config));
+    return with_saved(is_renamed_ ? mapped(std::move(config)) : std::move(config));
+  }
+
+  /// The names of the modules of which the file has adapters.
+  std::vector<std::string> layers() const {
+    std::set<std::string> names;
+    for (const auto& item : content_) {
+      const auto end = item.first.find(tensor_start_);
+      if (end != std::string::npos) names.insert(item.first.substr(0, end));
+    }
+    return {names.begin(), names.end()};
+  }
+
+ private:
+  /// PEFT trains the heads of some tasks in full without being asked, and did not always write that down.
+  LoRAConfig with_task_heads(LoRAConfig config) const {
+    auto saved = config.modules_to_save();
+    for (const auto& entry : task_heads(config.task_type())) {
+      const auto alone = LoRAConfig(1).modules_to_save({entry});
+      const auto has_tensor = [&](const auto& item) {
+        const auto name = saved_by_peft(alone, owner_of(item.first));
+        return !name.empty() && !is_adapted(name);
+      };
+      const bool is_known = std::find(saved.begin(), saved.end(), entry) != saved.end();
+      if (!is_known && std::any_of(content_.begin(), content_.end(), has_tensor)) saved.push_back(entry);
+    }
+    return config.modules_to_save(std::move(saved));
+  }
+
   /// The configuration with the modules that the file has in full though their names only end in an entry's letters.
   LoRAConfig with_saved(LoRAConfig config) const {
     auto saved = config.modules_to_save();
@@ -91,7 +169,7 @@ class PeftTensors {
     return config.modules_to_save(std::move(saved));
   }
 
-  /// The configuration with the layers of the file, under their names here; for when there is a mapping.
+  /// The configuration with the layers of the file, under their names here; for when a mapping changed any.
   LoRAConfig mapped(LoRAConfig config) const {
     std::vector<std::string> names, parameters;
     std::vector<std::pair<std::string, int64_t>> ranks;
@@ -108,7 +186,6 @@ class PeftTensors {
     return config.rank_pattern(std::move(ranks)).alpha_pattern(std::move(alphas));
   }
 
- private:
   /// Whether the file has an adapter of the module `name`.
   bool is_adapted(const std::string& name) const {
     const auto first = name + tensor_start_;
@@ -170,6 +247,7 @@ class PeftTensors {
       here = std::regex_replace(here, expression, replacement, std::regex_constants::format_first_only);
       break;
     }
+    is_renamed_ = is_renamed_ || here != name;
     const auto adapter = name.find(tensor_start_), adapter_here = here.find(tensor_start_);
     const bool is_layer = adapter != std::string::npos && adapter_here != std::string::npos;
     if (is_layer && here.find(".base_layer.") == std::string::npos)
@@ -188,13 +266,38 @@ class PeftTensors {
   // What the mapping did, if there is one: name here -> name in the file
   std::map<std::string, std::string> layers_;
   std::map<std::string, std::string> others_;  // tensors that are no layer's
+  bool is_renamed_ = false;
 };
+
+/// What reads names that begin in another way than those of the model.
+inline std::string say_mapping(const std::string& theirs, const std::string& own) {
+  auto pattern = "^" + escaped(theirs), literal = std::string();
+  for (const auto letter : pattern) literal += letter == '\\' ? "\\\\" : std::string(1, letter);
+  return "every name begins with \"" + theirs + "\" in the file and with \"" + own +
+         "\" in the model; LoadOptions().key_mapping({{\"" + literal + "\", \"" + own + "\"}}) reads them";
+}
+
+/// Whether the names of a part's tensors in files are those of the output projection inside of a MultiheadAttention.
+inline bool is_inner_out_proj(const AdapterPart& part) {
+  return part.role == AdapterPart::Role::kLayer && is_or_ends_with(part.file_name, "base_layer.out_proj");
+}
 
 /// Fills the tensors of a planned adapter from a file, after everything about the file was checked.
 class PeftTensorReader {
  public:
-  PeftTensorReader(PeftTensors& tensors, const LoadOptions& options)
-      : path_(tensors.path()), content_(std::move(tensors.content())), foreign_(tensors.foreign()), options_(options) {}
+  /// The tensors of the model by name, as they are without any adapter.
+  using FrozenTensors = std::function<std::map<std::string, at::Tensor>()>;
+
+  /// `unmatched`: what the configuration names and the model does not have.
+  PeftTensorReader(PeftTensors& tensors, const LoadOptions& options, FrozenTensors frozen,
+                   std::vector<std::string> unmatched)
+      : path_(tensors.path()),
+        content_(std::move(tensors.content())),
+        foreign_(tensors.foreign()),
+        options_(options),
+        frozen_(std::move(frozen)) {
+    report_.unmatched = std::move(unmatched);
+  }
 
   LoadReport fill(Adapter& adapter) {
     bool computes = false;  // what the file does not have to hold
@@ -202,10 +305,8 @@ class PeftTensorReader {
       computes = computes || !tensor.is_saved;
       tensor.is_shared ? match_shared(tensor) : match(part, tensor);
     });
-    for (const auto& part : adapter.parts) {
-      if (part.role == AdapterPart::Role::kLayer) match_base(part);
-    }
     drop_copies(adapter);
+    if (!content_.empty()) match_frozen(adapter);
     for (const auto& [name, tensor] : content_) report_.unexpected.push_back(shown(in_file(name), tensor.sizes()));
     for (const auto& [key, tensor] : foreign_) report_.unexpected.push_back(shown(key, tensor.sizes()));
     if (options_.strict()) refuse();
@@ -227,7 +328,14 @@ class PeftTensorReader {
     FromFile from_file;
     if (part.site->files().from_file && part.role == AdapterPart::Role::kLayer)
       from_file = [&](const at::Tensor& stored) { return part.site->files().from_file(tensor.name, stored); };
-    match(peft_key(part, tensor), *tensor.tensor, to_file(part, tensor).sizes(), from_file);
+    if (options_.out_proj_twice() && tensor.name == "lora_B" && is_inner_out_proj(part)) {
+      from_file = [inner = std::move(from_file)](const at::Tensor& stored) {
+        return (inner ? inner(stored) : stored) * 2;
+      };
+    }
+    const auto sizes = to_file(part, tensor).sizes().vec();
+    note_table(part, tensor, sizes);
+    match(peft_key(part, tensor), *tensor.tensor, sizes, from_file);
   }
 
   /// Not below the prefix of the layers; it may be left out where it can be computed.
@@ -246,6 +354,7 @@ class PeftTensorReader {
     const auto found = content_.find(key);
     if (found == content_.end()) {
       report_.missing.push_back(shown(in_file(key), stored_sizes));
+      missing_.push_back(key);
       return;
     }
     const auto& source = found->second;
@@ -260,18 +369,50 @@ class PeftTensorReader {
     content_.erase(found);
   }
 
-  /// PEFT writes the frozen tables of adapted embeddings along, in case the vocabulary grew.
-  void match_base(const AdapterPart& part) {
-    const auto found = content_.find(part.file_name + ".base_layer.weight");
+  /// What PEFT writes of the model along: the tables of adapted embeddings and heads, and those of a model that got
+  /// more tokens. What is the model's own is remembered for the next file, what is not is not to be lost in silence.
+  void match_frozen(Adapter& adapter) {
+    std::map<std::string, std::string> names;  // in the file, and in the model
+    for (const auto& part : adapter.parts) {
+      if (part.role != AdapterPart::Role::kLayer) continue;
+      for (const std::string own : {".weight", ".bias"})
+        names.emplace(part.file_name + ".base_layer" + own, part.site->name() + own);
+    }
+    const auto frozen = frozen_();
+    for (const auto& item : frozen) names.emplace(item.first, item.first);
+    for (auto item = content_.begin(); item != content_.end();) {
+      const auto name = names.find(item->first);
+      const auto own = name == names.end() ? frozen.end() : frozen.find(name->second);
+      if (own == frozen.end()) {
+        ++item;
+        continue;
+      }
+      if (is_same(item->second, own->second)) {
+        adapter.frozen.emplace(item->first, own->first);
+      } else {
+        report_.unexpected.push_back(shown(in_file(item->first), item->second.sizes()) +
+                                     " (a frozen weight, and not the model's own, which is " +
+                                     c10::str(own->second.sizes()) + ")");
+        note_table(item->second, own->second.sizes(), 0);
+      }
+      item = content_.erase(item);
+    }
+  }
+
+  /// Notes a table of the file that has at least so many rows more than the model's.
+  void note_table(const at::Tensor& theirs, at::IntArrayRef own, int64_t at_least) {
+    if (theirs.dim() != 2 || own.size() != 2 || theirs.size(1) != own[1] || theirs.size(0) < own[0] + at_least) return;
+    more_rows_ = std::max(more_rows_.value_or(0), theirs.size(0) - own[0]);
+  }
+
+  /// The same of the tensors of an adapter on a table, and of a table that was trained in full.
+  void note_table(const AdapterPart& part, const NamedTensor& tensor, at::IntArrayRef own) {
+    const auto found = content_.find(peft_key(part, tensor));
     if (found == content_.end()) return;
+    const bool is_lookup = part.role == AdapterPart::Role::kLayer && part.site->kind() == "Embedding";
     const auto& theirs = found->second;
-    const auto own = part.site->pristine().to(theirs.device());
-    const bool is_same = theirs.sizes() == own.sizes() &&
-                         (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
-    if (!is_same)
-      report_.unexpected.push_back(shown(in_file(found->first), theirs.sizes()) +
-                                   " (a frozen weight, and not the model's own)");
-    content_.erase(found);
+    if (is_lookup && tensor.name == "lora_A" && theirs.dim() == 2) note_table(theirs.t(), {own[1], own[0]}, 1);
+    if (part.role == AdapterPart::Role::kFull) note_table(theirs, own, 1);
   }
 
   /// With "bias": "all" PEFT writes the biases inside of modules_to_save two times more, under names of its wrapper.
@@ -297,16 +438,52 @@ class PeftTensorReader {
     for (const auto& [what, names] : {std::pair("missing: ", &report_.missing),
                                       {"unexpected: ", &report_.unexpected},
                                       {"not of the shape or type that rank and layer give: ", &report_.misshapen}}) {
-      if (!names->empty()) text += (text.empty() ? "" : "; ") + (what + list(*names));
+      if (!names->empty()) text += (text.empty() ? "" : ";\n") + (what + list(*names));
     }
-    if (!text.empty()) throw CheckpointError(path_, "does not fit the model and ", kAdapterConfig, ": ", text);
+    if (text.empty()) return;
+    for (const auto& hint : {unmatched(), beginning(), tables()}) text += hint.empty() ? "" : ";\n" + hint;
+    throw CheckpointError(path_, "does not fit the model and ", kAdapterConfig, ": ", text);
+  }
+
+  /// What the configuration names in vain is no fault by itself, but it may be why tensors were left over.
+  std::string unmatched() const {
+    return report_.unmatched.empty() ? "" : "of the configuration: " + list(report_.unmatched);
+  }
+
+  /// Where no tensor was found and all would be under one other beginning: which, and what reads them.
+  std::string beginning() const {
+    if (!copies_.empty()) return "";
+    std::vector<std::string> below, others;
+    for (const auto& item : content_) below.push_back(item.first);
+    for (const auto& item : foreign_) others.push_back(item.first);
+    if (const auto other = other_beginning(missing_, others); other && other->first.empty())
+      return say_prefix(other->second);
+    const auto other = other_beginning(missing_, below);
+    if (!other) return "";
+    return other->first.empty() ? say_prefix(in_file(other->second)) : say_mapping(other->second, other->first);
+  }
+
+  std::string say_prefix(const std::string& prefix) const {
+    return "every name begins with \"" + prefix + "\" in the file, where \"" + options_.prefix() +
+           "\" is expected; LoadOptions().prefix(\"" + prefix + "\") reads them";
+  }
+
+  std::string tables() const {
+    if (!more_rows_) return "";
+    const auto rows = std::to_string(*more_rows_) + (*more_rows_ == 1 ? " row" : " rows");
+    return (*more_rows_ == 0 ? "if tokens were added before training, the table has their rows"
+                             : "a table with " + rows + " more than the model's is likely one of added tokens") +
+           "; LoadOptions().take_tables(true) gives the model the tables of the file, or give it such tables first";
   }
 
   const std::filesystem::path path_;
   std::map<std::string, at::Tensor> content_;  // what no layer has claimed yet
   std::map<std::string, at::Tensor> foreign_;  // the same of what is not below the prefix
   LoadOptions options_;
+  FrozenTensors frozen_;
   std::vector<std::pair<at::Tensor*, at::Tensor>> copies_;
+  std::vector<std::string> missing_;  // without the prefix
+  std::optional<int64_t> more_rows_;  // of a table in the file that is not the model's
   LoadReport report_;
 };
 

@@ -27,7 +27,7 @@ inline std::string saving_entry(const LoRAConfig& config, std::string name) {
 }
 
 /// Finds what a configuration trains beside the adapters of weights: `modules_to_save`, `bias` and `lora_bias`. `run()`
-/// throws and names every entry that matches nothing.
+/// names every entry that matches nothing.
 class FullSelection {
  public:
   /// A parameter or buffer that is trained in full, or to which the adapter of a layer adds a bias of its own.
@@ -39,8 +39,8 @@ class FullSelection {
 
   /// `targets` are the weights that are adapted, out of `parts`.
   FullSelection(const Model& model, const LoRAConfig& config, const std::vector<ModelPart>& parts,
-                const std::vector<Candidate>& targets)
-      : model_(model), config_(config), parts_(parts), targets_(targets) {}
+                const std::vector<Candidate>& targets, Unmatched unmatched)
+      : model_(model), config_(config), parts_(parts), targets_(targets), unmatched_(unmatched) {}
 
   std::vector<Full> run() const {
     std::vector<Full> found;
@@ -64,9 +64,9 @@ class FullSelection {
     check_biases(found);
     for (auto& full : found) note_ties(full.tensor.place, tensors);
     for (const auto& entry : config_.modules_to_save()) {
-      TORCH_CHECK(saved.count(entry) > 0, "lora::attach: no module with parameters matches \"", entry,
-                  "\" of modules_to_save;", did_you_mean(entry, with_last_parts(part_names())),
-                  " Modules here: ", list(part_names()));
+      if (saved.count(entry) > 0) continue;
+      unmatched_.report("no module with parameters matches \"" + entry + "\" of modules_to_save",
+                        did_you_mean(entry, with_last_parts(part_names())), "Modules here: " + list(part_names()));
     }
     return found;
   }
@@ -152,6 +152,7 @@ class FullSelection {
   const LoRAConfig& config_;
   const std::vector<ModelPart>& parts_;
   const std::vector<Candidate>& targets_;
+  const Unmatched unmatched_;
 };
 
 }  // namespace detail

@@ -25,7 +25,7 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// Finds the weights a configuration means in a model; `run()` throws and names every entry that matches nothing.
+/// Finds the weights a configuration means in a model; `run()` names every entry that matches nothing.
 class Selection {
  public:
   struct Layer {
@@ -35,7 +35,8 @@ class Selection {
     std::string module;  // whose name patterns have to match
   };
 
-  Selection(const Model& model, const LoRAConfig& config) : model_(model), config_(config), parts_(model.parts()) {}
+  Selection(const Model& model, const LoRAConfig& config, Unmatched unmatched = Unmatched())
+      : model_(model), config_(config), unmatched_(unmatched), parts_(model.parts()) {}
 
   std::vector<Layer> run() {
     config_.validate("lora::LoRAConfig");
@@ -51,7 +52,9 @@ class Selection {
   }
 
   /// What is trained in full; for after `run`.
-  std::vector<FullSelection::Full> full() const { return FullSelection(model_, config_, parts_, targets_).run(); }
+  std::vector<FullSelection::Full> full() const {
+    return FullSelection(model_, config_, parts_, targets_, unmatched_).run();
+  }
 
  private:
   /// The names of all that can be adapted.
@@ -74,7 +77,7 @@ class Selection {
         target.part_rows = fused.sizes;
         target.chosen_parts = fused.adapted;
       }
-      check_matched(found, fused.module, "fused");
+      if (!found) report(Unmatched(), fused.module, "fused");
     }
   }
 
@@ -188,8 +191,9 @@ class Selection {
     }
     name_parameters();
     for (const auto& entry : entries) {
-      TORCH_CHECK(matched.count(entry) > 0, "lora::attach: no parameter matches \"", entry, "\" of target_parameters;",
-                  did_you_mean(entry, with_last_parts(names)), " Parameters here: ", list(names));
+      if (matched.count(entry) > 0) continue;
+      unmatched_.report("no parameter matches \"" + entry + "\" of target_parameters",
+                        did_you_mean(entry, with_last_parts(names)), "Parameters here: " + list(names));
     }
   }
 
@@ -210,34 +214,41 @@ class Selection {
     }
   }
 
+  /// Whether no layer is asked for, only what is trained in full: PEFT has a name for that.
+  bool means_none() const {
+    const auto* regex = config_.target_modules().pattern();
+    return regex != nullptr && regex->pattern == "dummy-target-modules";
+  }
+
   void check_entries() const {
+    if (means_none()) return;
+    const auto unmatched = targets_.empty() ? Unmatched() : unmatched_;  // nothing at all is an error in any case
     const auto& targets = config_.target_modules();
     if (const auto* names = targets.names()) {
-      for (const auto& entry : *names) check_matched(matched_targets_.count(entry) > 0, entry, kTargetModules);
+      for (const auto& entry : *names) {
+        if (matched_targets_.count(entry) == 0) report(unmatched, entry, kTargetModules);
+      }
     }
     for (auto layer : config_.layers_to_transform()) {
-      TORCH_CHECK(present_layers_.count(layer) > 0, "lora::attach: layers_to_transform names layer ", layer,
-                  ", but no target has that number",
-                  config_.layers_pattern().empty() ? "" : " in the lists of layers_pattern", "; the numbers here are ",
-                  numbers());
+      if (present_layers_.count(layer) > 0) continue;
+      unmatched.report("layers_to_transform names layer " + std::to_string(layer) + ", but no target has that number" +
+                           (config_.layers_pattern().empty() ? "" : " in the lists of layers_pattern"),
+                       "", "the numbers here are " + numbers());
     }
     TORCH_CHECK(!targets_.empty(), "lora::attach: ", nothing_left());
-    if (const auto* regex = config_.exclude_modules().pattern()) {
-      check_matched(matched_excludes_.count(regex->pattern) > 0, regex->pattern, "exclude_modules");
-    } else {
-      for (const auto& entry : *config_.exclude_modules().names()) {
-        check_matched(matched_excludes_.count(entry) > 0, entry, "exclude_modules");
-      }
+    const auto* regex = config_.exclude_modules().pattern();
+    const auto excludes = regex ? std::vector<std::string>{regex->pattern} : *config_.exclude_modules().names();
+    for (const auto& entry : excludes) {
+      if (matched_excludes_.count(entry) == 0) report(unmatched, entry, "exclude_modules");
     }
   }
 
-  void check_matched(bool matched, const std::string& entry, const char* option) const {
-    if (matched) return;
+  void report(const Unmatched& unmatched, const std::string& entry, const char* option) const {
     const bool of_all = option == kTargetModules;  // every other option picks among the targets
     const auto names = of_all ? adaptable() : names_of(targets_);
-    TORCH_CHECK(false, "lora::attach: no ", of_all ? "module" : "target", " matches \"", entry, "\" of ", option, ";",
-                did_you_mean(entry, with_last_parts(names)),
-                of_all ? " Layers that can be adapted here: " : " The targets here: ", list(names));
+    unmatched.report(std::string("no ") + (of_all ? "module" : "target") + " matches \"" + entry + "\" of " + option,
+                     did_you_mean(entry, with_last_parts(names)),
+                     (of_all ? "Layers that can be adapted here: " : "The targets here: ") + list(names));
   }
 
   std::string nothing_left() const {
@@ -307,8 +318,8 @@ class Selection {
       check_rank(*site, options.rank());
       layers.push_back({target, std::move(site), options, name});
     }
-    for (const auto& pattern : ranks.unused()) check_matched(false, pattern, "rank_pattern");
-    for (const auto& pattern : alphas.unused()) check_matched(false, pattern, "alpha_pattern");
+    for (const auto& pattern : ranks.unused()) report(unmatched_, pattern, "rank_pattern");
+    for (const auto& pattern : alphas.unused()) report(unmatched_, pattern, "alpha_pattern");
     return layers;
   }
 
@@ -336,6 +347,7 @@ class Selection {
 
   const Model& model_;
   LoRAConfig config_;
+  Unmatched unmatched_;
   std::vector<ModelPart> parts_;
   std::vector<Candidate> targets_;
   std::map<std::string, std::string> modules_;  // whose rank and alpha a target has that PEFT keeps inside of another

@@ -33,13 +33,36 @@ inline std::string owner_of(const std::string& tensor) {
   return dot == std::string::npos ? "" : tensor.substr(0, dot);
 }
 
-/// "a, b, c (+10 more)".
+/// "a, b, c (+10 more)"; what is longer than a line has a line for each name.
 inline std::string list(const std::vector<std::string>& names, size_t most = 6) {
-  std::string text;
-  for (size_t i = 0; i < std::min(most, names.size()); ++i) text += (i == 0 ? "" : ", ") + names[i];
+  constexpr size_t kLine = 120;
+  const auto last = names.begin() + static_cast<std::ptrdiff_t>(std::min(most, names.size()));
+  const auto add = [](size_t sum, const std::string& name) { return sum + name.size() + 2; };
+  const bool is_long = last - names.begin() > 1 && std::accumulate(names.begin(), last, size_t{0}, add) > kLine;
+  std::string text = is_long ? "\n  " : "";
+  for (auto name = names.begin(); name != last; ++name)
+    text += (name == names.begin() ? "" : is_long ? ",\n  " : ", ") + *name;
   if (names.size() > most) text += " (+" + std::to_string(names.size() - most) + " more)";
   return names.empty() ? "none" : text;
 }
+
+/// What becomes of entries of a configuration that match nothing in a model. A user's own are an error; those of an
+/// adapter's file, which may name more kinds of models than this one, are noted, since the file's tensors tell whether
+/// anything is amiss.
+class Unmatched {
+ public:
+  /// `noted` takes the texts; without it they are thrown.
+  explicit Unmatched(std::vector<std::string>* noted = nullptr) : noted_(noted) {}
+
+  /// `text` says which entry it is, `meant` perhaps what was meant, `here` what the model has.
+  void report(const std::string& text, const std::string& meant, const std::string& here) const {
+    TORCH_CHECK(noted_ != nullptr, "lora::attach: ", text, ";", meant, " ", here);
+    noted_->push_back(text + (meant.empty() ? "" : ";" + meant));
+  }
+
+ private:
+  std::vector<std::string>* noted_;
+};
 
 /// The number of single-letter edits between two words; neighbours that changed places count as one (Damerau).
 inline size_t edit_distance(const std::string& a, const std::string& b) {

@@ -1,0 +1,102 @@
+// What does the adapter of a linear layer cost beside the frozen layer, and beside the same adapter written out as PEFT
+// computes it? For each case the three are measured in turns, many times; printed are the medians of the ratios to the
+// frozen layer of the same round.
+//
+//   layer [ROUNDS]      200
+#include <torch/torch.h>
+
+#include <lora/lora.hpp>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace {
+
+using torch::Tensor;
+
+struct Case {
+  int64_t rows, in, out, rank;
+  bool is_step;  // forward and backward, or forward alone without gradients
+  double dropout = 0;
+};
+
+double microseconds(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+}
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+void measure(const Case& one, int rounds) {
+  torch::manual_seed(0);
+  torch::nn::Sequential model(torch::nn::Linear(one.in, one.out)), plain(torch::nn::Linear(one.in, one.out));
+  auto adapters = lora::attach(*model, lora::LoRAConfig(one.rank).alpha(16).dropout(one.dropout).target_modules({"0"}));
+  for (auto& tensor : adapters.parameters()) tensor.detach().normal_(0, 0.02);
+  for (auto& parameter : plain->parameters()) parameter.requires_grad_(false);
+  const auto* layer = plain->ptr(0)->as<torch::nn::Linear>();
+  const auto weight = layer->weight, bias = layer->bias;
+  const auto A = torch::randn({one.rank, one.in}).mul_(0.02).requires_grad_();
+  const auto B = torch::randn({one.out, one.rank}).mul_(0.02).requires_grad_();
+  const double scale = 16.0 / static_cast<double>(one.rank);
+
+  const auto x = torch::randn({one.rows, one.in}).requires_grad_(one.is_step);
+  const auto gradient = torch::randn({one.rows, one.out});
+  const torch::AutoGradMode mode(one.is_step);
+  const auto step = [&](const std::function<Tensor()>& forward) {
+    const auto y = forward();
+    if (one.is_step) y.backward(gradient);
+    for (const auto& tensor : adapters.parameters()) tensor.mutable_grad() = Tensor();
+    for (const auto* tensor : {&x, &A, &B}) tensor->mutable_grad() = Tensor();
+  };
+  const auto frozen = [&] { step([&] { return torch::linear(x, weight, bias); }); };
+  const auto by_hand = [&] {
+    step([&] {
+      const auto dropped = one.dropout > 0 ? torch::dropout(x, one.dropout, true) : x;
+      return torch::linear(x, weight, bias) + torch::linear(torch::linear(dropped, A), B) * scale;
+    });
+  };
+  auto active = adapters.activate();
+  const auto adapted = [&] { step([&] { return model->forward(x); }); };
+
+  std::vector<double> base, ours, theirs;
+  for (int round = -10; round < rounds; ++round) {
+    const auto time = microseconds(frozen);
+    const double ratios[] = {microseconds(adapted) / time, microseconds(by_hand) / time};
+    if (round < 0) continue;
+    base.push_back(time);
+    ours.push_back(ratios[0]);
+    theirs.push_back(ratios[1]);
+  }
+  const double mine = median(ours), other = median(theirs);
+  const auto dropout = one.dropout > 0 ? fmt::format(", dropout {}", one.dropout) : "";
+  fmt::print("| {}, {} rows, {} -> {}, r={}{} | {:.1f} | {:.3f} | {:.3f} | {:.2f} |\n",
+             one.is_step ? "step" : "forward", one.rows, one.in, one.out, one.rank, dropout, median(base), mine, other,
+             (mine - 1) / (other - 1));
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int rounds = count > 1 ? std::stoi(arguments[1]) : 200;
+  torch::set_num_threads(1);
+  fmt::print("| case | frozen, us | ours | written out | share of its excess |\n|---|---|---|---|---|\n");
+  for (const auto& one : {Case{64, 768, 768, 8, true},
+                          {512, 768, 768, 8, true},
+                          {2048, 768, 768, 8, true},
+                          Case{512, 768, 768, 8, true, 0.1},
+                          {512, 768, 3072, 8, true},
+                          {64, 64, 64, 4, true},
+                          {1, 768, 768, 8, true},
+                          {512, 768, 768, 8, false},
+                          {1, 768, 768, 8, false}})
+    measure(one, rounds);
+}

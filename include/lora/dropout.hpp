@@ -1,0 +1,135 @@
+#pragma once
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <type_traits>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// Which elements of a tensor dropout keeps, as a function of a seed and their place: element i is kept when 16 bits of
+/// the hash of seed and i / 4 (SplitMix64: Steele, Lea and Flood 2014) are below (1 - p) 65536. So nothing is stored
+/// for backward, which computes the mask once more. p is rounded to 1 / 65536; what is kept is scaled so that its mean
+/// is right for the rounded p.
+class DropoutMask {
+ public:
+  /// None.
+  DropoutMask() = default;
+  /// One for p in [0, 1), with a seed from the CPU's generator.
+  explicit DropoutMask(double p) : kept_(static_cast<uint32_t>(std::lround((1 - p) * kSteps))) {
+    auto generator = at::detail::getDefaultCPUGenerator();
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    seed_ = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
+  }
+
+  bool acts() const { return kept_ < kSteps; }
+  bool operator==(const DropoutMask& other) const { return kept_ == other.kept_ && seed_ == other.seed_; }
+
+  /// Whether it is computed for such tensors; others have LibTorch's dropout.
+  static bool is_for(const at::Tensor& x) { return x.is_cpu() && at::isFloatingType(x.scalar_type()); }
+
+  /// x with what is dropped, contiguous.
+  at::Tensor of(const at::Tensor& x) const {
+    const auto from = x.contiguous();
+    auto into = at::empty_like(from);
+    for_each(from, into, [](auto& to, auto value) { to = value; });
+    return into;
+  }
+
+  /// into += x with what is dropped. Both are contiguous.
+  void add(const at::Tensor& x, const at::Tensor& into) const {
+    for_each(x, into, [](auto& to, auto value) { to += value; });
+  }
+
+ private:
+  static constexpr uint32_t kSteps = 65536;
+  static constexpr int64_t kLanes = 4;    // of one hash
+  static constexpr int64_t kBlock = 256;  // elements whose hashes are computed together
+
+  /// Calls `put(into[i], from[i] scaled or zero)` for every element.
+  template <class Put>
+  void for_each(const at::Tensor& from, const at::Tensor& into, const Put& put) const {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "lora::dropout", [&] {
+      using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+      const auto* source = from.const_data_ptr<scalar_t>();
+      auto* target = into.mutable_data_ptr<scalar_t>();
+      const auto scale = static_cast<Wide>(static_cast<double>(kSteps) / std::max<uint32_t>(kept_, 1));
+      std::array<uint16_t, kBlock> bits;
+      const auto put_block = [&, kept = kept_](int64_t first, auto count) {
+        const scalar_t* __restrict__ values = source + first;
+        scalar_t* __restrict__ results = target + first;
+        for (int64_t i = 0; i < count; ++i) {
+          const auto factor = uint32_t{bits[static_cast<size_t>(i)]} < kept ? scale : Wide(0);
+          put(results[i], static_cast<scalar_t>(static_cast<Wide>(values[i]) * factor));
+        }
+      };
+      const auto size = from.numel();
+      int64_t first = 0;
+      for (; first + kBlock <= size; first += kBlock) {
+        fill(bits, first);
+        put_block(first, std::integral_constant<int64_t, kBlock>());  // a count that the compiler knows
+      }
+      fill(bits, first);
+      put_block(first, size - first);
+    });
+  }
+
+  /// 16 bits for each element from `first` on, which is a multiple of the block.
+  void fill(std::array<uint16_t, kBlock>& bits, int64_t first) const {
+    std::array<uint64_t, kBlock / kLanes> hashes;
+    for (size_t i = 0; i < hashes.size(); ++i) hashes[i] = hash(static_cast<uint64_t>(first / kLanes) + i);
+    std::memcpy(bits.data(), hashes.data(), sizeof bits);
+  }
+
+  uint64_t hash(uint64_t place) const {
+    auto bits = seed_ + (place + 1) * 0x9E3779B97F4A7C15U;
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9U;
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBU;
+    return bits ^ (bits >> 31);
+  }
+
+  uint64_t seed_ = 0;
+  uint32_t kept_ = kSteps;
+
+  friend struct MaskedInput;
+};
+
+/// x with what is dropped, as a node of autograd that keeps the seed.
+struct MaskedInput : torch::autograd::Function<MaskedInput> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const DropoutMask& mask) {
+    context->saved_data["seed"] = static_cast<int64_t>(mask.seed_);
+    context->saved_data["kept"] = static_cast<int64_t>(mask.kept_);
+    return mask.of(x);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    DropoutMask mask;
+    mask.seed_ = static_cast<uint64_t>(context->saved_data["seed"].toInt());
+    mask.kept_ = static_cast<uint32_t>(context->saved_data["kept"].toInt());
+    return {apply(gradients[0], mask), at::Tensor()};
+  }
+};
+
+/// Dropout in training mode with a mask that is already drawn, and with a new one.
+inline at::Tensor dropout(const at::Tensor& x, const DropoutMask& mask) { return MaskedInput::apply(x, mask); }
+inline at::Tensor dropout(const at::Tensor& x, double p) {
+  return DropoutMask::is_for(x) ? dropout(x, DropoutMask(p)) : at::dropout(x, p, /*train=*/true);
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,166 @@
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+#include <ATen/core/ivalue.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+
+#include <lora/dropout.hpp>
+#include <lora/method/term.hpp>
+#include <lora/version.hpp>
+#include <lora/weight/key.hpp>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// A product with low-rank updates as one node of autograd, which owns the frozen product:
+///
+///   y = x M^T + b,   y[:, at_i : at_i + n_i] += s_i (x_i A_i^T) B_i^T
+///
+/// Shapes: x (N, in); M (out, in); b (out) or undefined; A_i (rank_i, in); B_i (n_i, rank_i). All of one type. M gets
+/// no gradient. x_i is x with the dropout of update i. With g = dL/dy, g_i its columns of update i, S_i = A_i x_i^T,
+/// G_i = B_i^T g_i^T and d_i the dropout once more:
+///
+///   dx = g M + sum_i s_i d_i(G_i^T A_i),   dA_i = s_i G_i x_i,   dB_i = s_i g_i^T S_i^T,   db = sum of g over N
+///
+/// What is kept for backward is S_i (rank_i, N) beside the operands; of dropout, the seed. Updates are added in place,
+/// scales are folded into the products, and of a skinny product that orientation is taken in which its long side is a
+/// row.
+class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
+  using Tensors = torch::autograd::variable_list;
+
+ public:
+  struct Slice {
+    at::Tensor A, B;
+    double scale;
+    int64_t at;        ///< the first output that it acts on
+    DropoutMask mask;  ///< of x; one and the same for the parts of an update
+  };
+  using Slices = std::vector<Slice>;
+
+  static at::Tensor compute(const Product& product, const at::Tensor& x, Slices slices) {
+    const auto needs_gradient = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
+    bool needs_any = needs_gradient(x) || needs_gradient(product.bias);
+    for (const auto& slice : slices) needs_any = needs_any || needs_gradient(slice.A) || needs_gradient(slice.B);
+    if (!needs_any || !at::GradMode::is_enabled()) return add_all(product, x, slices, /*kept=*/nullptr);
+    Tensors factors;
+    for (const auto& slice : slices) factors.insert(factors.end(), {slice.A, slice.B});
+    const auto bias = product.bias.defined() ? std::optional<at::Tensor>(product.bias) : std::nullopt;
+    const auto plan = c10::make_intrusive<Plan>(product, std::move(slices));
+    return apply(x, bias, at::TensorList(factors), product, plan);
+  }
+
+  struct Plan;
+
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
+                            const std::optional<at::Tensor>& /*bias*/, at::TensorList factors, const Product& product,
+                            const c10::intrusive_ptr<Plan>& plan) {
+    Tensors kept{x, product.operand};
+    kept.insert(kept.end(), factors.begin(), factors.end());
+    auto y = add_all(product, x, plan->slices, &kept);
+    for (auto& slice : plan->slices) slice.A = slice.B = at::Tensor();  // from here on they are among what is kept
+    context->save_for_backward(std::move(kept));
+    context->saved_data["plan"] = c10::IValue::make_capsule(plan);
+    return y;
+  }
+
+  static Tensors backward(torch::autograd::AutogradContext* context, Tensors gradients) {
+    const BelowInterception below;  // the frozen matrix is meant, also where the pass runs inside of a scope
+    const auto capsule = context->saved_data["plan"].toCapsule();
+    const auto& plan = static_cast<const Plan&>(*capsule);
+    const auto kept = context->get_saved_variables();
+    const auto& x = kept[0];
+    const auto matrix = plan.is_transposed ? kept[1].t() : kept[1];
+    const auto g = gradients[0].contiguous();
+    const bool is_differentiated = at::GradMode::is_enabled();
+
+    const auto count = plan.slices.size();
+    const size_t first = plan.has_bias ? 2 : 1;  // of the factors' edges; without a bias there is none for it
+    Tensors all(2 + 2 * count + 2);              // x, b, factors; and two that are no tensors
+    auto& dx = all[0];
+    const bool wants_x = context->needs_input_grad(0);
+    if (wants_x) dx = g.mm(matrix);
+    if (plan.has_bias && context->needs_input_grad(1)) all[1] = g.sum(0);
+    DroppedInput dropped(x);
+    for (size_t i = 0; i < count; ++i) {
+      const auto& [unused_A, unused_B, scale, at, mask] = plan.slices[i];
+      const auto &A = kept[2 + 2 * i], &B = kept[3 + 2 * i];
+      const auto own = g.size(1) == B.size(0) ? g : g.narrow(1, at, B.size(0));
+      auto &dA = all[2 + 2 * i], &dB = all[3 + 2 * i];
+      if (is_differentiated) {
+        const auto x_i = mask.acts() ? dropout(x, mask) : x;
+        const auto G = own.mm(B) * scale;
+        if (wants_x) dx = dx + (mask.acts() ? dropout(G.mm(A), mask) : G.mm(A));
+        dA = G.t().mm(x_i);
+        dB = own.t().mm(x_i.mm(A.t())) * scale;
+        continue;
+      }
+      const auto G = B.t().mm(own.t());
+      if (wants_x && mask.acts()) mask.add(at::addmm(dx, G.t(), A, /*beta=*/0, scale), dx);
+      if (wants_x && !mask.acts()) dx.addmm_(G.t(), A, /*beta=*/1, scale);
+      if (context->needs_input_grad(first + 2 * i)) dA = at::addmm(A, G, dropped.by(mask), /*beta=*/0, scale);
+      if (context->needs_input_grad(first + 2 * i + 1)) {
+        const auto& S = kept[2 + 2 * count + i];
+        dB = at::addmm(B.t(), S, own, /*beta=*/0, scale).t();
+      }
+    }
+    return all;
+  }
+
+  /// What backward has to know beside tensors.
+  struct Plan : torch::CustomClassHolder {
+    Plan(const Product& product, Slices of_updates)
+        : slices(std::move(of_updates)),
+          has_bias(product.bias.defined()),
+          is_transposed(product.form == Product::Form::kColumns) {}
+
+    Slices slices;
+    bool has_bias, is_transposed;
+  };
+
+ private:
+  /// x_i, computed once for the parts of an update.
+  class DroppedInput {
+   public:
+    explicit DroppedInput(const at::Tensor& x) : x_(x) {}
+
+    const at::Tensor& by(const DropoutMask& mask) {
+      if (!mask.acts()) return x_;
+      if (!dropped_.defined() || !(mask == mask_)) {
+        dropped_ = mask.of(x_);
+        mask_ = mask;
+      }
+      return dropped_;
+    }
+
+   private:
+    const at::Tensor& x_;
+    DropoutMask mask_;
+    at::Tensor dropped_;
+  };
+
+  /// y; and every S_i at the end of `kept`, if that is given.
+  static at::Tensor add_all(const Product& product, const at::Tensor& x, const Slices& slices, Tensors* kept) {
+    auto y = product.run(x, product.operand, product.bias);
+    DroppedInput dropped(x);
+    for (const auto& slice : slices) {
+      const auto S = slice.A.mm(dropped.by(slice.mask).t());
+      auto own = y.size(1) == slice.B.size(0) ? y : y.narrow(1, slice.at, slice.B.size(0));
+      own.addmm_(S.t(), slice.B.t(), /*beta=*/1, slice.scale);
+      if (kept != nullptr) kept->push_back(S);
+    }
+    return y;
+  }
+};
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,83 @@
+// The mask of dropout that is computed from a seed: that it is one of independent elements of the right probability.
+#include "support/testing.hpp"
+
+#include <lora/dropout.hpp>
+
+#include <cmath>
+
+namespace {
+
+using lora::detail::DropoutMask;
+using torch::Tensor;
+
+/// 1 where the mask keeps, else 0.
+Tensor kept(const DropoutMask& mask, at::IntArrayRef sizes) {
+  return mask.of(torch::ones(sizes, torch::kDouble)).ne(0).to(torch::kDouble);
+}
+
+/// The correlation of two sets of elements that are kept with probability q, in standard deviations of chance.
+double correlation(const Tensor& a, const Tensor& b, double q) {
+  const auto size = static_cast<double>(a.numel());
+  return ((a - q) * (b - q)).sum().item<double>() / (q * (1 - q) * std::sqrt(size));
+}
+
+}  // namespace
+
+TEST_CASE("A mask keeps what is expected, in every type, and scales it so that the mean stays") {
+  const auto p = GENERATE(0.001, 0.05, 0.1, 0.5, 0.9, 0.999);
+  const auto type = GENERATE(torch::kDouble, torch::kFloat, torch::kBFloat16, torch::kHalf);
+  const DropoutMask mask(p);
+  const int64_t size = 1000003;  // no multiple of the elements of a hash
+  const auto x = torch::ones({size}, type);
+  const auto dropped = mask.of(x);
+  CHECK(dropped.scalar_type() == type);
+  const auto wide = dropped.to(torch::kDouble);
+  const auto share = wide.ne(0).to(torch::kDouble).mean().item<double>();
+  const auto deviation = std::sqrt(p * (1 - p) / static_cast<double>(size));
+  CHECK(std::abs(share - (1 - p)) < 5 * deviation + 1e-5);
+  CHECK(std::abs(wide.max().item<double>() * (1 - p) - 1) < (type == torch::kDouble || p < 0.9 ? 0.01 : 0.02));
+  if (type == torch::kDouble) CHECK(std::abs(wide.mean().item<double>() - 1) < 5 * deviation / (1 - p));
+  auto sum = torch::ones({size}, type);
+  mask.add(x, sum);
+  CHECK(torch::equal(sum, x + dropped));
+}
+
+TEST_CASE("Elements of a mask are independent of each other, and of those of other masks") {
+  const auto p = GENERATE(0.1, 0.5, 0.8);
+  const double q = std::round((1 - p) * 65536) / 65536;
+  const DropoutMask mask(p), next(p);
+  const auto all = kept(mask, {1 << 20});
+  for (const int64_t lag : {1, 2, 3, 4, 5, 8, 63, 64, 768, 4096}) {
+    INFO("lag " << lag);
+    CHECK(std::abs(correlation(all.narrow(0, 0, all.numel() - lag), all.narrow(0, lag, all.numel() - lag), q)) < 5);
+  }
+  CHECK(std::abs(correlation(all, kept(next, {1 << 20}), q)) < 5);
+  const auto rows = kept(mask, {1024, 1024});  // sums over rows and over columns scatter as those of coins do
+  for (const int64_t dim : {0, 1}) {
+    const auto sums = (rows.sum(dim) - 1024 * q) / std::sqrt(1024 * q * (1 - q));
+    CHECK(std::abs(sums.pow(2).mean().item<double>() - 1) < 5 * std::sqrt(2.0 / 1024));
+  }
+}
+
+TEST_CASE("Masks follow the seed, and do not repeat") {
+  torch::manual_seed(3);
+  const DropoutMask first(0.5), second(0.5);
+  torch::manual_seed(3);
+  const DropoutMask again(0.5);
+  CHECK(torch::equal(kept(first, {999}), kept(again, {999})));
+  CHECK_FALSE(torch::equal(kept(first, {999}), kept(second, {999})));
+  CHECK(torch::equal(kept(first, {999}), kept(first, {37, 27}).flatten()));
+}
+
+TEST_CASE("Gradients pass through the same mask, twice, too") {
+  const auto x = torch::randn({7, 5}, torch::kDouble).requires_grad_();
+  const DropoutMask mask(0.4);
+  const auto factor = mask.of(torch::ones({7, 5}, torch::kDouble));
+  const auto y = lora::detail::dropout(x.t(), mask);
+  CHECK(y.is_contiguous());
+  CHECK(testing::distance(lora::detail::dropout(x, mask), x * factor) < 1e-15);
+  const auto slope = torch::autograd::grad({lora::detail::dropout(x, mask).pow(3).sum()}, {x}, {}, {}, true)[0];
+  CHECK(testing::distance(slope, 3 * x.pow(2) * factor.pow(3)) < 1e-12);
+  const auto second = torch::autograd::grad({slope.sum()}, {x})[0];
+  CHECK(testing::distance(second, 6 * x * factor.pow(3)) < 1e-12);
+}
