@@ -61,7 +61,7 @@ run_version() {
   options="-DLORA_BUILD_EXAMPLES=OFF -DLORA_BUILD_BENCHMARKS=OFF"
   [ "$1" != "$oldest" ] || options="$options -Dnlohmann_json_DIR=$json"
   cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Debug "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g0" "-DLORA_PYTHON=$python" \
-    $options > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
+    $options ${CMAKE_ARGS:-} > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
   grep -e '-- lora:' "$build.log"
   build 5 lora_tests > "$build.log" 2>&1 || { grep -A 20 -e FAILED -e 'error:' "$build.log" | head -n 60; return 1; }
   ctest --test-dir "$build" --output-on-failure -R '_test(:second_device)?$' > "$build.log" 2>&1 ||

@@ -255,7 +255,12 @@ const std::vector<Row>& rows() {
       {"cosine similarity", [](const Operands& o) { return torch::cosine_similarity(o.x.unsqueeze(1), o.w, -1); }},
       {"attention to w",
        [](const Operands& o) {
-         return torch::scaled_dot_product_attention(o.x.unsqueeze(0), o.w.unsqueeze(0), o.v.unsqueeze(0));
+         auto& context = at::globalContext();
+         const bool flash = context.userEnabledFlashSDP();
+         context.setSDPUseFlash(false);  // of which LibTorch 2.14 knows no second derivative
+         auto y = torch::scaled_dot_product_attention(o.x.unsqueeze(0), o.w.unsqueeze(0), o.v.unsqueeze(0));
+         context.setSDPUseFlash(flash);
+         return y;
        }},
       {"lstm_cell", [](const Operands& o) {
          return std::get<0>(torch::lstm_cell(o.x, {o.y.narrow(1, 0, 1), o.y.narrow(1, 1, 1)}, o.w, o.table.narrow(0, 0, 4).narrow(1, 0, 1)));

@@ -143,6 +143,19 @@ Tensor plus_bias(const Tensor& gates, const optional<Tensor>& bias) {
   return bias.has_value() && bias->defined() ? gates + *bias : gates;
 }
 
+/// The schema does not say that the running statistics are written to, so the copies that others get would be lost.
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const optional<Tensor>& weight,
+                                              const optional<Tensor>& bias, const optional<Tensor>& mean,
+                                              const optional<Tensor>& variance, bool training, double momentum,
+                                              double epsilon) {
+  const auto seen = [](const optional<Tensor>& operand) {
+    return operand && operand->defined() ? optional<Tensor>(seen_by_cpu(*operand)) : std::nullopt;
+  };
+  const auto [y, batch_mean, batch_deviation] = at::native_batch_norm(
+      seen_by_cpu(x), seen(weight), seen(bias), seen(mean), seen(variance), training, momentum, epsilon);
+  return {moved(y, kDevice), moved(batch_mean, kDevice), moved(batch_deviation, kDevice)};
+}
+
 /// Hidden state, cell state, and for the backward pass the gates before their nonlinearities.
 std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& from_input, const Tensor& from_hidden, const Tensor& cell,
                                              const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias) {
@@ -222,6 +235,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
   m.impl("convolution_overrideable", &convolution);
   m.impl("convolution_backward_overrideable", &convolution_backward);
+  m.impl("native_batch_norm", &batch_norm);
   m.impl("_thnn_fused_lstm_cell", &lstm_cell);
   m.impl("_thnn_fused_lstm_cell_backward_impl", &lstm_cell_backward);
   m.impl("_thnn_fused_gru_cell", &gru_cell);
