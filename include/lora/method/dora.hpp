@@ -1,7 +1,7 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/norm.h>
+#include <ATen/ops/linalg_vector_norm.h>
 
 #include <lora/method/low_rank.hpp>
 #include <lora/version.hpp>
@@ -52,10 +52,16 @@ struct DoRA : Method {
   at::Tensor lora_magnitude_vector;  // m (out)
 
  private:
-  /// ||W + s B A||, in float at least. (out)
+  /// ||W + s B A|| (out), in float at least, without forming it:
+  ///
+  ///   ||w + s b A||^2 = ||w||^2 + 2 s <A w, b> + s^2 <A A^T b, b>   for each row w of W and b of B
   at::Tensor norms(const Base& base) const {
-    const auto weight = base.dense().to(adapter_dtype(lora_A.scalar_type()));
-    return at::norm(Term{lora_A.detach(), lora_B.detach(), scaling}.moved(weight), 2, {-1});
+    at::NoGradGuard no_grad;
+    const auto type = adapter_dtype(lora_A.scalar_type());
+    const auto W = base.dense().to(type), A = lora_A.detach().to(type), B_t = lora_B.detach().to(type).mT();
+    const auto changes = A.matmul(W.mT()).mul_(2 * scaling).add_(A.matmul(A.mT()).matmul(B_t), scaling * scaling);
+    const auto squares = at::linalg_vector_norm(W, 2, {-1}).square_().add_(changes.mul_(B_t).sum(-2));
+    return squares.clamp_min_(0).sqrt_();
   }
 };
 
