@@ -9,9 +9,9 @@ inline namespace LORA_ABI {
 /// Adapts an existing model that is not changed at all: every layer that `config` selects gets an adapter named
 /// "default", and all parameters of the model are frozen. Layers may sit anywhere: typed members, Sequential,
 /// ModuleList, inside LibTorch's own layers. Forward passes use the adapters inside a scope of `Adapters::activate`;
-/// outside of one nothing requires gradients, and backward says that element 0 of tensors does not require grad. What an
-/// optimizer is to train are `adapters.parameters()`: one of `model->parameters()` moves nothing, since these are frozen.
-/// A clone of the model has no adapters.
+/// outside of one nothing requires gradients, and backward says that element 0 of tensors does not require grad. What
+/// an optimizer is to train are `adapters.parameters()`: one of `model->parameters()` moves nothing, since these are
+/// frozen. A clone of the model has no adapters.
 ///
 /// Errors: c10::Error when an entry of the configuration matches nothing; the model is unchanged then.
 inline Adapters attach(torch::nn::Module& model, const LoRAConfig& config) {
