@@ -265,6 +265,9 @@ TEST_CASE("A limit on the norms of a lookup that failed is not that of the next 
   auto other = first.activate();
   if (testing::device().is_cpu()) CHECK_THROWS(limited->forward(too_far));
   CHECK(torch::equal(free->forward(ids), expected));
+  torch::NoGradGuard no_grad;  // the limit alone, as where something throws before the lookup
+  torch::embedding_renorm_(limited[0]->as<nn::Embedding>()->weight, ids, 0.1, 2);
+  CHECK(torch::equal(free->forward(ids), expected));
 }
 
 TEST_CASE("TorchScript modules are frozen inside of a scope as outside") {
