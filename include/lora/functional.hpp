@@ -9,6 +9,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include <lora/dropout.hpp>
@@ -152,7 +153,8 @@ class FusedProduct {
   at::Tensor result() const {
     const auto& x = product_.x;
     if (x.dim() == 2) return LowRankLinear::compute(product_, x, slices_);
-    const auto y = LowRankLinear::compute(product_, x.reshape({-1, x.size(-1)}), slices_);
+    const auto rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);  // also where there is no input
+    const auto y = LowRankLinear::compute(product_, x.reshape({rows, x.size(-1)}), slices_);
     at::DimVector sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = y.size(1);
     return y.view(sizes);

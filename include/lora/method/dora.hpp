@@ -44,7 +44,7 @@ struct DoRA : Method {
 
   /// A row of zeros, whose m starts at zero, has the gain 0 and not 0 / 0.
   Term term(const Base& base) const {
-    const auto norm = norms(base).detach().clamp_min(std::numeric_limits<float>::min());
+    const auto norm = norms(base).clamp_min(std::numeric_limits<float>::min());
     return {lora_A, lora_B, scaling, lora_magnitude_vector / norm};
   }
 
@@ -55,6 +55,9 @@ struct DoRA : Method {
   /// ||W + s B A|| (out), in float at least, without forming it:
   ///
   ///   ||w + s b A||^2 = ||w||^2 + 2 s <A w, b> + s^2 <A A^T b, b>   for each row w of W and b of B
+  ///
+  /// A sum of this kind has the digits of its largest term, so of a row that the update all but cancels fewer are
+  /// right.
   at::Tensor norms(const Base& base) const {
     at::NoGradGuard no_grad;
     const auto type = adapter_dtype(lora_A.scalar_type());
