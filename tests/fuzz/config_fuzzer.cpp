@@ -7,7 +7,9 @@
 #include <torch/nn/modules/linear.h>
 
 #include <algorithm>
+#include <cctype>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "memory_file.hpp"
@@ -63,18 +65,22 @@ std::vector<std::string> expressions(const lora::LoRAConfig& config) {
 }
 
 /// Whether a model can be asked: ranks of which the tensors fit into memory, and expressions that are matched in time.
-/// As in Python, one like (a*)*b can take for ever.
+/// As in Python, one with a back reference can take for ever; one with large numbers is a large automaton.
 bool is_small(const lora::LoRAConfig& config) {
-  constexpr int64_t kMostRank = 1000, kMostRepetitions = 3;
+  constexpr int64_t kMostRank = 1000;
+  constexpr size_t kMostRepetitions = 6, kMostDigits = 2;
   const auto fits = [](const auto& item) { return item.second <= kMostRank; };
-  const auto is_quick = [](const std::string& expression) {
-    const auto is_repetition = [](char c) { return std::string_view("*+?{").find(c) != std::string_view::npos; };
-    return std::count_if(expression.begin(), expression.end(), is_repetition) <= kMostRepetitions;
-  };
-  const auto all = expressions(config);
   const auto& ranks = config.rank_pattern();
-  return config.rank() <= kMostRank && std::all_of(ranks.begin(), ranks.end(), fits) &&
-         std::all_of(all.begin(), all.end(), is_quick);
+  if (config.rank() > kMostRank || !std::all_of(ranks.begin(), ranks.end(), fits)) return false;
+  size_t repetitions = 0;
+  for (const auto& expression : expressions(config)) {
+    for (size_t i = 0; i < expression.size(); ++i) {
+      if (std::string_view("*+?{").find(expression[i]) != std::string_view::npos) ++repetitions;
+      if (expression[i] == '\\' && i + 1 < expression.size() && std::isdigit(expression[i + 1]) != 0) return false;
+    }
+    if (lora::detail::most_digits(expression) > kMostDigits) return false;
+  }
+  return repetitions <= kMostRepetitions;
 }
 
 void compile(const std::string& expression) {

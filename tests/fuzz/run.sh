@@ -1,11 +1,12 @@
 #!/bin/sh
-# sh tests/fuzz/run.sh [SECONDS]: builds the fuzzers of the readers with clang's sanitizers, in build/fuzz, and runs both
-# side by side for so long (60). Each begins with the corpus that make_corpus.py writes and with what earlier runs found.
-# An input on which one fails stays in build/fuzz, with the report in the log beside it; 0 seconds only try what is in
-# the corpus.
+# sh tests/fuzz/run.sh [SECONDS [SEED]]: builds the fuzzers of the readers with clang's sanitizers, in build/fuzz, and
+# runs both side by side for so long (60). Each begins with the corpus that make_corpus.py writes and with what earlier
+# runs found, and goes on with other inputs each time, or with those of a seed. An input on which one fails stays in
+# build/fuzz, with the report in the log beside it; 0 seconds only try what is in the corpus.
 set -eu
 cd "$(dirname "$0")/../.."
 seconds=${1:-60}
+seed=${2:-0}
 . tests/setup.sh
 
 mkdir -p build
@@ -34,7 +35,7 @@ wait $! || fail "The fuzzer of safetensors could not be compiled"
 run() {
   limit=-max_total_time=$seconds
   [ "$seconds" -gt 0 ] || limit=-runs=0
-  "$out/$1_fuzzer" "$limit" -dict="$out/corpus/$1.dict" -artifact_prefix="$out/$1-" -print_final_stats=1 -timeout=10 \
+  "$out/$1_fuzzer" "$limit" -seed="$seed" -dict="$out/corpus/$1.dict" -artifact_prefix="$out/$1-" -print_final_stats=1 -timeout=10 \
     -max_len=4096 "$out/found_$1" "$out/corpus/$1" > "$out/$1.log" 2>&1 &
 }
 run safetensors

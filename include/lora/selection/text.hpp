@@ -161,6 +161,20 @@ inline std::string to_ecmascript(const std::string& pattern, const std::string& 
   return text;
 }
 
+/// std::regex, which is matched in a time that grows with the length of pattern and name only, where the library can
+/// do that: libstdc++ tries every way to match otherwise, and (a*)*b has 2^n of them. Not so with a back reference.
+inline std::regex compiled_for_matching(const std::string& pattern) {
+  constexpr auto kSyntax = std::regex::ECMAScript | std::regex::optimize;
+#ifdef __GLIBCXX__
+  try {
+    return std::regex(pattern, kSyntax | std::regex_constants::__polynomial);
+  } catch (const std::regex_error& error) {
+    if (error.code() != std::regex_constants::error_complexity) throw;
+  }
+#endif
+  return std::regex(pattern, kSyntax);
+}
+
 /// A compiled pattern; an error that shows `shown` when it is none. A pattern may come from anywhere, and std::regex
 /// calls itself for every letter and every bracket, and computes numbers without looking for their end, so there are
 /// limits.
@@ -172,7 +186,7 @@ inline std::regex compile(const std::string& pattern, const std::string& shown) 
                     " brackets in each other and numbers of ", kMaxDigits, " digits, but \"", shown.substr(0, 60),
                     "...\" has ", pattern.size(), ", ", depth, " and ", digits);
   try {
-    return std::regex(to_ecmascript(pattern, shown), std::regex::ECMAScript | std::regex::optimize);
+    return compiled_for_matching(to_ecmascript(pattern, shown));
   } catch (const std::regex_error& error) {
     TORCH_CHECK_VALUE(false, "lora::LoRAConfig: \"", shown,
                       "\" is not a regular expression (ECMAScript): ", error.what());
