@@ -2,6 +2,7 @@
 set(LORA_PUBLIC_HEADERS
   adapters.hpp
   attach.hpp
+  batch_rows.hpp
   config.hpp
   functional.hpp
   fwd.hpp
@@ -15,6 +16,7 @@ set(LORA_PUBLIC_HEADERS
   extract.hpp
   adapter/merge.hpp
   adapter/report.hpp
+  adapter/weighted.hpp
   files/error.hpp
   files/pickled.hpp
   files/safetensors.hpp

@@ -5,6 +5,7 @@
 #include <lora/adapter/plan.hpp>
 #include <lora/adapter/registry.hpp>
 #include <lora/adapter/report.hpp>
+#include <lora/adapter/weighted.hpp>
 #include <lora/config.hpp>
 #include <lora/fwd.hpp>
 #include <lora/model/frozen_parameters.hpp>
@@ -12,8 +13,11 @@
 #include <lora/version.hpp>
 
 #include <algorithm>
+#include <cmath>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -189,19 +193,53 @@ class Adapters {
   /// Forward passes on this thread use the adapter until the returned scope ends. Without a name: the only adapter. One
   /// that is merged is in the weights already and is not added again; while another one is merged it is an error.
   Activation activate() const { return activate(only()); }
-  Activation activate(const std::string& name) const {
-    TORCH_CHECK(!is_merged() || merged_ == name, "lora::activate: \"", merged_,
-                "\" is merged, and the two would add up; unmerge it first");
-    auto active = state_->registry.active(name);
-    if (!active) {
-      const auto all = list();
-      const auto& entry = known(*all, name);
-      check_devices(*entry.adapter);
-      active = {entry.adapter, detail::make_active_set(*all, entry)};
-      state_->registry.keep(name, all, *active);
+  Activation activate(const std::string& name) const { return open(active(name).set); }
+
+  /// Several at once, each with a factor: W' = W + sum of weight_i (W'_i - W).
+  ///
+  ///   auto active = adapters.activate(lora::WeightedAdapters{{"french", 1.0}, {"poet", 0.5}});
+  Activation activate(const WeightedAdapters& adapters) const {
+    detail::ActiveSets sets;
+    std::set<std::string> names;
+    for (const auto& [name, weight] : adapters) {
+      TORCH_CHECK_VALUE(std::isfinite(weight), "lora::activate: the weight of \"", name,
+                        "\" has to be a finite number, but got ", weight);
+      TORCH_CHECK_VALUE(names.insert(name).second, "lora::activate: \"", name, "\" is named twice");
+      sets.add(*active(name).set, weight);
     }
-    if (active->adapter->start) active->adapter->start->follow();
-    return Activation(std::move(active->set), state_->usage, model_->needs_plain_scripts());
+    TORCH_CHECK_VALUE(!adapters.empty(), "lora::activate: no adapter is named");
+    return open(sets.take());
+  }
+
+  /// A different adapter for each row of a batch: `rows` has a name for each, the empty one for the base model. Every
+  /// layer computes its frozen product once for all rows, and for each adapter the update of its own rows, in training
+  /// as well; rows are grouped here and not in every layer, so that their order costs nothing.
+  ///
+  ///   auto active = adapters.activate(std::vector<std::string>{"french", "", "poet"});
+  ///   auto y = model->forward(x);  // of three rows
+  ///
+  /// The first dimension of a layer's inputs counts the rows; of a torch::nn::MultiheadAttention the second. Inputs in
+  /// which it has several entries for each row, one after the other, e.g. (rows * positions, features), are known as
+  /// such once an input with a dimension of their number was seen in the scope. `options` tells what differs.
+  ///
+  /// Methods that are no plain low-rank updates, convolutions, lookups and layers that are trained in full compute the
+  /// rows of each adapter apart. An operator that takes a weight for all rows together (recurrent layers, bilinear
+  /// ones, norms that are trained in full) throws. So does an input whose number of rows is another one. Layers that
+  /// have an adapter of their own (`adapters_of`) leave it to the names whether it acts.
+  Activation activate(const std::vector<std::string>& rows, RowOptions options = {}) const {
+    auto batch = std::make_shared<const detail::BatchRows>(rows, std::move(options));
+    detail::ActiveSets sets;
+    for (size_t group = 0; group < batch->groups(); ++group) {
+      const auto& name = batch->names()[group];
+      if (!name.empty()) sets.add(*active(name).set, /*weight=*/1, group);
+    }
+    if (!own_.empty()) sets.add_layers(*active(own_).set);
+    TORCH_CHECK(!is_merged(), "lora::activate: \"", merged_, "\" is merged, and rows of other adapters, or of the ",
+                "base model, would have it too; unmerge it first");
+    return open(sets.take(std::move(batch)));
+  }
+  Activation activate(std::initializer_list<std::string> rows) const {
+    return activate(std::vector<std::string>(rows));
   }
 
   /// Folds the adapter into the weights: W' = W + update, in float and rounded once. All layers or, when an update is
@@ -355,6 +393,26 @@ class Adapters {
     TORCH_CHECK(all->entries.size() == 1,
                 "lora::Adapters: name the adapter that is meant; there are: ", detail::list(all->names()));
     return all->entries.front().name;
+  }
+
+  /// An adapter and its active set, which is kept until something changes.
+  detail::AdapterRegistry::Active active(const std::string& name) const {
+    TORCH_CHECK(!is_merged() || merged_ == name, "lora::activate: \"", merged_,
+                "\" is merged, and the two would add up; unmerge it first");
+    auto active = state_->registry.active(name);
+    if (!active) {
+      const auto all = list();
+      const auto& entry = known(*all, name);
+      check_devices(*entry.adapter);
+      active = {entry.adapter, detail::make_active_set(*all, entry)};
+      state_->registry.keep(name, all, *active);
+    }
+    if (active->adapter->start) active->adapter->start->follow();
+    return *active;
+  }
+
+  Activation open(std::shared_ptr<const detail::ActiveSet> set) const {
+    return Activation(std::move(set), state_->usage, model_->needs_plain_scripts());
   }
 
   void freeze() {

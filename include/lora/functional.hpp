@@ -12,6 +12,7 @@
 #include <c10/util/accumulate.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/batch_rows.hpp>
 #include <lora/dropout.hpp>
 #include <lora/low_rank_linear.hpp>
 #include <lora/method/contract.hpp>
@@ -20,6 +21,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 // The one place that computes with adapters: a product with updates, and a weight with updates.
 
@@ -34,6 +36,7 @@ struct Update {
   bool training;          ///< whether dropout acts
   double weight = 1;      ///< a factor for the update as a whole
   int64_t at = 0;         ///< the first output of the product that is its own, where the operand holds several weights
+  detail::RowsOfUpdate rows = {};  ///< on which rows of the batch it acts; all, where nothing is said
 };
 
 using Updates = c10::SmallVector<Update, 4>;
@@ -145,7 +148,13 @@ class FusedProduct {
     for (size_t i = 0; i < updates.size(); ++i) {
       if (!can_add(updates[i], terms[i])) return;
     }
-    for (size_t i = 0; i < updates.size(); ++i) add(updates[i], terms[i]);
+    for (size_t i = 0; i < updates.size(); ++i) {
+      if (!updates[i].rows) {
+        add(updates[i], terms[i], Entries());
+      } else {
+        add_pieces(updates[i], terms[i]);
+      }
+    }
   }
 
   bool is_possible() const { return !slices_.empty(); }
@@ -168,10 +177,19 @@ class FusedProduct {
     return !at::GradMode::is_enabled() || term.A.requires_grad() || !product_.x.requires_grad();
   }
 
-  void add(const Update& update, const Term& term) {
+  /// Pieces of a batch, each with a mask of its own.
+  void add_pieces(const Update& update, const Term& term) {
+    const auto& x = product_.x;
+    const auto leading = x.dim() - 1;
+    const auto layout = update.rows.layout(x.sizes(), leading).joined(x.sizes(), leading);
+    update.rows.batch->for_each_piece(update.rows.group, layout, x.device(),
+                                      [&](const Entries& entries) { add(update, term, entries); });
+  }
+
+  void add(const Update& update, const Term& term, const Entries& entries) {
     const auto mask = Dropout(update).mask();
     for_each_term(update, term, [&](const Term& own, const TermRows& rows) {
-      slices_.push_back({own.A, rows.of(own.B), own.scale * update.weight, rows.at, mask});
+      slices_.push_back({own.A, rows.of(own.B), own.scale * update.weight, rows.at, mask, entries});
     });
   }
 
@@ -343,24 +361,76 @@ inline bool can_add(const Product& product, const Update& update) {
   return product.adds && is_known && matrix && !update.method->replaces();
 }
 
+/// The first update that acts on some rows of a batch only; null where each acts on all of them.
+inline const Update* with_rows(c10::ArrayRef<Update> updates) {
+  const auto found = std::find_if(updates.begin(), updates.end(), [](const Update& u) { return bool(u.rows); });
+  return found == updates.end() ? nullptr : &*found;
+}
+
+/// Those of the updates that act on the rows of a group, as updates of all rows.
+inline Updates of_group(c10::ArrayRef<Update> updates, size_t group) {
+  Updates own;
+  for (const auto& update : updates) {
+    if (update.rows && update.rows.group != group) continue;
+    own.push_back(update);
+    own.back().rows = {};
+  }
+  return own;
+}
+
+/// op(x) where each group of rows is computed apart, as `compute(x, group)`; for an operator whose rows are independent
+/// of each other, and in the same dimension of x and of the result. `update` has the rows.
+template <class Compute>
+at::Tensor by_groups(const at::Tensor& x, const Update& update, const Compute& compute) {
+  const auto leading = update.base->shape().is_lookup ? x.dim() : x.dim() - 1;
+  const auto layout = update.rows.layout(x.sizes(), leading);
+  const auto& batch = *update.rows.batch;
+  if (batch.groups() == 1) return compute(x, 0);
+  std::vector<at::Tensor> parts;
+  for (size_t group = 0; group < batch.groups(); ++group)
+    parts.push_back(compute(x.index_select(layout.dim, batch.index(group, layout, x.device())), group));
+  return at::cat(parts, layout.dim).index_select(layout.dim, batch.inverse(layout, x.device()));
+}
+
+/// Throws where the updates are on rows of several batches, which would have to be divided by each of them.
+inline void check_one_batch(c10::ArrayRef<Update> updates, const Update& first) {
+  for (const auto& update : updates) {
+    TORCH_CHECK(!update.rows || update.rows.batch == first.rows.batch,
+                "lora: two scopes have adapters for the rows of ", "\"", *first.rows.layer,
+                "\", which can be added up only where all are plain low-rank updates in the ", "type of the layer");
+  }
+}
+
 }  // namespace detail
 
 /// y = op(x, W') + b for all updates at once:
 ///
 ///   y = x W^T + b + sum_i w_i (x_i W'_i^T - x_i W^T)
 ///
-/// where x_i is x with the dropout of update i. Where updates cannot be added to the operator's result, or are no terms
-/// on all of it, the operator runs with W' in the place of W; there, too, dropout acts on the input of the update
-/// alone.
+/// where x_i is x with the dropout of update i, and zero but for the rows of the batch on which it acts. Where updates
+/// cannot be added to the operator's result, or are no terms on all of it, the operator runs with W' in the place of W;
+/// there, too, dropout acts on the input of the update alone. Rows with other updates are computed apart where they are
+/// no plain terms.
 inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> updates) {
   using detail::Dropout;
+  const auto* in_rows = detail::with_rows(updates);
   const auto adds = [&](const Update& update) { return detail::can_add(product, update); };
   if (std::all_of(updates.begin(), updates.end(), adds)) {
     detail::Terms terms;
     for (const auto& update : updates)
       terms.push_back(update.method->has_term() ? update.method->term(*update.base) : Term());
     const detail::FusedProduct fused(product, updates, terms);
-    return fused.is_possible() ? fused.result() : detail::ProductSum(product, updates, terms).result();
+    if (fused.is_possible()) return fused.result();
+    if (in_rows == nullptr) return detail::ProductSum(product, updates, terms).result();
+  }
+  if (in_rows != nullptr) {
+    detail::check_one_batch(updates, *in_rows);
+    return detail::by_groups(product.x, *in_rows, [&](const at::Tensor& x, size_t group) {
+      auto own = product;
+      own.x = x;
+      const auto acting = detail::of_group(updates, group);
+      return acting.empty() ? own.frozen() : adapted_product(own, acting);
+    });
   }
 
   // The numbers of columns cannot be dropped.

@@ -6,8 +6,10 @@
 #include <lora/extract.hpp>
 #include <lora/adapter/merge.hpp>
 #include <lora/adapter/report.hpp>
+#include <lora/adapter/weighted.hpp>
 #include <lora/adapters.hpp>
 #include <lora/attach.hpp>
+#include <lora/batch_rows.hpp>
 #include <lora/config.hpp>
 #include <lora/files/safetensors.hpp>
 #include <lora/functional.hpp>

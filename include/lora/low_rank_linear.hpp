@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
+#include <lora/batch_rows.hpp>
 #include <lora/dropout.hpp>
 #include <lora/method/term.hpp>
 #include <lora/version.hpp>
@@ -23,17 +24,18 @@ namespace detail {
 
 /// A product with low-rank updates as one node of autograd, which owns the frozen product:
 ///
-///   y = x M^T + b,   y[:, at_i : at_i + n_i] += s_i (x_i A_i^T) B_i^T
+///   y = x M^T + b,   y[rows_i, at_i : at_i + n_i] += s_i (x_i A_i^T) B_i^T
 ///
 /// Shapes: x (N, in); M (out, in); b (out) or undefined; A_i (rank_i, in); B_i (n_i, rank_i). All of one type. M gets
-/// no gradient. x_i is x with the dropout of update i. With g = dL/dy, g_i its columns of update i, S_i = A_i x_i^T,
-/// G_i = B_i^T g_i^T and d_i the dropout once more:
+/// no gradient. x_i are the rows of x on which update i acts, with its dropout. With g = dL/dy, g_i the rows and
+/// columns of update i in it, S_i = A_i x_i^T, G_i = B_i^T g_i^T and d_i the dropout once more:
 ///
-///   dx = g M + sum_i s_i d_i(G_i^T A_i),   dA_i = s_i G_i x_i,   dB_i = s_i g_i^T S_i^T,   db = sum of g over N
+///   dx = g M,  dx[rows_i] += s_i d_i(G_i^T A_i),   dA_i = s_i G_i x_i,   dB_i = s_i g_i^T S_i^T,   db = sum of g over
+///   N
 ///
-/// What is kept for backward is S_i (rank_i, N) beside the operands; of dropout, the seed. Updates are added in place,
-/// scales are folded into the products, and of a skinny product that orientation is taken in which its long side is a
-/// row.
+/// What is kept for backward is S_i (rank_i, N_i) beside the operands; of dropout, the seed. Updates are added in
+/// place, scales are folded into the products, and of a skinny product that orientation is taken in which its long side
+/// is a row.
 class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   using Tensors = torch::autograd::variable_list;
 
@@ -42,7 +44,8 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     at::Tensor A, B;
     double scale;
     int64_t at;        ///< the first output that it acts on
-    DropoutMask mask;  ///< of x; one and the same for the parts of an update
+    DropoutMask mask;  ///< of its rows of x; one and the same for the parts of an update
+    Entries rows;      ///< of x that it acts on
   };
   using Slices = std::vector<Slice>;
 
@@ -91,22 +94,21 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     if (plan.has_bias && context->needs_input_grad(1)) all[1] = g.sum(0);
     DroppedInput dropped(x);
     for (size_t i = 0; i < count; ++i) {
-      const auto& [unused_A, unused_B, scale, at, mask] = plan.slices[i];
+      const auto& [unused_A, unused_B, scale, at, mask, rows] = plan.slices[i];
       const auto &A = kept[2 + 2 * i], &B = kept[3 + 2 * i];
-      const auto own = g.size(1) == B.size(0) ? g : g.narrow(1, at, B.size(0));
+      const auto own = rows.of(columns(g, at, B.size(0)));
       auto &dA = all[2 + 2 * i], &dB = all[3 + 2 * i];
       if (is_differentiated) {
-        const auto x_i = mask.acts() ? dropout(x, mask) : x;
+        const auto x_i = mask.acts() ? dropout(rows.of(x), mask) : rows.of(x);
         const auto G = own.mm(B) * scale;
-        if (wants_x) dx = dx + (mask.acts() ? dropout(G.mm(A), mask) : G.mm(A));
+        if (wants_x) dx = rows.plus(dx, mask.acts() ? dropout(G.mm(A), mask) : G.mm(A));
         dA = G.t().mm(x_i);
         dB = own.t().mm(x_i.mm(A.t())) * scale;
         continue;
       }
       const auto G = B.t().mm(own.t());
-      if (wants_x && mask.acts()) mask.add(at::addmm(dx, G.t(), A, /*beta=*/0, scale), dx);
-      if (wants_x && !mask.acts()) dx.addmm_(G.t(), A, /*beta=*/1, scale);
-      if (context->needs_input_grad(first + 2 * i)) dA = at::addmm(A, G, dropped.by(mask), /*beta=*/0, scale);
+      if (wants_x) add_to_input(dx, plan.slices[i], G.t(), A);
+      if (context->needs_input_grad(first + 2 * i)) dA = at::addmm(A, G, dropped.by(mask, rows), /*beta=*/0, scale);
       if (context->needs_input_grad(first + 2 * i + 1)) {
         const auto& S = kept[2 + 2 * count + i];
         dB = at::addmm(B.t(), S, own, /*beta=*/0, scale).t();
@@ -132,10 +134,10 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
    public:
     explicit DroppedInput(const at::Tensor& x) : x_(x) {}
 
-    const at::Tensor& by(const DropoutMask& mask) {
-      if (!mask.acts()) return x_;
+    at::Tensor by(const DropoutMask& mask, const Entries& rows) {
+      if (!mask.acts()) return rows.of(x_);
       if (!dropped_.defined() || !(mask == mask_)) {
-        dropped_ = mask.of(x_);
+        dropped_ = mask.of(rows.of(x_));
         mask_ = mask;
       }
       return dropped_;
@@ -147,14 +149,26 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     at::Tensor dropped_;
   };
 
+  /// The outputs of a slice.
+  static at::Tensor columns(const at::Tensor& y, int64_t at, int64_t count) {
+    return y.size(1) == count ? y : y.narrow(1, at, count);
+  }
+
+  /// dx[rows] += d(s G A)
+  static void add_to_input(const at::Tensor& dx, const Slice& slice, const at::Tensor& G, const at::Tensor& A) {
+    if (!slice.mask.acts()) return slice.rows.add_product(dx, G, A, slice.scale);
+    const auto added = at::mm(G, A).mul_(slice.scale);
+    if (slice.rows.are_all()) return slice.mask.add(added, dx);
+    slice.rows.add(dx, slice.mask.of(added));
+  }
+
   /// y; and every S_i at the end of `kept`, if that is given.
   static at::Tensor add_all(const Product& product, const at::Tensor& x, const Slices& slices, Tensors* kept) {
     auto y = product.run(x, product.operand, product.bias);
     DroppedInput dropped(x);
     for (const auto& slice : slices) {
-      const auto S = slice.A.mm(dropped.by(slice.mask).t());
-      auto own = y.size(1) == slice.B.size(0) ? y : y.narrow(1, slice.at, slice.B.size(0));
-      own.addmm_(S.t(), slice.B.t(), /*beta=*/1, slice.scale);
+      const auto S = slice.A.mm(dropped.by(slice.mask, slice.rows).t());
+      slice.rows.add_product(columns(y, slice.at, slice.B.size(0)), S.t(), slice.B.t(), slice.scale);
       if (kept != nullptr) kept->push_back(S);
     }
     return y;

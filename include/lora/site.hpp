@@ -85,6 +85,7 @@ class Site {
   const std::shared_ptr<Site>& bias_site() {
     if (!bias_site_ && place_.bias) {
       Place place{name() + ".bias", name() + ".bias", "", place_.bias, Use::kAny};
+      place.row_axis = place_.row_axis;
       bias_site_ = std::make_shared<Site>(std::move(place), MatrixView::none(place_.bias->read().sizes()));
     }
     return bias_site_;

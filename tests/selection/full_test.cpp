@@ -214,6 +214,8 @@ TEST_CASE("What modules_to_save and fused name has to be there") {
   CHECK_THAT(fails(config().fused({{"bodi", {3, 3}, {true, true}}})), testing::contains("\"bodi\" of fused"));
   CHECK_THAT(fails(config().fused({{"body", {3, 4}, {true, true}}})), testing::contains("together 7"));
   CHECK_THAT(fails(config().fused({{"body", {3, 3}, {false, false}}})), testing::contains("0 of them true"));
+  CHECK_THAT(fails(config().method(lora::IA3()).fused({{"body", {3, 3}, {true, true}}})),
+             testing::contains("the bias of \"body\""));
   CHECK(model->body->weight.requires_grad());
   torch::nn::Sequential unbiased(torch::nn::Linear(torch::nn::LinearOptions(2, 2).bias(false)));
   CHECK_THAT(

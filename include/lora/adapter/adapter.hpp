@@ -102,6 +102,9 @@ namespace detail {
 
 /// The part for the bias of a layer whose method changes it.
 inline AdapterPart bias_part(const AdapterPart& layer) {
+  TORCH_CHECK(layer.site->view().part_rows().empty(), "lora::attach: ", layer.method->info().name,
+              " changes the bias of \"", layer.name,
+              "\", too, which is not done for the parts of a fused layer; take the layer out of `fused`");
   auto part = layer;
   part.role = AdapterPart::Role::kBias;
   part.site = layer.site->bias_site();

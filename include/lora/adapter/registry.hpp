@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -81,6 +82,80 @@ class AdapterRegistry {
   mutable std::mutex mutex_;
   std::shared_ptr<const AdapterList> list_ = std::make_shared<const AdapterList>();
   std::map<std::string, Active> sets_;
+};
+
+/// Sets that act together, e.g. of several adapters at once, or each on rows of its own.
+class ActiveSets {
+ public:
+  /// Adds what a set does, with a factor, and on the rows of a group where there are rows.
+  void add(const ActiveSet& set, double weight, size_t group = 0) {
+    for (const auto& active : set.sites()) {
+      auto& site = site_of(active);
+      for (auto acting : active.methods) {
+        acting.weight *= weight;
+        acting.group = group;
+        site.methods.push_back(std::move(acting));
+      }
+    }
+    statistics_ = is_first_ ? set.statistics() : common(set.statistics());
+    is_first_ = false;
+  }
+
+  /// Adds the layers of a set, on which nothing acts by this: layers with adapters of their own, whose place it takes.
+  void add_layers(const ActiveSet& set) {
+    for (const auto& active : set.sites()) site_of(active);
+  }
+
+  /// The set of all of them. Of `rows` the layers get the dimensions that its options name.
+  std::shared_ptr<const ActiveSet> take(std::shared_ptr<const BatchRows> rows = nullptr) {
+    if (rows != nullptr) name_axes(rows->options().axes());
+    return std::make_shared<const ActiveSet>(std::move(sites_), std::move(statistics_), std::move(rows));
+  }
+
+ private:
+  ActiveSite& site_of(const ActiveSite& active) {
+    const auto [place, is_new] = places_.emplace(active.site.get(), sites_.size());
+    if (is_new) {
+      sites_.push_back(active);
+      sites_.back().methods.clear();
+    }
+    return sites_[place->second];
+  }
+
+  /// Running statistics that none of the adapters has of its own.
+  std::vector<Place> common(const std::vector<Place>& others) const {
+    auto statistics = statistics_;
+    const auto is_missing = [&](const Place& place) {
+      return std::none_of(others.begin(), others.end(), [&](const Place& o) { return o.name == place.name; });
+    };
+    statistics.erase(std::remove_if(statistics.begin(), statistics.end(), is_missing), statistics.end());
+    return statistics;
+  }
+
+  void name_axes(const RowOptions::Axes& axes) {
+    for (const auto& [layer, dimension] : axes) {
+      bool any = false;
+      for (auto& active : sites_) {
+        const auto& name = active.site->name();
+        if (!is_or_ends_with(name, layer) && !is_or_ends_with(owner_of(name), layer)) continue;
+        active.row_axis = dimension;
+        any = true;
+      }
+      TORCH_CHECK_VALUE(any || sites_.empty(), "lora::RowOptions: none of the adapters acts on a layer \"", layer, "\"",
+                        "; adapted are: ", list(names()));
+    }
+  }
+
+  std::vector<std::string> names() const {
+    std::vector<std::string> names;
+    for (const auto& active : sites_) names.push_back(active.site->name());
+    return names;
+  }
+
+  std::vector<ActiveSite> sites_;
+  std::unordered_map<const Site*, size_t> places_;
+  std::vector<Place> statistics_;
+  bool is_first_ = true;
 };
 
 /// The active set of one adapter. Marks the weights, some of which may have lost the key when they were moved.

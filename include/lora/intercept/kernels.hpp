@@ -43,7 +43,7 @@ namespace detail {
 /// is a weight. Told by the key that weights carry, which costs other tensors nothing.
 inline at::Tensor adapted_value(const at::Tensor& operand, const char* operation) {
   if (!operand.defined() || !is_marked(operand)) return operand;
-  return stand_in(operand, find_updates(operand, Use::kAny, operation));
+  return stand_in(operand, find_updates(operand, Use::kAny, operation), operation);
 }
 
 inline at::Tensor adapted_value(const std::optional<at::Tensor>& operand, const char* operation) {
@@ -64,14 +64,31 @@ at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::T
                                                           : Product::Form::kOther;
   const BelowInterception below;
   const auto updates = find_updates(operand, Use::kProduct, operation, misses_gradient(x));
-  if (updates.empty()) note_passed();
-  const auto b = adapted_value(bias, operation);
+  if (updates.empty()) {
+    note_passed();
+    note_input(x);
+  }
+  const bool has_bias = bias.has_value() && bias->defined(), is_marked_bias = has_bias && is_marked(*bias);
+  const auto of_bias = is_marked_bias ? find_updates(*bias, Use::kAny, operation) : Updates();
+  const auto compute = [&](const at::Tensor& in, const Updates& acting, const Updates& on_bias) {
+    const auto b = has_bias ? stand_in(*bias, on_bias, operation) : at::Tensor();
+    if (acting.empty() || is_detached(operand)) return run(in, stand_in(operand, acting, operation), b);
+    // A table is the transpose of its matrix.
+    const auto is_added = [&](const Update& u) { return u.part.kind == kind && !u.base->shape().is_lookup; };
+    const bool adds = std::all_of(acting.begin(), acting.end(), is_added);
+    return adapted_product({in, operand, b, run, linear_times, adds, form}, acting);
+  };
   const auto left = adapted_value(x, operation);
-  if (updates.empty() || is_detached(operand)) return run(left, stand_in(operand, updates), b);
-  // A table is the transpose of its matrix.
-  const auto is_added = [&](const Update& u) { return u.part.kind == kind && !u.base->shape().is_lookup; };
-  const bool adds = std::all_of(updates.begin(), updates.end(), is_added);
-  return adapted_product({left, operand, b, run, linear_times, adds, form}, updates);
+  const auto* bias_in_rows = with_rows(of_bias);
+  if (bias_in_rows == nullptr && !is_detached(operand)) return compute(left, updates, of_bias);
+  const auto* in_rows = with_rows(updates);
+  if (in_rows == nullptr) in_rows = bias_in_rows;
+  if (in_rows == nullptr) return compute(left, updates, of_bias);
+  check_one_batch(updates, *in_rows);
+  check_one_batch(of_bias, *in_rows);
+  return by_groups(left, *in_rows, [&](const at::Tensor& in, size_t group) {
+    return compute(in, of_group(updates, group), of_group(of_bias, group));
+  });
 }
 
 inline at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -151,6 +168,7 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
                                    bool scale_grad_by_freq, bool sparse) {
   const BelowInterception below;
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding");
+  if (updates.empty()) note_input(indices);
   if (updates.empty()) return at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
   const auto limit = PendingLimit::take(table, indices);
   const auto look_up = [&](const at::Tensor& i, const at::Tensor& entries, const at::Tensor& /*bias*/) {
@@ -158,7 +176,7 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
   };
   const auto times = [&](const at::Tensor& i, const at::Tensor& matrix) { return look_up(i, matrix.t(), {}); };
   const auto entries = is_detached(table)
-                           ? look_up(indices, stand_in(table, updates), {})
+                           ? look_up(indices, stand_in(table, updates, "aten::embedding"), {})
                            : adapted_product({indices, table, {}, look_up, times, are_lookups(updates)}, updates);
   return limit ? limit->apply(entries) : entries;
 }
@@ -176,11 +194,12 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
     return at::embedding_bag(entries, indices, offsets, scale_grad_by_freq, mode, sparse && entries.is_same(table),
                              weights, include_last_offset, padding_idx);
   };
-  const auto updates = find_updates(table, Use::kLookup, "aten::embedding_bag");
+  constexpr auto kName = "aten::embedding_bag";
+  const auto updates = find_updates(table, Use::kLookup, kName);
   if (updates.empty()) return bag(table);
   const auto limit = PendingLimit::take(table, indices);
-  if (limit) return bag(limit->apply(stand_in(table, updates)));
-  if (is_detached(table)) return bag(stand_in(table, updates));
+  if (limit) return bag(limit->apply(stand_in(table, updates, kName)));
+  if (is_detached(table) || with_rows(updates) != nullptr) return bag(stand_in(table, updates, kName));
   BagOutput output;  // of the operator itself; what is beside the entries is the same for all of them
   const auto look_up = [&](const at::Tensor& /*i*/, const at::Tensor& entries, const at::Tensor& /*bias*/) {
     output = bag(entries);
@@ -218,8 +237,9 @@ inline void cast_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack)
   op.callBoxed(stack);
   const auto cast = stack->back().toTensor();
   if (cast.is_alias_of(operand)) return;  // one that changes nothing is seen in the product
-  const auto updates = find_updates(operand, Use::kProduct, op.operator_name().name.c_str());
-  if (!updates.empty()) stack->back() = stand_in(operand, updates).to(cast.scalar_type());
+  const auto* name = op.operator_name().name.c_str();
+  const auto updates = find_updates(operand, Use::kProduct, name);
+  if (!updates.empty()) stack->back() = stand_in(operand, updates, name).to(cast.scalar_type());
 }
 
 /// An operator without a derivative: where one is needed, `unfused` computes it from the stack in operators that have
@@ -233,7 +253,8 @@ void fused_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     is_nested = is_nested || operand.is_nested();
     return operand;
   });
-  if (!at::GradMode::is_enabled() || !(adapted || needs_gradient)) return substituting_kernel(op, stack);
+  const bool is_fused = !at::GradMode::is_enabled() && !(adapted && are_in_rows());
+  if (is_fused || !(adapted || needs_gradient)) return substituting_kernel(op, stack);
   TORCH_CHECK(!is_nested, "lora: ", op.operator_name(), " has no gradient for nested tensors, so nothing can be ",
               "trained through it. Run the module in training mode, or without gradient (torch::NoGradGuard), or ",
               "export it with enable_nested_tensor=False");

@@ -236,6 +236,23 @@ inline bool misses_gradient(const at::Tensor& input) {
   return !at::GradMode::is_enabled() && input.defined() && input.requires_grad() && !input.is_leaf();
 }
 
+/// Notes an input of a layer that has no update, by which the rows of a batch may be known.
+inline void note_input(const at::Tensor& x) {
+  const auto* scopes = ActiveScopes::current();
+  if (scopes == nullptr) return;
+  for (const auto& scope : scopes->effective()) {
+    if (scope->set->rows() != nullptr) scope->set->rows()->note(x.sizes());
+  }
+}
+
+/// Whether rows of a batch have adapters of their own in the scopes of this thread.
+inline bool are_in_rows() {
+  const auto* scopes = ActiveScopes::current();
+  if (scopes == nullptr) return false;
+  const auto& all = scopes->effective();
+  return std::any_of(all.begin(), all.end(), [](const auto& scope) { return scope->set->rows() != nullptr; });
+}
+
 /// Notes that a product was computed for which there is no update.
 inline void note_passed() {
   const auto* scopes = ActiveScopes::current();
@@ -288,7 +305,10 @@ inline Updates find_updates(const at::Tensor& operand, Use use, const char* oper
     const bool training = active.site->is_training();
     for (const auto& acting : active.methods) {
       const bool is_merged = active.site->is_merged() && active.site->is_in(acting.method.get());
-      if (!is_merged) updates.push_back({acting.method.get(), &active.base, part, training, acting.weight});
+      if (is_merged) continue;
+      updates.push_back({acting.method.get(), &active.base, part, training, acting.weight});
+      if (const auto* rows = scope.set->rows())
+        updates.back().rows = {rows, acting.group, active.row_axis, &active.site->name()};
     }
   });
   return updates;

@@ -2,7 +2,9 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/DimVector.h>
 #include <ATen/ops/_has_compatible_shallow_copy_type.h>
+#include <ATen/ops/stack.h>
 
 #include <lora/intercept/operands.hpp>
 #include <lora/intercept/scope.hpp>
@@ -12,6 +14,7 @@
 #include <array>
 #include <string>
 #include <string_view>
+#include <vector>
 
 // Every use of an adapted weight that is no known product. Adapted weights, and the views of them, carry a dispatch key
 // of their own, so that whatever is done with them comes here, and what is done with other tensors does not.
@@ -47,10 +50,32 @@ inline void mark_detached(const at::Tensor& tensor) {
 }
 
 /// W' in the place of an operand, for an operator that takes it whole.
-inline at::Tensor stand_in(const at::Tensor& operand, const Updates& updates) {
+inline at::Tensor stand_in(const at::Tensor& operand, const Updates& updates, const char* operation) {
   if (updates.empty()) return operand;
+  if (const auto* update = with_rows(updates)) {
+    TORCH_CHECK(
+        false, "lora: ", operation, " takes the weight of \"", *update->rows.layer, "\" as one for all rows of ",
+        "the batch, but in this scope rows have adapters of their own. Run the rows of each adapter in a scope ",
+        "of that adapter alone, or leave the layer out of these adapters");
+  }
   const auto adapted = adapted_operand(operand, updates);
   return is_detached(operand) ? adapted.detach() : adapted;
+}
+
+/// The same for a bias that an operator adds to `sum`, where rows of the batch have biases of their own: one for each
+/// row, shaped so that it is added to it.
+inline at::Tensor stand_in_rows(const at::Tensor& bias, const Updates& updates, const Update& in_rows,
+                                const at::Tensor& sum) {
+  check_one_batch(updates, in_rows);
+  const auto& batch = *in_rows.rows.batch;
+  const auto layout = in_rows.rows.layout(sum.sizes(), sum.dim() - 1);
+  std::vector<at::Tensor> biases;
+  for (size_t group = 0; group < batch.groups(); ++group)
+    biases.push_back(adapted_operand(bias, of_group(updates, group)));
+  at::DimVector sizes(static_cast<size_t>(sum.dim()), 1);
+  sizes[static_cast<size_t>(layout.dim)] = sum.size(layout.dim);
+  sizes.back() = bias.size(0);
+  return at::stack(biases).index_select(0, batch.groups_of_entries(layout, sum.device())).view(sizes);
 }
 
 /// What stands in for a weight that an operator writes to: the adapter's own tensor, where there is one in its place.
@@ -58,6 +83,8 @@ inline at::Tensor written_operand(const at::Tensor& operand, const char* operati
   auto written = operand;
   for_each_match(operand, Use::kAny, operation, [&](const Scope& scope, const ActiveSite& active, const Part& part) {
     const auto& weight = active.base.weight();
+    TORCH_CHECK(scope.set->rows() == nullptr, "lora: ", operation, " writes to the weight of \"", active.site->name(),
+                "\" in a scope in which rows of the batch have adapters of their own");
     const bool replaces = !active.methods.empty() && active.methods.back().method->replaces();
     if (replaces)
       written = same_part(active.methods.back().method->replacement(weight), weight, operand, part);
@@ -65,6 +92,14 @@ inline at::Tensor written_operand(const at::Tensor& operand, const char* operati
       scope.usage->record(*active.site, operation, /*adapted=*/false);
   });
   return written;
+}
+
+/// What a bias is added to by `op`; undefined where that does something else.
+inline at::Tensor sum_with(const c10::OperatorHandle& op, const torch::jit::Stack& stack, const at::Tensor& bias) {
+  const auto& name = op.operator_name();
+  if ((name.name != "aten::add" && name.name != "aten::add_") || name.overload_name != "Tensor") return {};
+  const auto& sum = torch::jit::peek(stack, 0, op.schema().arguments().size()).toTensor();
+  return bias.dim() == 1 && sum.dim() > 1 && sum.size(-1) == bias.size(0) ? sum : at::Tensor();
 }
 
 /// Puts W' in the place of every operand that is an adapted weight, or a part of one.
@@ -79,7 +114,12 @@ inline void adapt_operands(const c10::OperatorHandle& op, torch::jit::Stack& sta
   }
   for_each_operand(op, stack, [&](const at::Tensor& operand, const c10::Argument& argument) {
     if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) return written_operand(operand, name);
-    return stand_in(operand, find_updates(operand, use, name, without_gradient));
+    const auto updates = find_updates(operand, use, name, without_gradient);
+    if (const auto* in_rows = with_rows(updates)) {
+      if (const auto sum = sum_with(op, stack, operand); sum.defined())
+        return stand_in_rows(operand, updates, *in_rows, sum);
+    }
+    return stand_in(operand, updates, name);
   });
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -22,11 +23,13 @@ namespace detail {
 struct ActiveSite {
   struct Acting {
     std::shared_ptr<const AnyMethod> method;
-    double weight;  // a factor for the update
+    double weight;     // a factor for the update
+    size_t group = 0;  // of the rows of the batch, where the set is one of rows
   };
 
   ActiveSite(std::shared_ptr<const Site> of, std::vector<Acting> acting)
       : site(std::move(of)),
+        row_axis(site->place().row_axis),
         base(site->base(site->weight())),
         storage(base.weight().has_storage() ? base.weight().storage() : c10::Storage()),
         methods(std::move(acting)) {}
@@ -40,6 +43,7 @@ struct ActiveSite {
   }
 
   std::shared_ptr<const Site> site;
+  std::optional<int64_t> row_axis;  // as in Place
   DenseBase base;
   c10::Storage storage;  // kept alive, so that no other tensor gets its address
   std::vector<Acting> methods;
@@ -75,8 +79,9 @@ class WeightTable {
 /// The adapters that are active together: for each weight the methods that act on it, without any name.
 class ActiveSet {
  public:
-  ActiveSet(std::vector<ActiveSite> sites, std::vector<Place> statistics)
-      : sites_(std::move(sites)), statistics_(std::move(statistics)) {
+  ActiveSet(std::vector<ActiveSite> sites, std::vector<Place> statistics,
+            std::shared_ptr<const BatchRows> rows = nullptr)
+      : sites_(std::move(sites)), statistics_(std::move(statistics)), rows_(std::move(rows)) {
     for (const auto& active : sites_) table_.add(active);
   }
   ActiveSet(const ActiveSet&) = delete;
@@ -84,6 +89,8 @@ class ActiveSet {
 
   const std::vector<ActiveSite>& sites() const { return sites_; }
   const WeightTable& table() const { return table_; }
+  /// The rows of a batch, where each has adapters of its own; null where all have the same.
+  const BatchRows* rows() const { return rows_.get(); }
   /// Running statistics of the model that are not the adapter's: in training mode a forward pass writes to the base.
   const std::vector<Place>& statistics() const { return statistics_; }
 
@@ -95,6 +102,7 @@ class ActiveSet {
  private:
   std::vector<ActiveSite> sites_;
   std::vector<Place> statistics_;
+  std::shared_ptr<const BatchRows> rows_;
   WeightTable table_;
 };
 

@@ -30,6 +30,7 @@ class ModuleModel final : public Model {
   std::vector<ModelPart> parts() const override {
     std::vector<ModelPart> parts;
     std::set<const torch::nn::Module*> seen;
+    const auto inner = inner_layers();
     for (const auto& [name, module] : modules()) {
       if (module == model_ || !seen.insert(module).second) continue;
       parts.push_back({name, module->name(), false, {}, {}});
@@ -38,7 +39,7 @@ class ModuleModel final : public Model {
         part.own = adaptable->own_sites();
         for (const auto& site : part.own) site->rename(name);
       } else {
-        part.weights = layer_weights(name, *module);
+        part.weights = weights_of(name, *module, inner);
       }
       part.for_each_place([&](const Place& place) { part.is_linear = place.kind == "Linear"; });
       part.is_linear = part.is_linear && part.weights.size() + part.own.size() == 1;
@@ -57,11 +58,12 @@ class ModuleModel final : public Model {
 
   LayerWeights tensors() const override {
     LayerWeights tensors;
+    const auto inner = inner_layers();
     for (const auto& named : modules()) {
       const auto& name = named.first;
       auto* module = named.second;
       const auto prefix = name.empty() ? "" : name + ".";
-      const auto places = known_places(name, *module);
+      const auto places = known_places(name, *module, inner);
       const auto take = [&](const std::string& key, const at::Tensor& tensor, bool is_buffer) {
         if (!tensor.defined()) return;
         tensors.push_back(layers::registered_weight(prefix + key, "", *module, tensor));
@@ -69,10 +71,12 @@ class ModuleModel final : public Model {
         found.form = LayerWeight::Form::kNone;
         found.is_buffer = is_buffer;
         found.place.use = Use::kAny;
-        for (const auto& [slot, use] : places) {
-          if (!slot->handles().registered.is_same(tensor)) continue;
-          found.place.slot = slot;
-          found.place.use = use;
+        found.place.row_axis = std::nullopt;
+        for (const auto& place : places) {
+          if (!place.slot->handles().registered.is_same(tensor)) continue;
+          found.place.slot = place.slot;
+          found.place.use = place.use;
+          found.place.row_axis = place.row_axis;
         }
       };
       for (const auto& item : module->named_parameters(/*recurse=*/false)) take(item.key(), item.value(), false);
@@ -111,7 +115,13 @@ class ModuleModel final : public Model {
   bool is_gone() const override { return is_held_ && alive_.expired(); }
 
  private:
-  using Places = std::vector<std::pair<std::shared_ptr<detail::WeightSlot>, Use>>;
+  struct KnownPlace {
+    std::shared_ptr<detail::WeightSlot> slot;
+    Use use;
+    std::optional<int64_t> row_axis;
+  };
+  using Places = std::vector<KnownPlace>;
+  using Modules = std::set<const torch::nn::Module*>;
 
   /// Every module by name, the model itself first; that one may be held by no shared_ptr.
   std::vector<std::pair<std::string, torch::nn::Module*>> modules() const {
@@ -120,17 +130,35 @@ class ModuleModel final : public Model {
     return modules;
   }
 
+  /// The layers inside of a MultiheadAttention, which get its inputs, (length, batch, width).
+  Modules inner_layers() const {
+    Modules inner;
+    for (const auto& named : modules()) {
+      if (auto* attention = named.second->as<torch::nn::MultiheadAttentionImpl>())
+        inner.insert(attention->out_proj.get());
+    }
+    return inner;
+  }
+
+  static LayerWeights weights_of(const std::string& name, torch::nn::Module& module, const Modules& inner) {
+    auto weights = layer_weights(name, module);
+    if (inner.count(&module) > 0) {
+      for (auto& weight : weights) weight.place.row_axis = 1;
+    }
+    return weights;
+  }
+
   /// The tensors of a layer of which the library knows the members and what they are used for.
-  static Places known_places(const std::string& name, torch::nn::Module& module) {
+  static Places known_places(const std::string& name, torch::nn::Module& module, const Modules& inner) {
     Places places;
     const auto take = [&](const Place& place) {
-      places.emplace_back(place.slot, place.use);
-      if (place.bias) places.emplace_back(place.bias, Use::kAny);
+      places.push_back({place.slot, place.use, place.row_axis});
+      if (place.bias) places.push_back({place.bias, Use::kAny, place.row_axis});
     };
     if (auto* adaptable = dynamic_cast<AdaptableModule*>(&module)) {
       for (const auto& site : adaptable->own_sites()) take(site->place());
     } else {
-      for (const auto& weight : layer_weights(name, module)) take(weight.place);
+      for (const auto& weight : weights_of(name, module, inner)) take(weight.place);
     }
     return places;
   }
@@ -140,13 +168,14 @@ class ModuleModel final : public Model {
     const auto registered = detail::Registry::parameters(module)[parameter];
     auto tensor = registered;  // what its layer computes with, where it has a handle of its own
     for (const auto& [module_name, other] : modules()) {
-      for (const auto& [slot, use] : known_places(module_name, *other)) {
-        if (slot->handles().registered.is_same(registered)) tensor = slot->read();
+      for (const auto& place : known_places(module_name, *other, {})) {
+        if (place.slot->handles().registered.is_same(registered)) tensor = place.slot->read();
       }
     }
     layers::check_parameter(name, tensor);
     auto found = layers::registered_weight(name, "Parameter", module, tensor);
     found.place.use = Use::kAny;
+    found.place.row_axis = std::nullopt;
     return found;
   }
 

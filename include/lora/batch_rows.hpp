@@ -1,0 +1,300 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+#include <c10/util/accumulate.h>
+#include <torch/csrc/api/include/torch/arg.h>
+
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+// A batch whose rows have different adapters: which rows belong together, and where they are in the input of a layer.
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// How the rows of a batch are found in the inputs of layers, for `Adapters::activate(rows)`.
+class RowOptions {
+  /// Whether inputs may have several entries for each row, one after the other, where no layer has seen the rows
+  /// before: (rows * positions, features). Once an input of the scope had a dimension of their number, that is known,
+  /// and nothing has to be said. Default: false.
+  TORCH_ARG(bool, flattened) = false;
+
+ public:
+  using Axes = std::vector<std::pair<std::string, int64_t>>;
+
+  /// The dimension of its inputs that counts rows, for the layers of that name, or whose name ends in a dot and it.
+  /// Without it: the first one; of torch::nn::MultiheadAttention the second.
+  RowOptions& axis(std::string layer, int64_t dimension) {
+    axes_.emplace_back(std::move(layer), dimension);
+    return *this;
+  }
+  const Axes& axes() const { return axes_; }
+
+ private:
+  Axes axes_;
+};
+
+namespace detail {
+
+/// Some entries of the first dimension of a tensor: all, every `step`-th of a range, or those of a list.
+class Entries {
+ public:
+  Entries() = default;
+  static Entries range(int64_t first, int64_t count, int64_t step = 1) {
+    Entries entries;
+    entries.first_ = first;
+    entries.count_ = count;
+    entries.step_ = step;
+    return entries;
+  }
+  static Entries listed(at::Tensor index) {
+    auto entries = range(0, index.numel());
+    entries.index_ = std::move(index);
+    return entries;
+  }
+
+  bool are_all() const { return count_ < 0; }
+  bool are_listed() const { return index_.defined(); }
+  const at::Tensor& index() const { return index_; }
+
+  /// A view, or for a list a copy.
+  at::Tensor of(const at::Tensor& tensor) const {
+    if (are_all()) return tensor;
+    if (are_listed()) return tensor.index_select(0, index_);
+    return step_ == 1 ? tensor.narrow(0, first_, count_) : tensor.slice(0, first_, first_ + count_ * step_, step_);
+  }
+
+  /// sum[entries] += scale a b, in place.
+  void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) const {
+    if (are_listed()) {
+      sum.index_add_(0, index_, a.mm(b), scale);
+    } else {
+      of(sum).addmm_(a, b, /*beta=*/1, scale);
+    }
+  }
+
+  /// The same as a new tensor, through which autograd can pass.
+  at::Tensor plus(const at::Tensor& sum, const at::Tensor& added) const {
+    if (are_all()) return sum + added;
+    const auto index =
+        are_listed() ? index_ : at::arange(first_, first_ + count_ * step_, step_, sum.options().dtype(at::kLong));
+    return sum.index_add(0, index, added);
+  }
+
+  /// sum[entries] += added, in place.
+  void add(const at::Tensor& sum, const at::Tensor& added) const {
+    if (are_listed()) {
+      sum.index_add_(0, index_, added);
+    } else {
+      of(sum).add_(added);
+    }
+  }
+
+ private:
+  int64_t first_ = 0, count_ = -1, step_ = 1;
+  at::Tensor index_;
+};
+
+/// Where rows are in a tensor: its dimension `dim` has outer * rows * inner entries, and entry (o, r, i) is of row r.
+struct RowLayout {
+  int64_t dim, outer, rows, inner;
+
+  /// The same when all of the first `leading` dimensions of a tensor of these sizes are joined to one.
+  RowLayout joined(at::IntArrayRef sizes, int64_t leading) const {
+    const auto count = [&](int64_t first, int64_t last) {
+      return c10::multiply_integers(sizes.begin() + first, sizes.begin() + last);
+    };
+    return {0, outer * count(0, dim), rows, inner * count(dim + 1, leading)};
+  }
+};
+
+/// The rows of a batch, by the adapter that each of them has. Made once for each activation.
+class BatchRows {
+ public:
+  struct Run {
+    int64_t first, count;
+  };
+
+  /// `names` has the adapter of each row; the empty one is the base model.
+  BatchRows(const std::vector<std::string>& names, RowOptions options)
+      : size_(count(names)), options_(std::move(options)) {
+    for (int64_t row = 0; row < size_; ++row) {
+      const auto& name = names[static_cast<size_t>(row)];
+      auto& runs = runs_[group_of(name)];
+      if (!runs.empty() && runs.back().first + runs.back().count == row) {
+        ++runs.back().count;
+      } else {
+        runs.push_back({row, 1});
+      }
+    }
+    flattened_ = options_.flattened();
+  }
+
+  int64_t size() const { return size_; }
+  const RowOptions& options() const { return options_; }
+  /// The different names, in the order of their first rows; groups are named by their places here.
+  const std::vector<std::string>& names() const { return names_; }
+  size_t groups() const { return names_.size(); }
+  const std::vector<Run>& runs(size_t group) const { return runs_[group]; }
+
+  /// Notes an input of a layer without adapters, whose first dimension may be the rows.
+  void note(at::IntArrayRef sizes) const {
+    if (!sizes.empty() && sizes[0] == size_) flattened_.store(true, std::memory_order_relaxed);
+  }
+
+  /// Where the rows are in an input of which the first `leading` dimensions may count them, and `axis` does. Throws
+  /// where that cannot be.
+  RowLayout layout(at::IntArrayRef sizes, int64_t leading, std::optional<int64_t> axis,
+                   const std::string& layer) const {
+    TORCH_CHECK(axis.has_value(), "lora: it is not known which dimension of the inputs of \"", layer,
+                "\" counts the rows of the batch; say so with lora::RowOptions().axis(\"", layer, "\", dimension)");
+    if (*axis < leading && sizes[static_cast<size_t>(*axis)] == size_) {
+      flattened_.store(true, std::memory_order_relaxed);
+      return {*axis, 1, size_, 1};
+    }
+    if (leading > 0 && flattened_.load(std::memory_order_relaxed)) {
+      const bool is_joined = *axis >= leading;  // with those before it
+      const auto dim = is_joined ? 0 : *axis;
+      const auto entries = sizes[static_cast<size_t>(dim)];
+      if (entries % size_ == 0 && is_joined) return {dim, entries / size_, size_, 1};
+      if (entries % size_ == 0) return {dim, 1, size_, entries / size_};
+    }
+    TORCH_CHECK(
+        false, "lora: the scope names an adapter for each of ", size_, " rows, but the input of \"", layer,
+        "\" has shape ", sizes, ", of which dimension ", *axis, " should count them. Give a name for each row; ",
+        "for rows in another dimension, or with several entries one after the other, there is lora::RowOptions");
+  }
+
+  /// Calls `visit(entries)` for the entries of a group in a dimension that is laid out so, in as few pieces as is
+  /// cheap.
+  template <class Visit>
+  void for_each_piece(size_t group, const RowLayout& layout, const at::Device& device, const Visit& visit) const {
+    const auto& runs = runs_[group];
+    if (runs.size() == 1 && runs.front().count == size_) return visit(Entries());
+    const bool by_run = layout.outer == 1, by_row = layout.inner == 1;
+    const auto rows = rows_of(group);
+    const auto pieces = by_run ? static_cast<int64_t>(runs.size()) : rows;
+    const bool are_long = pieces == 1 || layout.outer * rows * layout.inner >= kShort * pieces;
+    if (!are_long || !(by_run || by_row)) return visit(Entries::listed(index(group, layout, device)));
+    for (const auto& run : runs) {
+      if (by_run) {
+        visit(Entries::range(run.first * layout.inner, run.count * layout.inner));
+        continue;
+      }
+      for (auto row = run.first; row < run.first + run.count; ++row)
+        visit(Entries::range(row, layout.outer, layout.rows));
+    }
+  }
+
+  /// The entries of a group as a tensor of indices.
+  at::Tensor index(size_t group, const RowLayout& layout, const at::Device& device) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& index = indices_[{group, layout.outer, layout.inner, device.str()}];
+    if (!index.defined()) index = numbers(entries_of(group, layout)).to(device);
+    return index;
+  }
+
+  /// Where each entry is when those of all groups follow each other.
+  at::Tensor inverse(const RowLayout& layout, const at::Device& device) const {
+    std::vector<int64_t> places(static_cast<size_t>(layout.outer * layout.rows * layout.inner));
+    int64_t next = 0;
+    for (size_t group = 0; group < groups(); ++group) {
+      for (const auto entry : entries_of(group, layout)) places[static_cast<size_t>(entry)] = next++;
+    }
+    return numbers(places).to(device);
+  }
+
+  /// The group of each entry.
+  at::Tensor groups_of_entries(const RowLayout& layout, const at::Device& device) const {
+    std::vector<int64_t> numbers_of_groups(static_cast<size_t>(layout.outer * layout.rows * layout.inner));
+    for (size_t group = 0; group < groups(); ++group) {
+      for (const auto entry : entries_of(group, layout))
+        numbers_of_groups[static_cast<size_t>(entry)] = static_cast<int64_t>(group);
+    }
+    return numbers(numbers_of_groups).to(device);
+  }
+
+ private:
+  /// Below so many entries a piece costs less in a list than by itself.
+  static constexpr int64_t kShort = 16;
+
+  static int64_t count(const std::vector<std::string>& names) {
+    TORCH_CHECK_VALUE(!names.empty(), "lora::activate: there has to be the name of an adapter for each row of the ",
+                      "batch, the empty name for the base model, but there is none");
+    return static_cast<int64_t>(names.size());
+  }
+
+  size_t group_of(const std::string& name) {
+    const auto [place, is_new] = numbers_.emplace(name, names_.size());
+    if (is_new) {
+      names_.push_back(name);
+      runs_.emplace_back();
+    }
+    return place->second;
+  }
+
+  int64_t rows_of(size_t group) const {
+    int64_t rows = 0;
+    for (const auto& run : runs_[group]) rows += run.count;
+    return rows;
+  }
+
+  std::vector<int64_t> entries_of(size_t group, const RowLayout& layout) const {
+    std::vector<int64_t> entries;
+    for (int64_t outer = 0; outer < layout.outer; ++outer) {
+      for (const auto& run : runs_[group]) {
+        const auto first = (outer * layout.rows + run.first) * layout.inner;
+        for (int64_t i = 0; i < run.count * layout.inner; ++i) entries.push_back(first + i);
+      }
+    }
+    return entries;
+  }
+
+  static at::Tensor numbers(const std::vector<int64_t>& values) {
+    auto tensor = at::empty({static_cast<int64_t>(values.size())}, at::kLong);
+    std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<int64_t>());
+    return tensor;
+  }
+
+  int64_t size_;
+  RowOptions options_;
+  std::vector<std::string> names_;
+  std::vector<std::vector<Run>> runs_;
+  std::map<std::string, size_t> numbers_;
+  /// Whether inputs with several entries for each row are taken: it was said, or the rows were seen by themselves.
+  mutable std::atomic<bool> flattened_{false};
+  mutable std::mutex mutex_;
+  mutable std::map<std::tuple<size_t, int64_t, int64_t, std::string>, at::Tensor> indices_;
+};
+
+/// The rows of a batch on which an update acts.
+struct RowsOfUpdate {
+  const BatchRows* batch = nullptr;  ///< null: all
+  size_t group = 0;
+  std::optional<int64_t> axis = 0;  ///< of the layer's inputs that counts rows
+  const std::string* layer = nullptr;
+
+  explicit operator bool() const { return batch != nullptr; }
+
+  RowLayout layout(at::IntArrayRef sizes, int64_t leading) const { return batch->layout(sizes, leading, axis, *layer); }
+};
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
