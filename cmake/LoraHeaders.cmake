@@ -8,6 +8,7 @@ set(LORA_PUBLIC_HEADERS
   fwd.hpp
   lora.hpp
   options.hpp
+  pool.hpp
   site.hpp
   torchscript.hpp
   version.hpp

@@ -43,8 +43,8 @@ inline namespace LORA_ABI {
 /// Threads: an adapter is a value, and the list of them is copied when it changes. So `add`, `load`, `remove` and
 /// `set_scale` may run beside forward and backward passes of other threads that are inside scopes, and beside
 /// `activate`: a pass uses the adapters as they were when its scope opened. Adapting a layer for the first time marks
-/// its weight, so the first adapter of a model is added before other threads use it. `merge`, `unmerge` and `detach`
-/// change the weights and need the model for themselves.
+/// its weight, so the first adapter of a model is added before other threads use it, or `prepare` is called. `merge`,
+/// `unmerge` and `detach` change the weights and need the model for themselves.
 class Adapters {
  public:
   explicit Adapters(torch::nn::Module& model) : Adapters(std::make_shared<ModuleModel>(model)) {}
@@ -72,22 +72,39 @@ class Adapters {
     check_addable(name, adapter);
     freeze();
     list.running_means = model().running_means();
-    for (auto& part : adapter.parts) {
-      part.site = state_->index.take(part.site);
-      const auto handles = part.site->slot().handles();
-      detail::mark(handles.member);
-      detail::mark(handles.registered);
-    }
-    list.entries.push_back({name, std::make_shared<const Adapter>(std::move(adapter))});
+    list.entries.push_back({name, taken(std::move(adapter))});
     state_->registry.publish(std::move(list));
+  }
+
+  /// Puts another adapter in the place of one, with its scale: scopes that are open have the former one, later ones
+  /// this. Throws when it is merged.
+  void replace(const std::string& name, Adapter adapter) {
+    std::lock_guard<std::mutex> lock(state_->writing);
+    auto list = *state_->registry.read();
+    auto& entry = changeable(list, name);
+    check_addable(name, adapter);
+    entry.adapter = taken(std::move(adapter));
+    state_->registry.publish(std::move(list));
+  }
+
+  /// Does to the model what the first adapter does: freezes it, and marks the weights and biases of all layers that can
+  /// be adapted. After it adapters of any of them may be added beside passes of other threads.
+  void prepare() {
+    std::lock_guard<std::mutex> lock(state_->writing);
+    freeze();
+    for (const auto& part : model().parts()) {
+      part.for_each_place([](const Place& place) {
+        mark(*place.slot);
+        if (place.bias) mark(*place.bias);
+      });
+    }
   }
 
   /// Takes an adapter away. Throws when it is merged.
   void remove(const std::string& name) {
     std::lock_guard<std::mutex> lock(state_->writing);
     auto list = *state_->registry.read();
-    known(list, name);
-    TORCH_CHECK(merged_ != name, "lora::Adapters: \"", name, "\" is merged into the weights; unmerge it first");
+    changeable(list, name);
     const auto is_it = [&](const auto& entry) { return entry.name == name; };
     list.entries.erase(std::find_if(list.entries.begin(), list.entries.end(), is_it));
     if (own_ == name) own_.clear();
@@ -100,11 +117,7 @@ class Adapters {
     TORCH_CHECK_VALUE(std::isfinite(scale), "lora::Adapters: the scale has to be a finite number, but got ", scale);
     std::lock_guard<std::mutex> lock(state_->writing);
     auto list = *state_->registry.read();
-    known(list, name);
-    TORCH_CHECK(merged_ != name, "lora::Adapters: \"", name, "\" is merged into the weights; unmerge it first");
-    for (auto& entry : list.entries) {
-      if (entry.name == name) entry.scale = scale;
-    }
+    changeable(list, name).scale = scale;
     state_->registry.publish(std::move(list));
   }
 
@@ -386,6 +399,29 @@ class Adapters {
     TORCH_CHECK(entry != nullptr, "lora::Adapters: there is no adapter \"", name,
                 "\"; there are: ", detail::list(list.names()));
     return *entry;
+  }
+
+  /// An adapter of a list that is going to be published. Throws when it is merged.
+  detail::AdapterList::Entry& changeable(detail::AdapterList& list, const std::string& name) const {
+    known(list, name);
+    TORCH_CHECK(merged_ != name, "lora::Adapters: \"", name, "\" is merged into the weights; unmerge it first");
+    return *std::find_if(list.entries.begin(), list.entries.end(),
+                         [&](const auto& entry) { return entry.name == name; });
+  }
+
+  /// The adapter with the sites of this model, whose weights are marked.
+  std::shared_ptr<const Adapter> taken(Adapter adapter) {
+    for (auto& part : adapter.parts) {
+      part.site = state_->index.take(part.site);
+      mark(part.site->slot());
+    }
+    return std::make_shared<const Adapter>(std::move(adapter));
+  }
+
+  static void mark(const detail::WeightSlot& slot) {
+    const auto handles = slot.handles();
+    detail::mark(handles.member);
+    detail::mark(handles.registered);
   }
 
   std::string only() const {

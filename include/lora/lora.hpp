@@ -24,6 +24,7 @@
 #include <lora/peft/checkpoint.hpp>
 #include <lora/peft/config.hpp>
 #include <lora/peft/convert.hpp>
+#include <lora/pool.hpp>
 #include <lora/site.hpp>
 #include <lora/torchscript.hpp>
 #include <lora/version.hpp>

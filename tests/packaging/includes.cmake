@@ -22,7 +22,7 @@ set(lines
   "modules/"
   "attach.hpp extract.hpp"
   "peft/"
-  "torchscript.hpp"
+  "pool.hpp torchscript.hpp"
   "lora.hpp")
 
 # What a folder may include of the earlier lines, where that is not everything: a layer of this library knows no model.

@@ -5,6 +5,7 @@
 #include <lora/version.hpp>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -52,8 +53,9 @@ class AdapterRegistry {
   void publish(AdapterList list) {
     auto next = std::make_shared<const AdapterList>(std::move(list));
     std::lock_guard<std::mutex> lock(mutex_);
+    for (auto kept = sets_.begin(); kept != sets_.end();)
+      kept = stays(*list_, *next, kept->first) ? std::next(kept) : sets_.erase(kept);
     list_ = std::move(next);
-    sets_.clear();
   }
 
   /// An adapter and its active set.
@@ -79,6 +81,13 @@ class AdapterRegistry {
   }
 
  private:
+  /// Whether the set of an adapter is the same for both lists.
+  static bool stays(const AdapterList& before, const AdapterList& after, const std::string& name) {
+    const auto *old = before.find(name), *now = after.find(name);
+    return old != nullptr && now != nullptr && old->adapter == now->adapter && old->scale == now->scale &&
+           before.running_means.size() == after.running_means.size();
+  }
+
   mutable std::mutex mutex_;
   std::shared_ptr<const AdapterList> list_ = std::make_shared<const AdapterList>();
   std::map<std::string, Active> sets_;
