@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <filesystem>
 #include <functional>
 #include <future>
@@ -152,16 +151,15 @@ class PoolState {
       if (begun == loading_.end()) {
         load_alone(lock, name, [&](Adapter loaded) { insert(name, std::move(loaded)); });
       } else {
-        wait(lock, begun->second).get();  // throws what loading threw
+        wait(lock, begun->second);  // and when that has failed, it is tried once more
       }
     }
   }
 
-  static std::shared_future<void> wait(std::unique_lock<std::mutex>& lock, std::shared_future<void> ready) {
+  static void wait(std::unique_lock<std::mutex>& lock, const std::shared_future<void> ready) {
     lock.unlock();
     ready.wait();
     lock.lock();
-    return ready;
   }
 
   /// Loads an adapter, which no other thread does meanwhile, and hands it to `take`. `held` is its entry, if any.
@@ -174,16 +172,15 @@ class PoolState {
     const auto end = [&] {
       if (held != nullptr) --held->pins;
       loading_.erase(name);
+      ready.set_value();
     };
     try {
       take(load(lock, name));
     } catch (...) {
       end();
-      ready.set_exception(std::current_exception());
       throw;
     }
     end();
-    ready.set_value();
   }
 
   /// The adapter from where it is kept; the lock is not held meanwhile.
