@@ -120,6 +120,21 @@ class Adapters {
     changeable(list, name).scale = scale;
     state_->registry.publish(std::move(list));
   }
+  /// The same for one of its layers, beside the adapter's own scale: both are factors. What a layer has in its bias
+  /// goes with it.
+  void set_scale(const std::string& name, const std::string& layer, double scale) {
+    TORCH_CHECK_VALUE(std::isfinite(scale), "lora::Adapters: the scale has to be a finite number, but got ", scale);
+    std::lock_guard<std::mutex> lock(state_->writing);
+    auto list = *state_->registry.read();
+    auto& entry = changeable(list, name);
+    entry.scales[layer_of(list, entry, layer).name] = scale;
+    state_->registry.publish(std::move(list));
+  }
+
+  /// Whether the adapter's tensors are trained. At first they are; whether an adapter acts is another matter.
+  void set_requires_grad(const std::string& name, bool requires_grad) {
+    for (const auto& tensor : parameters(name)) tensor.set_requires_grad(requires_grad);
+  }
 
   /// Takes over the adapters that layers of this library (LoRALinear, ...) have of their own, as one adapter "default".
   /// What requires gradients stays as it is. Throws when the model has no such layers, or of different methods.
@@ -188,7 +203,8 @@ class Adapters {
   double scaling(const std::string& name, const std::string& layer) const {
     const auto all = list();
     const auto& entry = known(*all, name);
-    return entry.scale * layer_of(*all, entry, layer).method->scaling();
+    const auto& part = layer_of(*all, entry, layer);
+    return entry.scale_of(part) * part.method->scaling();
   }
 
   /// The update W' - W of one layer, shaped like its weight, in the type of the adapter. Also that of a bias, or of
@@ -200,15 +216,21 @@ class Adapters {
     const auto& part = layer_of(*all, entry, layer);
     const auto base = part.site->base();
     const auto delta = base.view().weight(part.method->delta(base));
-    return entry.scale == 1 ? delta : delta * entry.scale;
+    const auto scale = entry.scale_of(part);
+    return scale == 1 ? delta : delta * scale;
   }
 
   /// Forward passes on this thread use the adapter until the returned scope ends. Without a name: the only adapter. One
-  /// that is merged is in the weights already and is not added again; while another one is merged it is an error.
+  /// that is merged is in the weights already and is not added again; while one is merged that is not named, it is an
+  /// error.
   Activation activate() const { return activate(only()); }
-  Activation activate(const std::string& name) const { return open(active(name).set); }
+  Activation activate(const std::string& name) const {
+    check_merged({name});
+    return open(active(name).set);
+  }
 
-  /// Several at once, each with a factor: W' = W + sum of weight_i (W'_i - W).
+  /// Several at once, each with a factor: W' = W + sum of weight_i (W'_i - W). Those that are merged act by being so,
+  /// with the factor 1, and the others are added to them.
   ///
   ///   auto active = adapters.activate(lora::WeightedAdapters{{"french", 1.0}, {"poet", 0.5}});
   Activation activate(const WeightedAdapters& adapters) const {
@@ -218,9 +240,12 @@ class Adapters {
       TORCH_CHECK_VALUE(std::isfinite(weight), "lora::activate: the weight of \"", name,
                         "\" has to be a finite number, but got ", weight);
       TORCH_CHECK_VALUE(names.insert(name).second, "lora::activate: \"", name, "\" is named twice");
+      TORCH_CHECK(weight == 1 || !is_merged(name), "lora::activate: \"", name,
+                  "\" is merged, which is with the factor ", "1, not ", weight, "; unmerge it first");
       sets.add(*active(name).set, weight);
     }
     TORCH_CHECK_VALUE(!adapters.empty(), "lora::activate: no adapter is named");
+    check_merged(names);
     return open(sets.take());
   }
 
@@ -247,44 +272,53 @@ class Adapters {
       if (!name.empty()) sets.add(*active(name).set, /*weight=*/1, group);
     }
     if (!own_.empty()) sets.add_layers(*active(own_).set);
-    TORCH_CHECK(!is_merged(), "lora::activate: \"", merged_, "\" is merged, and rows of other adapters, or of the ",
-                "base model, would have it too; unmerge it first");
+    TORCH_CHECK(!is_merged(), "lora::activate: ", quoted(merged_), " is merged, and rows of other adapters, ",
+                "or of the base model, would have it too; unmerge it first");
     return open(sets.take(std::move(batch)));
   }
   Activation activate(std::initializer_list<std::string> rows) const {
     return activate(std::vector<std::string>(rows));
   }
 
-  /// Folds the adapter into the weights: W' = W + update, in float and rounded once. All layers or, when an update is
-  /// not finite, none. The weights as they were are kept for `unmerge`. Whoever holds a weight sees the merged values;
-  /// only one that is tied to another layer is replaced by a tensor of its own.
+  /// Folds the adapter, or several, into the weights: W' = W + the updates, in float and rounded once. All layers or,
+  /// when an update is not finite, none. The weights as they were are kept for `unmerge`. Whoever holds a weight sees
+  /// the merged values; only one that is tied to another layer is replaced by a tensor of its own. Other adapters can
+  /// be activated together with those that are merged; they see the weights without these.
   void merge() { merge(only()); }
-  void merge(const std::string& name) {
-    TORCH_CHECK(!is_merged(), "lora::merge: the adapter \"", merged_, "\" is merged already; unmerge it first");
-    detail::merge(mergings(name));
-    merged_ = name;
+  void merge(const std::string& name) { merge(std::vector<std::string>{name}); }
+  void merge(std::initializer_list<std::string> names) { merge(std::vector<std::string>(names)); }
+  void merge(const std::vector<std::string>& names) {
+    TORCH_CHECK(!is_merged(), "lora::merge: ", quoted(merged_), " is merged already; unmerge it first");
+    TORCH_CHECK_VALUE(!names.empty(), "lora::merge: no adapter is named");
+    TORCH_CHECK_VALUE(std::set<std::string>(names.begin(), names.end()).size() == names.size(),
+                      "lora::merge: an adapter is named twice among ", quoted(names));
+    detail::merge(mergings(names));
+    merged_ = names;
   }
 
   /// Brings back the weights from before `merge`, bit by bit.
   void unmerge() {
     TORCH_CHECK(is_merged(), "lora::unmerge: nothing is merged");
     std::vector<std::shared_ptr<Site>> sites;
-    for (const auto& merging : mergings(known(*list(), merged_))) sites.push_back(merging.site);
+    for (const auto& merging : mergings_of(*list(), merged_)) sites.push_back(merging.site);
     detail::unmerge(sites);
     merged_.clear();
   }
 
   bool is_merged() const { return !merged_.empty(); }
-  /// The name of the adapter that is merged; empty when none is.
-  const std::string& merged() const { return merged_; }
+  bool is_merged(const std::string& name) const {
+    return std::find(merged_.begin(), merged_.end(), name) != merged_.end();
+  }
+  /// The names of the adapters that are merged; none at first.
+  const std::vector<std::string>& merged() const { return merged_; }
 
   /// Folds the adapter in for good and lets the model go: no second copy of the weights stays, parameters require
   /// gradients as they did before, and no adapter is left in this object.
   void merge_and_unload() { merge_and_unload(only()); }
   void merge_and_unload(const std::string& name) {
-    TORCH_CHECK(!is_merged() || merged_ == name, "lora::merge: the adapter \"", merged_,
-                "\" is merged already; unmerge it first");
-    const auto all = mergings(name);
+    TORCH_CHECK(!is_merged() || merged_ == std::vector<std::string>{name}, "lora::merge: ", quoted(merged_),
+                " is merged already; unmerge it first");
+    const auto all = mergings({name});
     if (!is_merged()) detail::check_mergeable(all);
     thaw();  // first, since merged tensors take over whether the weights they replace are trainable
     if (!is_merged()) detail::merge_for_good(all);
@@ -333,7 +367,7 @@ class Adapters {
     const auto all = list();
     for (const auto& entry : all->entries) {
       for (const auto& part : entry.adapter->parts) {
-        if (part.role == AdapterPart::Role::kLayer) report.layers.push_back(row(part, entry.scale));
+        if (part.role == AdapterPart::Role::kLayer) report.layers.push_back(row(part, entry.scale_of(part)));
       }
       for (const auto& item : entry.adapter->named_parameters()) report.trainable += item.value().numel();
     }
@@ -404,7 +438,7 @@ class Adapters {
   /// An adapter of a list that is going to be published. Throws when it is merged.
   detail::AdapterList::Entry& changeable(detail::AdapterList& list, const std::string& name) const {
     known(list, name);
-    TORCH_CHECK(merged_ != name, "lora::Adapters: \"", name, "\" is merged into the weights; unmerge it first");
+    TORCH_CHECK(!is_merged(name), "lora::Adapters: \"", name, "\" is merged into the weights; unmerge it first");
     return *std::find_if(list.entries.begin(), list.entries.end(),
                          [&](const auto& entry) { return entry.name == name; });
   }
@@ -433,8 +467,6 @@ class Adapters {
 
   /// An adapter and its active set, which is kept until something changes.
   detail::AdapterRegistry::Active active(const std::string& name) const {
-    TORCH_CHECK(!is_merged() || merged_ == name, "lora::activate: \"", merged_,
-                "\" is merged, and the two would add up; unmerge it first");
     auto active = state_->registry.active(name);
     if (!active) {
       const auto all = list();
@@ -449,6 +481,21 @@ class Adapters {
 
   Activation open(std::shared_ptr<const detail::ActiveSet> set) const {
     return Activation(std::move(set), state_->usage, model_->needs_plain_scripts());
+  }
+
+  /// Throws when something is merged that is not among the names.
+  void check_merged(const std::set<std::string>& names) const {
+    for (const auto& name : merged_) {
+      TORCH_CHECK(names.count(name) > 0, "lora::activate: \"", name, "\" is merged, and the two would add up; unmerge ",
+                  "it first, or name it, too");
+    }
+  }
+
+  /// "a", or "a" and "b".
+  static std::string quoted(const std::vector<std::string>& names) {
+    std::string text;
+    for (const auto& name : names) text += (text.empty() ? "\"" : " and \"") + name + "\"";
+    return text;
   }
 
   void freeze() {
@@ -490,21 +537,25 @@ class Adapters {
                                     detail::did_you_mean(layer, targets()), " Adapted are: ", detail::list(targets())));
   }
 
-  std::vector<detail::Merging> mergings(const std::string& name) const {
+  std::vector<detail::Merging> mergings(const std::vector<std::string>& names) const {
     const auto all = list();
-    const auto& entry = known(*all, name);
-    check_devices(*entry.adapter);
-    return mergings(entry);
+    for (const auto& name : names) check_devices(*known(*all, name).adapter);
+    return mergings_of(*all, names);
   }
 
-  /// What an adapter changes, each tensor once: a bias may be trained in full and scaled by its layer's method, too.
-  static std::vector<detail::Merging> mergings(const detail::AdapterList::Entry& entry) {
+  /// What adapters change, each tensor once: two of them, and a bias that is trained in full and scaled by its layer's
+  /// method, too.
+  static std::vector<detail::Merging> mergings_of(const detail::AdapterList& all,
+                                                  const std::vector<std::string>& names) {
     std::vector<detail::Merging> mergings;
     std::unordered_map<const Site*, size_t> places;
-    for (const auto& part : entry.adapter->parts) {
-      const auto [place, is_new] = places.emplace(part.site.get(), mergings.size());
-      if (is_new) mergings.push_back({part.site, {}});
-      mergings[place->second].methods.push_back({entry.name, part.method, entry.scale});
+    for (const auto& name : names) {
+      const auto& entry = known(all, name);
+      for (const auto& part : entry.adapter->parts) {
+        const auto [place, is_new] = places.emplace(part.site.get(), mergings.size());
+        if (is_new) mergings.push_back({part.site, {}});
+        mergings[place->second].methods.push_back({entry.name, part.method, entry.scale_of(part)});
+      }
     }
     return mergings;
   }
@@ -539,8 +590,8 @@ class Adapters {
 
   std::shared_ptr<const Model> model_;
   std::unique_ptr<State> state_;
-  std::string own_;     // name of the adapter that is the layers' own, empty when there is none
-  std::string merged_;  // name of the merged adapter, empty when there is none
+  std::string own_;                  // name of the adapter that is the layers' own, empty when there is none
+  std::vector<std::string> merged_;  // names of the merged adapters
 };
 
 inline void Adapters::adopt() {

@@ -84,7 +84,7 @@ at::Tensor adapted_operand(const at::Tensor& operand, c10::ArrayRef<Update> upda
   for (const auto& update : updates) {
     if (!wanted(update)) continue;
     const auto& weight = update.base->weight();
-    if (updates.size() == 1 && update.weight == 1) {
+    if (updates.size() == 1 && update.weight == 1 && !update.base->is_merged()) {
       if (auto stand_in = update.method->replacement(weight); stand_in.defined())
         return same_part(stand_in, weight, operand, update.part);
     }
@@ -358,7 +358,10 @@ inline bool can_add(const Product& product, const Update& update) {
   const bool is_known = update.part.kind != Part::Kind::kOther && shape.out > 0 &&
                         (!shape.is_lookup || update.part.count == update.base->weight().size(0));
   const bool matrix = shape.batch.empty() || (!update.base->view().part_rows().empty() && update.method->has_term());
-  return product.adds && is_known && matrix && !update.method->replaces();
+  if (!product.adds || !is_known || !matrix || update.method->replaces()) return false;
+  // x times the weight is no product with the one that a gain scales, where something is merged into that.
+  if (!update.base->is_merged()) return true;
+  return update.method->has_term() && !update.method->term(*update.base).scales_weight();
 }
 
 /// The first update that acts on some rows of a batch only; null where each acts on all of them.

@@ -105,6 +105,10 @@ class Site {
   DenseBase base() const { return base(pristine()); }
   /// The same for `weight`, which is this one or like it.
   DenseBase base(at::Tensor weight) const { return DenseBase(std::move(weight), view_); }
+  /// The weight as operators see it now, with the values that methods see.
+  DenseBase present_base() const { return merged_ ? DenseBase(weight(), pristine(), view_) : base(weight()); }
+  /// How often something was merged or unmerged.
+  int64_t merges() const { return merges_; }
 
   /// By which is seen whether somebody wrote to the weight; what merging writes does not count.
   detail::Stamp stamp() const {
@@ -138,6 +142,7 @@ class Site {
   void merge(at::Tensor values, std::vector<MergedMethod> methods) {
     const detail::BelowInterception below;
     at::NoGradGuard no_grad;
+    ++merges_;
     const auto weight = place_.slot->read();
     if (is_told_apart()) {
       auto former = place_.slot->handles();
@@ -166,6 +171,7 @@ class Site {
   void unmerge() {
     const detail::BelowInterception below;
     at::NoGradGuard no_grad;
+    ++merges_;
     auto former = std::move(merged_->former);
     if (merged_->is_apart) {
       const auto options = weight().options();
@@ -183,6 +189,7 @@ class Site {
   /// Forgets the kept weight: what is merged stays for good, trainable if the weight was.
   void keep_merged() {
     if (merged_->is_apart) weight().requires_grad_(merged_->former.member.requires_grad());
+    ++merges_;
     merged_.reset();
   }
 
@@ -278,7 +285,7 @@ class Site {
   Place place_;
   std::shared_ptr<const MatrixView> view_;
   FileLayout files_;
-  int64_t own_writes_ = 0;
+  int64_t own_writes_ = 0, merges_ = 0;
   std::optional<Merged> merged_;
   std::shared_ptr<Site> bias_site_;
   std::shared_ptr<AnyMethod> own_;

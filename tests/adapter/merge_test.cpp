@@ -126,3 +126,92 @@ TEST_CASE("A model moved while it is merged unmerges to its old values in the ne
   for (auto& value : f.before) value = value.to(torch::kDouble);
   CHECK(f.is_pristine());
 }
+
+TEST_CASE("An adapter that is merged leaves the others active and right, whatever their methods") {
+  const std::vector<lora::MethodKind> methods{lora::LowRank(), lora::DoRA(), lora::IA3(), lora::VeRA()};
+  const auto& first = GENERATE_REF(from_range(methods));
+  const auto& second = GENERATE_REF(from_range(methods));
+  const bool in_full = GENERATE(false, true);
+  INFO(first.info().name << " merged, " << second.info().name << " active, in full " << in_full);
+  testing::Stack model(1);
+  model->to(torch::kDouble);
+  lora::Adapters adapters(*model);
+  for (const auto& [name, method] : {std::pair("a", first), std::pair("b", second), std::pair("c", second)}) {
+    auto config = LoRAConfig(2).alpha(6).method(method).target_modules({"q_proj", "o_proj"});
+    adapters.add(name, in_full ? config.modules_to_save({"lm_head"}) : config);
+    testing::randomize(adapters.parameters(name));
+  }
+  adapters.set_scale("a", 1.5);
+  adapters.set_scale("b", "layers.0.q_proj", -0.5);
+  const auto x = torch::randn({3, 2, 8}, testing::on_device(torch::kDouble));
+  const auto run = [&](const lora::WeightedAdapters& active_ones) {
+    auto active = adapters.activate(active_ones);
+    return model->forward(x);
+  };
+  const auto both = run({{"a"}, {"b", 0.5}}), three = run({{"a"}, {"b"}, {"c", 2.0}});
+  adapters.merge("a");
+  CHECK(testing::distance(run({{"a"}, {"b", 0.5}}), both) < 1e-12);
+  CHECK(testing::distance(run({{"b", 0.5}, {"a"}}), both) < 1e-12);
+  CHECK(testing::distance(run({{"a"}, {"b"}, {"c", 2.0}}), three) < 1e-12);
+  adapters.unmerge();
+  CHECK(testing::distance(run({{"a"}, {"b", 0.5}}), both) < 1e-12);
+  adapters.merge({"a", "b"});
+  CHECK(testing::distance(run({{"a"}, {"b"}, {"c", 2.0}}), three) < 1e-12);
+  CHECK(adapters.merged() == std::vector<std::string>{"a", "b"});
+  adapters.unmerge();
+  CHECK(testing::distance(run({{"a"}, {"b", 0.5}}), both) < 1e-12);
+}
+
+TEST_CASE("What is merged has to be among what is active, and stays as it is") {
+  Fixture f;
+  f.adapters->add("other", LoRAConfig(2).target_modules({"q_proj"}));
+  f.adapters->merge("default");
+  const auto y = f.model->forward(f.x);
+  using Weighted = lora::WeightedAdapters;
+  const std::pair<std::function<void()>, const char*> wrong[] = {
+      {[&] { (void)f.adapters->activate("other"); }, "\"default\" is merged, and the two would add up"},
+      {[&] { (void)f.adapters->activate(Weighted{{"other"}}); }, "unmerge it first, or name it, too"},
+      {[&] {
+         (void)f.adapters->activate(Weighted{{"default", 0.5}, {"other"}});
+       },
+       "with the factor 1, not 0.5"},
+      {[&] { f.adapters->merge("other"); }, "\"default\" is merged already"},
+      {[&] {
+         f.adapters->merge({"other", "other"});
+       },
+       "\"default\" is merged already"},
+      {[&] { f.adapters->remove("default"); }, "is merged into the weights"},
+      {[&] { f.adapters->set_scale("default", 2); }, "is merged into the weights"},
+      {[&] { f.adapters->set_scale("default", "lm_head", 2); }, "is merged into the weights"},
+  };
+  for (const auto& [call, text] : wrong) CHECK_THROWS_WITH(call(), testing::contains(text));
+  CHECK(torch::equal(f.model->forward(f.x), y));
+  f.adapters->unmerge();
+  CHECK_THROWS_WITH(f.adapters->merge({"other", "other"}), testing::contains("named twice"));
+  CHECK_THROWS_WITH(f.adapters->merge(std::vector<std::string>()), testing::contains("no adapter is named"));
+}
+
+TEST_CASE("A scale for one layer acts on that layer, and which adapters are trained is told apart from which act") {
+  Fixture f;
+  const auto delta = f.adapters->delta("default", "layers.1.q_proj"),
+             other = f.adapters->delta("default", "layers.0.q_proj");
+  const auto scaling = f.adapters->scaling("layers.1.q_proj");
+  f.adapters->set_scale("default", "layers.1.q_proj", -2);
+  f.adapters->set_scale("default", 3);
+  CHECK(testing::distance(f.adapters->delta("default", "layers.1.q_proj"), -6 * delta) < 1e-6);
+  CHECK(testing::distance(f.adapters->delta("default", "layers.0.q_proj"), 3 * other) < 1e-6);
+  CHECK(f.adapters->scaling("layers.1.q_proj") == testing::Approx(-6 * scaling));
+  const auto y = f.adapted();
+  f.adapters->merge();
+  CHECK(testing::distance(f.model->forward(f.x), y) < 1e-5);
+  f.adapters->unmerge();
+  CHECK_THROWS_WITH(f.adapters->set_scale("default", "layers.1.qproj", 2), testing::contains("did you mean"));
+  const auto is_trained = [&] {
+    auto active = f.adapters->activate();
+    return f.model->forward(f.x).requires_grad();
+  };
+  f.adapters->set_requires_grad("default", false);
+  CHECK_FALSE(is_trained());
+  f.adapters->set_requires_grad("default", true);
+  CHECK(is_trained());
+}

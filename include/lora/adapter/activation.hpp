@@ -83,8 +83,7 @@ class [[nodiscard]] Activation {
     const auto unreached = names([](const Site& site) { return site.uses.count == 0; });
     scope_->usage->warn_of_unreached(unreached);
     const bool is_base = scope_->set->sites().empty();  // for every row
-    if (unreached.empty() && !is_base && scope_->was_passed && !scope_->was_used)
-      scope_->usage->warn_of_other_model();
+    if (unreached.empty() && !is_base && scope_->was_passed && !scope_->was_used) scope_->usage->warn_of_other_model();
     if (scope_->was_used) scope_->usage->warn_of_statistics(scope_->set->statistics());
     // One use without gradient may be that of a checkpoint, which is computed again when the scope has ended.
     scope_->usage->warn_of_gradients(

@@ -24,7 +24,14 @@ struct AdapterList {
   struct Entry {
     std::string name;
     std::shared_ptr<const Adapter> adapter;
-    double scale = 1;  ///< a factor for the update as a whole
+    double scale = 1;                           ///< a factor for the update as a whole
+    std::map<std::string, double> scales = {};  ///< further ones, for layers
+
+    /// The factor for what the adapter does to one tensor.
+    double scale_of(const AdapterPart& part) const {
+      const auto own = scales.find(part.name);
+      return own == scales.end() ? scale : scale * own->second;
+    }
   };
 
   const Entry* find(const std::string& name) const {
@@ -85,7 +92,7 @@ class AdapterRegistry {
   static bool stays(const AdapterList& before, const AdapterList& after, const std::string& name) {
     const auto *old = before.find(name), *now = after.find(name);
     return old != nullptr && now != nullptr && old->adapter == now->adapter && old->scale == now->scale &&
-           before.running_means.size() == after.running_means.size();
+           old->scales == now->scales && before.running_means.size() == after.running_means.size();
   }
 
   mutable std::mutex mutex_;
@@ -172,7 +179,7 @@ inline std::shared_ptr<const ActiveSet> make_active_set(const AdapterList& all, 
   std::vector<ActiveSite> sites;
   for (const auto& part : entry.adapter->parts) {
     mark(part.site->slot().handles().member);
-    sites.emplace_back(part.site, std::vector<ActiveSite::Acting>{{part.method, entry.scale}});
+    sites.emplace_back(part.site, std::vector<ActiveSite::Acting>{{part.method, entry.scale_of(part)}});
   }
   auto statistics = all.running_means;
   const auto is_own = [&](const Place& place) { return entry.adapter->part(place.name) != nullptr; };

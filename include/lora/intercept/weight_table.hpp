@@ -30,21 +30,23 @@ struct ActiveSite {
   ActiveSite(std::shared_ptr<const Site> of, std::vector<Acting> acting)
       : site(std::move(of)),
         row_axis(site->place().row_axis),
-        base(site->base(site->weight())),
+        base(site->present_base()),
+        merges(site->merges()),
         storage(base.weight().has_storage() ? base.weight().storage() : c10::Storage()),
         methods(std::move(acting)) {}
 
   /// Whether the model still has the weight that it had then. One that got another type or place, other memory, as
-  /// torch::load gives it, and another tensor in its place are seen.
+  /// torch::load gives it, another tensor in its place, and what was merged or unmerged since are seen.
   bool is_current() const {
     const auto now = site->weight();
-    if (!now.is_same(base.weight()) || !is_marked(now)) return false;
+    if (!now.is_same(base.weight()) || !is_marked(now) || site->merges() != merges) return false;
     return !now.has_storage() || now.storage().unsafeGetStorageImpl() == storage.unsafeGetStorageImpl();
   }
 
   std::shared_ptr<const Site> site;
   std::optional<int64_t> row_axis;  // as in Place
   DenseBase base;
+  int64_t merges;
   c10::Storage storage;  // kept alive, so that no other tensor gets its address
   std::vector<Acting> methods;
 };

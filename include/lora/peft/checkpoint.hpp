@@ -201,7 +201,7 @@ inline void write_merged(Adapters& adapters, const std::string& name, const std:
   adapters.model();  // which throws when it is gone
   const detail::BelowInterception below;
   std::optional<MergeGuard<Adapters>> merged;
-  if (adapters.merged() != name) merged.emplace(adapters, name);
+  if (adapters.merged() != std::vector<std::string>{name}) merged.emplace(adapters, name);
   std::map<std::string, at::Tensor> tensors;
   std::set<const c10::TensorImpl*> merged_in;  // of layers that have the adapter as their own
   adapter->for_each_tensor(

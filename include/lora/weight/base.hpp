@@ -28,20 +28,25 @@ class DenseBase final : public Base {
  public:
   DenseBase(at::Tensor weight, std::shared_ptr<const MatrixView> view)
       : weight_(std::move(weight)), view_(std::move(view)) {}
+  /// A weight that has something merged into it; methods see the values that it has without that.
+  DenseBase(at::Tensor weight, at::Tensor pristine, std::shared_ptr<const MatrixView> view)
+      : weight_(std::move(weight)), pristine_(std::move(pristine)), view_(std::move(view)) {}
   /// A matrix (out, in), or a batch of them.
   explicit DenseBase(const at::Tensor& matrix)
       : DenseBase(matrix, std::make_shared<const MatrixView>(MatrixView::plain(matrix.sizes()))) {}
 
   const MatrixShape& shape() const override { return view_->shape(); }
   at::ScalarType dtype() const override { return weight_.scalar_type(); }
-  at::Tensor dense() const override { return view_->matrix(weight_); }
+  at::Tensor dense() const override { return view_->matrix(is_merged() ? pristine_ : weight_); }
   int64_t nbytes() const override { return static_cast<int64_t>(weight_.nbytes()); }
 
+  /// The tensor itself, which operators see.
   const at::Tensor& weight() const { return weight_; }
+  bool is_merged() const { return pristine_.defined(); }
   const MatrixView& view() const { return *view_; }
 
  private:
-  at::Tensor weight_;
+  at::Tensor weight_, pristine_;
   std::shared_ptr<const MatrixView> view_;
 };
 
