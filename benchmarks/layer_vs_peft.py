@@ -1,0 +1,134 @@
+"""What does an adapter cost beside the frozen layer, here and in peft?
+
+python layer_vs_peft.py [--programs DIR] [--rounds N] [--turns N]
+
+The cases are those of the programs `layer` (one adapter: steps of training and forward passes) and `rows` (a batch whose
+rows have different adapters). Processes of both take turns, on one thread; each measures its frozen layer and the
+adapted one in turns. Printed are the medians of the ratios, and what of peft's excess over the frozen layer is ours.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = re.compile(r"(step|forward), (\d+) rows, (\d+) -> (\d+), r=(\d+)(?:, dropout ([\d.]+))?(, DoRA)?$")
+ROWS = re.compile(r"(step|forward), (\d+) rows of (\d+), (\d+) adapters, (sorted|in turns)$")
+
+
+def ratio(frozen, adapted, rounds):
+    """The median of the times of the second over those of the first, measured in turns."""
+    ratios = []
+    for turn in range(-10, rounds):
+        start = time.perf_counter()
+        frozen()
+        middle = time.perf_counter()
+        adapted()
+        if turn >= 0:
+            ratios.append((time.perf_counter() - middle) / (middle - start))
+    return statistics.median(ratios)
+
+
+def adapted_layer(width_in, width_out, count=1, **options):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["0"], lora_alpha=16, init_lora_weights=False, **options)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width_in, width_out)), config, adapter_name="adapter 0")
+    for i in range(1, count):
+        model.add_adapter(f"adapter {i}", config)
+    return model
+
+
+def single(kind, rows, width_in, width_out, rank, dropout, dora, rounds):
+    import torch
+
+    is_step = kind == "step"
+    model = adapted_layer(width_in, width_out, r=rank, lora_dropout=dropout, use_dora=dora).train(is_step)
+    plain = torch.nn.Linear(width_in, width_out).requires_grad_(False)
+    x = torch.randn(rows, width_in, requires_grad=is_step)
+    gradient = torch.randn(rows, width_out)
+
+    def run(layer):
+        y = layer(x)
+        if is_step:
+            y.backward(gradient)
+        x.grad = None
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    with torch.set_grad_enabled(is_step):
+        return ratio(lambda: run(plain), lambda: run(model), rounds)
+
+
+def mixed(kind, rows, positions, count, order, rounds):
+    import torch
+
+    if kind == "step":
+        return None  # peft computes such batches without gradients only
+    model = adapted_layer(768, 768, count, r=8).eval()
+    plain = torch.nn.Linear(768, 768)
+    names = [f"adapter {row * count // rows if order == 'sorted' else row % count}" for row in range(rows)]
+    x = torch.randn(rows, positions, 768)
+    with torch.no_grad():
+        if count == 1:
+            return ratio(lambda: plain(x), lambda: model(x), rounds)
+        return ratio(lambda: plain(x), lambda: model(x, adapter_names=names), rounds)
+
+
+def in_peft(case, rounds):
+    if match := STEP.match(case):
+        kind, rows, width_in, width_out, rank, dropout, dora = match.groups()
+        return single(kind, int(rows), int(width_in), int(width_out), int(rank), float(dropout or 0), bool(dora), rounds)
+    kind, rows, positions, count, order = ROWS.match(case).groups()
+    return mixed(kind, int(rows), int(positions), int(count), order, rounds)
+
+
+def ours(programs, rounds):
+    """The ratio of each case, as the programs print it."""
+    found = {}
+    for program in ("layer", "rows"):
+        text = subprocess.run([str(programs / program), str(rounds)], stdout=subprocess.PIPE, text=True, check=True).stdout
+        for line in text.splitlines()[2:]:
+            cells = [cell.strip() for cell in line.split("|")]
+            found[cells[1]] = float(cells[3])
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of layer and rows")
+    parser.add_argument("--rounds", type=int, default=100, help="measurements of a case in a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", default="", help="of peft, only the cases that contain this")
+    arguments = parser.parse_args()
+
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    here, there = {}, {}
+    for _ in range(arguments.turns):
+        for case, value in ours(arguments.programs, arguments.rounds).items():
+            here.setdefault(case, []).append(value)
+        for case in here:
+            if arguments.only in case and (value := in_peft(case, arguments.rounds)) is not None:
+                there.setdefault(case, []).append(value)
+    print(f"torch {torch.__version__}, one thread, {arguments.turns} turns of {arguments.rounds} rounds")
+    print("| case | here | peft | share of its excess |\n|---|---|---|---|")
+    for case, values in here.items():
+        mine = statistics.median(values)
+        if case not in there:
+            print(f"| {case} | {mine:.3f} | - | - |")
+            continue
+        theirs = statistics.median(there[case])
+        print(f"| {case} | {mine:.3f} | {theirs:.3f} | {(mine - 1) / (theirs - 1):.2f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
