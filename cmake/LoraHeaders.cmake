@@ -3,6 +3,7 @@ set(LORA_PUBLIC_HEADERS
   adapters.hpp
   attach.hpp
   batch_rows.hpp
+  combine.hpp
   config.hpp
   functional.hpp
   fwd.hpp
@@ -59,7 +60,9 @@ set(LORA_PUBLIC_HEADERS
 )
 set(LORA_DETAIL_HEADERS
   method/bias_update.hpp
+  adapter/factors.hpp
   adapter/plan.hpp
+  adapter/pruning.hpp
   adapter/registry.hpp
   adapter/start_values.hpp
   files/atomic_file.hpp
