@@ -1,7 +1,13 @@
 #pragma once
 
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <lora/adapter/factors.hpp>
 #include <lora/adapter/pruning.hpp>
@@ -11,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -234,11 +241,10 @@ class UpdateCombiner {
     return keeps_all && !options_.rank() && !options_.energy() ? whole(matrix) : cut(layer, spectrum(matrix));
   }
   Factors cut(const Combined& layer, const Spectrum& spectrum) const {
-    const auto& shape = layer.site->view().shape();
-    auto rank = spectrum.s.size(-1);
-    if (options_.energy()) rank = rank_for_energy(spectrum.s, *options_.energy());
-    if (options_.rank()) rank = std::min(rank, divided(*options_.rank(), shape.rank_shares));
-    if (!options_.energy() && !options_.rank()) rank = numerical_rank(spectrum.s, std::max(shape.in, shape.out));
+    const auto shares = layer.site->view().shape().rank_shares;
+    auto rank = options_.rank() ? divided(*options_.rank(), shares) : spectrum.s.size(-1);
+    if (options_.energy()) rank = std::min(rank, rank_for_energy(spectrum.s, *options_.energy()));
+    if (!options_.energy() && !options_.rank()) rank = spectrum.numerical_rank();
     return spectrum.first(rank);
   }
 
