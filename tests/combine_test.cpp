@@ -3,6 +3,7 @@
 
 #include <lora/attach.hpp>
 #include <lora/combine.hpp>
+#include <lora/modules/linear.hpp>
 #include <lora/peft/checkpoint.hpp>
 
 #include <array>
@@ -497,6 +498,100 @@ TEST_CASE("A combination is made of the weights as they are without what is merg
   f.adapters->remove("b");
   f.adapters->remove("c");
   CHECK(f.adapters->delta("after", "fc").abs().max().item<double>() > 0.1);
+}
+
+TEST_CASE(
+    "Adapters of modules that are trained in full alone, of own layers and of parts of an attention are combined, "
+    "too") {
+  const auto of = [](std::vector<std::string> names) {
+    return LoRAConfig(2).alpha(3).target_modules(std::move(names));
+  };
+  const auto none = LoRAConfig(2).target_modules(lora::regex("dummy-target-modules"));
+  struct Row {
+    std::string what;
+    LoRAConfig first, second;
+    std::vector<std::string> changed;
+  };
+  const std::vector<Row> rows{
+      {"full",
+       LoRAConfig(none).modules_to_save({"fc"}),
+       LoRAConfig(none).modules_to_save({"up"}),
+       {"fc.weight", "up.weight"}},
+      {"adapted first", of({"conv1", "fc"}), LoRAConfig(none).modules_to_save({"fc"}), {"fc.weight", "conv1.weight"}},
+      {"all of it in full", of({"fc"}), LoRAConfig(none).modules_to_save({"fc"}), {"fc.weight"}},
+      {"inputs and outputs",
+       of({"attention"}).exclude_modules({"attention.out_proj"}),
+       of({"attention.out_proj"}),
+       {"attention.in_proj_weight", "attention.out_proj.weight"}},
+      {"inputs",
+       of({"attention"}).exclude_modules({"attention.out_proj"}),
+       of({"fc"}),
+       {"attention.in_proj_weight", "fc.weight"}},
+      {"outputs", of({"attention.out_proj"}), of({"fc"}), {"attention.out_proj.weight", "fc.weight"}},
+      {"parameter", none, of({"fc"}), {"fc.weight"}},
+  };
+  for (const auto& row : rows) {
+    INFO(row.what);
+    Layers model;
+    lora::Adapters adapters(*model);
+    adapters.add("first",
+                 row.what == "parameter" ? LoRAConfig(2).target_parameters({"experts", "up.weight"}) : row.first);
+    adapters.add("second", row.second);
+    testing::randomize(adapters.parameters(), 0.3);
+    std::map<std::string, torch::Tensor> before, wanted;
+    for (const auto& item : model->named_parameters()) before[item.key()] = item.value().detach().clone();
+    for (const auto& item : before) wanted[item.first] = item.second.clone();
+    for (const auto& [name, weight] : std::map<std::string, double>{{"first", 0.75}, {"second", -1.5}}) {
+      adapters.merge(name);
+      for (const auto& item : model->named_parameters())
+        wanted[item.key()] += weight * (item.value().detach() - before[item.key()]);
+      adapters.unmerge();
+    }
+    adapters.combine("sum", {{"first", 0.75}, {"second", -1.5}});
+    testing::TemporaryFolder folder;
+    adapters.save(folder.path(), "sum");
+    adapters.load("loaded", folder.path());
+    for (const auto& name : {"sum", "loaded"}) {
+      adapters.merge(name);
+      for (const auto& item : model->named_parameters()) {
+        INFO(name << " " << item.key());
+        CHECK(testing::distance(item.value(), wanted[item.key()]) < 1e-12);
+      }
+      for (const auto& changed : row.changed)
+        CHECK(testing::distance(model->named_parameters()[changed], before[changed]) > 0.01);
+      adapters.unmerge();
+    }
+  }
+}
+
+TEST_CASE("Layers that have an adapter of their own are combined with further ones") {
+  torch::manual_seed(8);
+  torch::nn::Sequential model(lora::LoRALinear<>(torch::nn::Linear(6, 5), lora::LoRAOptions(2).alpha(3)));
+  model->to(testing::device());
+  auto adapters = lora::adapters_of(*model);
+  adapters.add("other", LoRAConfig(3).alpha(2).target_modules({"0"}));
+  testing::randomize(adapters.parameters());
+  adapters.combine("sum", {{"default", 0.5}, {"other", -1}});
+  const auto wanted = adapters.delta("default", "0") * 0.5 - adapters.delta("other", "0");
+  CHECK(testing::distance(adapters.delta("sum", "0"), wanted) < 1e-6);
+}
+
+TEST_CASE("A head that is tied to its embedding, and ranks that groups do not divide") {
+  testing::Tied tied;
+  lora::Adapters adapters(*tied);
+  adapters.add("head", LoRAConfig(2).alpha(3).target_modules({"head"}));
+  adapters.add("table", LoRAConfig(2).alpha(3).target_modules({"tokens"}));
+  testing::randomize(adapters.parameters());
+  adapters.combine("sum", {{"head", -1}, {"table", 2}});
+  CHECK(testing::distance(adapters.delta("sum", "head"), -adapters.delta("head", "head")) < 1e-6);
+  CHECK(testing::distance(adapters.delta("sum", "tokens"), 2 * adapters.delta("table", "tokens")) < 1e-6);
+
+  Fixture f{lora::LowRank()};
+  f.adapters->combine("three", f.weights, CombineOptions(CombineKind::kSvd).rank(3));
+  const auto three = f.adapters->adapter("three");
+  CHECK(three->part("conv2")->method->options().rank() == 4);
+  CHECK(three->part("fc")->method->options().rank() == 3);
+  CHECK(three->config.rank() == 3);
 }
 
 TEST_CASE("A model in half precision gets the sum in float") {
