@@ -15,6 +15,7 @@ set(LORA_PUBLIC_HEADERS
   version.hpp
   adapter/activation.hpp
   adapter/adapter.hpp
+  adapter/combine_options.hpp
   extract.hpp
   adapter/merge.hpp
   adapter/report.hpp
@@ -60,6 +61,7 @@ set(LORA_PUBLIC_HEADERS
 )
 set(LORA_DETAIL_HEADERS
   method/bias_update.hpp
+  adapter/combined_update.hpp
   adapter/factors.hpp
   adapter/plan.hpp
   adapter/pruning.hpp

@@ -3,6 +3,7 @@
 
 #include <lora/attach.hpp>
 #include <lora/combine.hpp>
+#include <lora/files/safetensors.hpp>
 #include <lora/modules/linear.hpp>
 #include <lora/peft/checkpoint.hpp>
 
@@ -528,14 +529,13 @@ TEST_CASE(
        of({"fc"}),
        {"attention.in_proj_weight", "fc.weight"}},
       {"outputs", of({"attention.out_proj"}), of({"fc"}), {"attention.out_proj.weight", "fc.weight"}},
-      {"parameter", none, of({"fc"}), {"fc.weight"}},
+      {"parameter", LoRAConfig(2).target_parameters({"experts", "up.weight"}), of({"fc"}), {"experts", "fc.weight"}},
   };
   for (const auto& row : rows) {
     INFO(row.what);
     Layers model;
     lora::Adapters adapters(*model);
-    adapters.add("first",
-                 row.what == "parameter" ? LoRAConfig(2).target_parameters({"experts", "up.weight"}) : row.first);
+    adapters.add("first", row.first);
     adapters.add("second", row.second);
     testing::randomize(adapters.parameters(), 0.3);
     std::map<std::string, torch::Tensor> before, wanted;
@@ -592,6 +592,56 @@ TEST_CASE("A head that is tied to its embedding, and ranks that groups do not di
   CHECK(three->part("conv2")->method->options().rank() == 4);
   CHECK(three->part("fc")->method->options().rank() == 3);
   CHECK(three->config.rank() == 3);
+}
+
+TEST_CASE("Tables that the files of the parts hold beside them are in the file of the combination") {
+  Layers model;
+  testing::TemporaryFolder folder;
+  lora::Adapters adapters(*model);
+  adapters.add("a", LoRAConfig(2).target_modules({"fc"}));
+  adapters.save(folder / "a");
+  auto file = lora::read_safetensors(folder / "a" / "adapter_model.safetensors");
+  file["base_model.model.table.weight"] = model->table->weight.detach();
+  lora::write_safetensors(folder / "a2.safetensors", file);
+  std::filesystem::rename(folder / "a2.safetensors", folder / "a" / "adapter_model.safetensors");
+  adapters.load("read", folder / "a");
+  adapters.add("b", LoRAConfig(2).target_modules({"table"}));
+  testing::randomize(adapters.parameters());
+  for (const auto& [parts, key] :
+       std::map<std::string, std::string>{{"read", "table.weight"}, {"b", "table.base_layer.weight"}}) {
+    adapters.combine("sum", {{"read"}, {parts}});
+    adapters.save(folder / "sum", "sum");
+    const auto written = lora::read_safetensors(folder / "sum" / "adapter_model.safetensors");
+    REQUIRE(written.count("base_model.model." + key) == 1);
+    CHECK(testing::distance(written.at("base_model.model." + key), model->table->weight) == 0);
+    adapters.load("again", folder / "sum");
+    CHECK(testing::distance(adapters.delta("again", "fc"), adapters.delta("sum", "fc")) == 0);
+    adapters.remove("again");
+    adapters.remove("sum");
+  }
+}
+
+TEST_CASE("Layers without inputs have nothing to combine, and weights that are read later count") {
+  torch::manual_seed(9);
+  torch::nn::Sequential model(torch::nn::Linear(3, 2));
+  model->register_parameter("none", torch::empty({3, 0}));
+  model->to(testing::device(), torch::kDouble);
+  lora::Adapters adapters(*model);
+  adapters.add("a", LoRAConfig(2).target_modules({"0"}).target_parameters({"none"}));
+  adapters.add("b", LoRAConfig(2).method(lora::DoRA()).target_modules({"0"}).target_parameters({"none"}));
+  testing::randomize(adapters.parameters("a"));
+  for (const auto& options :
+       {CombineOptions(), CombineOptions(CombineKind::kLinear), CombineOptions(CombineKind::kSvd).rank(2),
+        CombineOptions(CombineKind::kTies).density(0.5)}) {
+    {
+      torch::NoGradGuard no_grad;
+      for (auto& item : model->named_parameters()) item.value().normal_();
+    }
+    adapters.combine("sum", {{"a"}, {"b"}}, options);
+    CHECK(adapters.delta("sum", "none").sizes() == torch::IntArrayRef({3, 0}));
+    if (!options.prunes()) CHECK(testing::distance(adapters.delta("sum", "0"), adapters.delta("a", "0")) < 1e-14);
+    adapters.remove("sum");
+  }
 }
 
 TEST_CASE("A model in half precision gets the sum in float") {
@@ -679,4 +729,12 @@ TEST_CASE("What cannot be combined is an error that says why, and changes nothin
                contains("lora::combine: the update of adapter \"c\" to conv2 is not finite"));
   }
   CHECK(adapters.names() == std::vector<std::string>{"a", "b", "c"});
+
+  Layers other;
+  lora::Adapters two(*other);
+  two.add("parameter", LoRAConfig(2).target_parameters({"fc.weight"}));
+  two.add("layer", LoRAConfig(2).target_modules({"fc"}));
+  two.add("full", LoRAConfig(2).target_modules({"up"}).modules_to_save({"fc"}));
+  CHECK_THROWS_WITH(two.combine("sum", {{"parameter"}, {"layer"}}), contains("are the same weight; adapt one of them"));
+  CHECK_THROWS_WITH(two.combine("sum", {{"parameter"}, {"full"}}), contains("fc.weight has no place beside what"));
 }

@@ -7,21 +7,17 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <lora/adapter/combine_options.hpp>
 #include <lora/version.hpp>
 
 #include <cstdint>
 #include <tuple>
-#include <utility>
 #include <vector>
+
+// Updates of which only some entries are kept, as vectors.
 
 namespace lora {
 inline namespace LORA_ABI {
-
-/// How the sign of an entry is elected, when updates disagree.
-enum class MajoritySign : uint8_t {
-  kTotal,     ///< the sign of the sum of the updates
-  kFrequency  ///< the sign that more of them have
-};
 
 namespace detail {
 
