@@ -434,6 +434,10 @@ TEST_CASE("A combined adapter acts like the weights that it stands for, active a
     const auto base = f.model->forward().detach();
     const auto active = f.forward("sum").detach();
     CHECK(testing::distance(active, base) > 0.1);
+    if (options.kind() == CombineKind::kConcatenation) {
+      auto together = f.adapters->activate(f.weights);
+      CHECK(testing::distance(f.model->forward(), active) < 1e-12);
+    }
     std::map<std::string, torch::Tensor> pristine;
     for (const auto& item : f.model->named_parameters()) pristine[item.key()] = item.value().detach().clone();
     f.adapters->merge("sum");
