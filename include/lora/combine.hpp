@@ -130,7 +130,7 @@ class Combination {
   }
 
   /// By names, which may be ends of other names, too; then as a whole.
-  ModuleSelector selector(std::vector<std::string> names, const std::vector<std::string>& parameters) const {
+  ModuleSelector selector(const std::vector<std::string>& names, const std::vector<std::string>& parameters) const {
     if (names.empty()) return parameters.empty() ? ModuleSelector(regex("dummy-target-modules")) : ModuleSelector();
     std::vector<std::string> unique;
     std::string pattern;
