@@ -3,6 +3,7 @@ set(LORA_PUBLIC_HEADERS
   adapters.hpp
   attach.hpp
   batch_rows.hpp
+  combine.hpp
   config.hpp
   functional.hpp
   fwd.hpp
@@ -14,6 +15,7 @@ set(LORA_PUBLIC_HEADERS
   version.hpp
   adapter/activation.hpp
   adapter/adapter.hpp
+  adapter/combine_options.hpp
   extract.hpp
   adapter/merge.hpp
   adapter/report.hpp
@@ -59,7 +61,10 @@ set(LORA_PUBLIC_HEADERS
 )
 set(LORA_DETAIL_HEADERS
   method/bias_update.hpp
+  adapter/combined_update.hpp
+  adapter/factors.hpp
   adapter/plan.hpp
+  adapter/pruning.hpp
   adapter/registry.hpp
   adapter/start_values.hpp
   files/atomic_file.hpp

@@ -378,6 +378,16 @@ class Adapters {
     return report;
   }
 
+  /// The factor that `set_scale` gave an adapter.
+  double scale(const std::string& name) const { return known(*list(), name).scale; }
+
+  /// Adds an adapter made of others, whose updates are weighted and add up, or are combined as the options say
+  /// (`CombineOptions`): in lora/combine.hpp, which has to be included for it.
+  template <class Options = CombineOptions>
+  void combine(const std::string& name, const WeightedAdapters& adapters, const Options& options = {}) {
+    combine_adapters(*this, name, adapters, options);
+  }
+
   /// The files of adapters: what follows is in lora/peft/checkpoint.hpp, which has to be included for it.
 
   /// Adds the adapter in a PEFT directory, as `load_adapter` does, and reports what did not fit.

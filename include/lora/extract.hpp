@@ -2,8 +2,8 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/linalg_svd.h>
 
+#include <lora/adapter/factors.hpp>
 #include <lora/adapters.hpp>
 #include <lora/version.hpp>
 
@@ -50,29 +50,30 @@ class Extraction {
     TORCH_CHECK_VALUE(energy > 0 && energy <= 1, "lora::extract: energy has to be in (0, 1], but got ", energy);
   }
 
-  /// U, S and V^T of the difference of one layer's weights, without what an adapter does not take, and the energy of
-  /// all of the difference.
-  struct Factors {
-    at::Tensor u, s, v;
+  /// The difference of one layer's weights as far as an adapter takes it, all of its singular values, and the energy of
+  /// all of it.
+  struct Difference {
+    Factors update;
+    at::Tensor s;
     double total;
   };
 
-  std::vector<Factors> factorize(const Adapter& plan) {
+  std::vector<Difference> factorize(const Adapter& plan) {
     at::NoGradGuard no_grad;
-    std::vector<Factors> factors;
+    std::vector<Difference> differences;
     for (const auto& part : plan.parts) {
-      if (part.role == AdapterPart::Role::kLayer) factors.push_back(factorized(part));
+      if (part.role == AdapterPart::Role::kLayer) differences.push_back(factorized(part));
     }
-    return factors;
+    return differences;
   }
 
   /// The configuration with the ranks that keep enough energy. The layers of one module have one rank in files.
-  LoRAConfig with_ranks(const Adapter& plan, const std::vector<Factors>& factors) const {
+  LoRAConfig with_ranks(const Adapter& plan, const std::vector<Difference>& differences) const {
     std::map<std::string, int64_t> ranks;
-    for (size_t i = 0; i < factors.size(); ++i) {
+    for (size_t i = 0; i < differences.size(); ++i) {
       const auto shares = plan.parts[i].site->view().shape().rank_shares;
       auto& rank = ranks[plan.parts[i].module];
-      rank = std::max(rank, enough_rank(factors[i].s) * shares);
+      rank = std::max(rank, rank_for_energy(differences[i].s, *options_.energy()) * shares);
     }
     auto config = plan.config;
     for (const auto& layer : plan.parts) {
@@ -85,9 +86,9 @@ class Extraction {
     return config;
   }
 
-  ExtractReport fill(Adapter& plan, const std::vector<Factors>& factors) {
+  ExtractReport fill(Adapter& plan, const std::vector<Difference>& differences) {
     at::NoGradGuard no_grad;
-    for (size_t i = 0; i < factors.size(); ++i) fill(plan.parts[i], factors[i]);
+    for (size_t i = 0; i < differences.size(); ++i) fill(plan.parts[i], differences[i]);
     for (auto& part : plan.parts) {
       if (part.role == AdapterPart::Role::kFull) fill_full(part);
     }
@@ -99,7 +100,7 @@ class Extraction {
   }
 
  private:
-  Factors factorized(const AdapterPart& layer) {
+  Difference factorized(const AdapterPart& layer) {
     const auto& [name, weight] = tensor_of(*layer.site);
     held_.push_back(name);
     const auto type = adapter_dtype(weight.scalar_type());
@@ -109,26 +110,22 @@ class Extraction {
     const auto matrix = view.matrix(difference);
     const auto lost = energy(difference - view.weight(matrix));  // of parts that are not adapted
     if (lost > 0) report_.left_out.push_back(name);
-    auto [u, s, v] = at::linalg_svd(matrix, /*full_matrices=*/false);
-    const auto rank = options_.energy() ? enough_rank(s) : std::min(layer.method->options().rank(), s.size(-1));
-    return {u.narrow(-1, 0, rank).clone(), s, v.narrow(-2, 0, rank).clone(), energy(s) + lost};
+    const auto svd = spectrum(matrix);
+    const auto [a, b] =
+        svd.first(options_.energy() ? rank_for_energy(svd.s, *options_.energy()) : layer.method->options().rank());
+    return {{a.clone(), b}, svd.s, energy(svd.s) + lost};  // without the rest of V
   }
 
-  void fill(AdapterPart& layer, const Factors& factors) {
-    const auto& [u, s, v, total] = factors;
+  void fill(AdapterPart& layer, const Difference& difference) {
     auto* method = dynamic_cast<MethodOf<LowRank>*>(layer.method.get());
     TORCH_CHECK(method != nullptr, "lora::extract: a difference of weights is extracted as LowRank, not as ",
                 layer.method->info().name);
     TORCH_CHECK_VALUE(method->scaling() != 0, "lora::extract: alpha is 0, with which no adapter changes anything");
-    auto &a = method->value.lora_A, &b = method->value.lora_B;
-    const auto rank = std::min(a.size(-2), u.size(-1));  // further rows and columns stay zero
-    a.zero_();
-    b.zero_();
-    const auto kept = s.narrow(-1, 0, rank);
-    a.narrow(-2, 0, rank).copy_(v.narrow(-2, 0, rank));
-    b.narrow(-1, 0, rank).copy_(u.narrow(-1, 0, rank) * kept.unsqueeze(-2) / method->scaling());
-
-    report_.layers.push_back({layer.site->name(), method->options().rank(), total > 0 ? energy(kept) / total : 1});
+    set_update(method->value, difference.update);
+    const auto rank = std::min(method->value.lora_A.size(-2), difference.update.rank());
+    const auto kept = energy(difference.s.narrow(-1, 0, rank));
+    report_.layers.push_back(
+        {layer.site->name(), method->options().rank(), difference.total > 0 ? kept / difference.total : 1});
   }
 
   void fill_full(AdapterPart& part) {
@@ -152,15 +149,6 @@ class Extraction {
 
   /// That of a matrix, or the same from its singular values.
   static double energy(const at::Tensor& values) { return values.to(at::kDouble).square().sum().item<double>(); }
-
-  /// The smallest rank that keeps enough of the singular values.
-  int64_t enough_rank(const at::Tensor& singular_values) const {
-    auto energies = singular_values.to(at::kDouble).square();
-    if (energies.dim() > 1) energies = energies.flatten(0, -2).sum(0);
-    const auto kept = energies.cumsum(0);
-    const auto enough = kept.ge(*options_.energy() * kept[-1]);
-    return std::min(enough.logical_not().sum().item<int64_t>() + 1, kept.size(0));
-  }
 
   /// The model's tensor that a target adapts; of tied ones that of the target's own module.
   std::pair<std::string, at::Tensor> tensor_of(const Site& site) const {
@@ -230,9 +218,9 @@ inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at:
   Adapters adapters(model);
   auto plan = adapters.plan(config);
   detail::Extraction extraction(*model, finetuned, options);
-  const auto factors = extraction.factorize(plan);
-  if (options.energy()) plan = adapters.plan(extraction.with_ranks(plan, factors));
-  auto found = extraction.fill(plan, factors);
+  const auto differences = extraction.factorize(plan);
+  if (options.energy()) plan = adapters.plan(extraction.with_ranks(plan, differences));
+  auto found = extraction.fill(plan, differences);
   adapters.add("default", std::move(plan));
   if (report != nullptr) *report = std::move(found);
   return adapters;

@@ -13,6 +13,7 @@ struct AdapterPart;
 class Adapters;
 class AnyMethod;
 class Base;
+struct CombineOptions;
 class DenseBase;
 class LoRAConfig;
 class LoRAOptions;

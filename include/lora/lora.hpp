@@ -10,6 +10,7 @@
 #include <lora/adapters.hpp>
 #include <lora/attach.hpp>
 #include <lora/batch_rows.hpp>
+#include <lora/combine.hpp>
 #include <lora/config.hpp>
 #include <lora/files/safetensors.hpp>
 #include <lora/functional.hpp>

@@ -20,7 +20,7 @@ set(lines
   "adapter/"
   "adapters.hpp"
   "modules/"
-  "attach.hpp extract.hpp"
+  "attach.hpp combine.hpp extract.hpp"
   "peft/"
   "pool.hpp torchscript.hpp"
   "lora.hpp")
