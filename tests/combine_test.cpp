@@ -73,6 +73,7 @@ struct Fixture {
     adapters->add("c", LoRAConfig(4).alpha(1).rank_stabilized(true).method(third).target_modules(kAll).fused(fused));
     testing::randomize(adapters->parameters(), 0.3);
     adapters->set_scale("b", -0.6);
+    adapters->set_scale("a", "fc", 1.75);
     for (const auto& site : adapters->sites()) sites.push_back(site->name());
     methods = std::string(method.info().name) + " " + std::string(second.info().name);
   }

@@ -380,6 +380,12 @@ class Adapters {
 
   /// The factor that `set_scale` gave an adapter.
   double scale(const std::string& name) const { return known(*list(), name).scale; }
+  /// That of one of its layers, with the adapter's.
+  double scale(const std::string& name, const std::string& layer) const {
+    const auto all = list();
+    const auto& entry = known(*all, name);
+    return entry.scale_of(layer_of(*all, entry, layer));
+  }
 
   /// Adds an adapter made of others, whose updates are weighted and add up, or are combined as the options say
   /// (`CombineOptions`): in lora/combine.hpp, which has to be included for it.

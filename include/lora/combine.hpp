@@ -54,9 +54,9 @@ class Combination {
  private:
   void take(const std::string& name, double weight) {
     const auto& source = sources_.emplace_back(adapters_.adapter(name));
-    const auto scale = adapters_.scale(name);
     if (source->start) source->start->follow();
-    for (const auto& part : source->parts) combined(part.site).shares.push_back({name, &part, scale, weight});
+    for (const auto& part : source->parts)
+      combined(part.site).shares.push_back({name, &part, adapters_.scale(name, part.site->name()), weight});
     const auto& saved = source->config.modules_to_save();
     saved_.insert(saved.begin(), saved.end());
   }

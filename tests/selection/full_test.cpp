@@ -388,8 +388,47 @@ TEST_CASE("What two adapters of one model trained in full is unmerged in the rev
   testing::randomize(second.parameters());
   first.merge();
   second.merge();
-  CHECK_THROWS_WITH(first.unmerge(), testing::contains("head.weight was replaced or written after it was merged"));
+  CHECK_THROWS_WITH(first.unmerge(),
+                    testing::contains("the weight of head was replaced or written after it was merged"));
   second.unmerge();
   first.unmerge();
   CHECK(is_untouched(*model, before));
+}
+
+TEST_CASE("A layer that one adapter trains in full is adapted by another, in either order") {
+  struct Net : torch::nn::Module {
+    torch::nn::Embedding embed = register_module("embed", torch::nn::Embedding(7, 4));
+    torch::nn::Conv1d conv = register_module("conv", torch::nn::Conv1d(torch::nn::Conv1dOptions(4, 6, 3).groups(2)));
+    torch::nn::Linear head = register_module("head", torch::nn::Linear(6, 5));
+    torch::Tensor forward(const torch::Tensor& ids) { return head(conv(embed(ids).transpose(1, 2)).transpose(1, 2)); }
+  };
+  const bool full_first = GENERATE(true, false);
+  auto model = std::make_shared<Net>();
+  model->to(testing::device(), torch::kDouble);
+  const auto ids = torch::randint(7, {2, 5}, testing::on_device(torch::kLong));
+  const std::vector<std::string> layers{"embed", "conv", "head"};
+  const auto full = lora::LoRAConfig(2).target_modules(lora::regex("dummy-target-modules")).modules_to_save(layers);
+  const auto low_rank = lora::LoRAConfig(2).alpha(6).target_modules(layers);
+  lora::Adapters adapters(*model);
+  adapters.add(full_first ? "full" : "low", full_first ? full : low_rank);
+  adapters.add(full_first ? "low" : "full", full_first ? low_rank : full);
+  const auto base = model->forward(ids);
+  const auto with = [&](const auto& what) {
+    auto active = adapters.activate(what);
+    return model->forward(ids);
+  };
+  CHECK(testing::distance(with("full"), base) < 1e-12);
+  CHECK(adapters.named_parameters("low").size() == 6);
+  for (const auto* name : {"full", "low"}) testing::randomize(adapters.parameters(name));
+  const auto y = with("full"), z = with("low"), both = with(lora::WeightedAdapters{{"full"}, {"low", 0.5}});
+  CHECK(testing::distance(y, base) > 1e-3);
+  CHECK(testing::distance(z, base) > 1e-3);
+  for (const auto* name : {"full", "low"}) {
+    const auto expected = with(name);
+    lora::MergeGuard merged(adapters, name);
+    CHECK(testing::distance(model->forward(ids), expected) < 1e-12);
+    if (name == std::string("full"))
+      CHECK(testing::distance(with(lora::WeightedAdapters{{"full"}, {"low", 0.5}}), both) < 1e-12);
+  }
+  CHECK(testing::distance(model->forward(ids), base) < 1e-12);
 }

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <map>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -23,7 +24,7 @@ namespace detail {
 class Planner {
  public:
   Planner(const Model& model, const SiteIndex& index, const LoRAConfig& config, Unmatched unmatched = Unmatched())
-      : index_(index), config_(config), selection_(model, config, unmatched) {}
+      : model_(model), index_(index), config_(config), selection_(model, config, unmatched) {}
 
   Adapter run() {
     const BelowInterception below;
@@ -31,7 +32,9 @@ class Planner {
     for (auto& selected : selection_.run()) add(selected);
     share_tensors();
     const auto layers = adapter_.parts.size();
-    for (const auto& full : selection_.full()) add(full, layers);
+    const auto full = selection_.full();
+    if (!full.empty()) find_layers();
+    for (const auto& one : full) add(one, layers);
     for (size_t i = 0; i < layers; ++i) {
       const auto& part = adapter_.parts[i];
       if (part.method->changes_bias() && part.site->place().bias) adapter_.parts.push_back(bias_part(part));
@@ -52,7 +55,7 @@ class Planner {
 
   /// What is trained in full, with the values of the model, or zero.
   void add(const FullSelection::Full& full, size_t layers) {
-    auto site = known(full.tensor.site());
+    auto site = known(site_of(full.tensor));
     const auto original = site->pristine().detach();
     const auto& name = full.tensor.place.name;
     if (full.biased.empty()) {
@@ -69,6 +72,21 @@ class Planner {
   void add_full(std::shared_ptr<Site> site, FullDelta delta, const std::string& name, const std::string& file_name) {
     auto method = std::make_shared<MethodOf<FullDelta>>(std::move(delta));
     adapter_.parts.push_back({AdapterPart::Role::kFull, std::move(site), std::move(method), name, file_name, ""});
+  }
+
+  void find_layers() {
+    for (const auto& part : model_.parts()) {
+      for (const auto& weight : part.weights) layers_.emplace(weight.place.slot->place(), weight);
+    }
+  }
+
+  /// The site of a tensor, as that of a layer's weight where it is one, so that other adapters can adapt the layer.
+  std::shared_ptr<Site> site_of(const LayerWeight& tensor) const {
+    const auto layer = layers_.find(tensor.place.slot->place());
+    if (layer == layers_.end()) return tensor.site();
+    auto weight = layer->second;
+    weight.place.tied_to = tensor.place.tied_to;
+    return weight.site();
   }
 
   /// The site as it is known from an earlier adapter, which knows what is merged.
@@ -107,9 +125,11 @@ class Planner {
     return a.sizes() == sizes ? a : at::empty(sizes, a.options()).requires_grad_(a.requires_grad());
   }
 
+  const Model& model_;
   const SiteIndex& index_;
   const LoRAConfig& config_;
   Selection selection_;
+  std::unordered_map<const void*, LayerWeight> layers_;
   Adapter adapter_{LoRAConfig(1), {}};
 };
 

@@ -38,11 +38,12 @@ struct FullDelta : Method {
   }
 
   bool follows() const { return !scale; }
-  void follow(const Base& base) { value.copy_(base.dense()); }
+  void follow(const Base& base) { value.copy_(base.layout(base.dense())); }
 
   at::Tensor delta(const Base& base) const {
     const auto weight = base.dense();
-    return scale ? *scale * value : value.to(weight.device()) - weight;
+    const auto own = base.matrix(value);
+    return scale ? *scale * own : own.to(weight.device()) - weight;
   }
 
   at::Tensor replacement(const at::Tensor& weight) const {

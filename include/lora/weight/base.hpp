@@ -19,6 +19,9 @@ class Base {
   virtual at::ScalarType dtype() const = 0;
   /// W (out, in) or (batch, out, in).
   virtual at::Tensor dense() const = 0;
+  /// A tensor in the layout of the layer's weight as such a matrix, and the other way.
+  virtual at::Tensor matrix(const at::Tensor& weight) const = 0;
+  virtual at::Tensor layout(const at::Tensor& matrix) const = 0;
   /// The memory that it takes.
   virtual int64_t nbytes() const = 0;
 };
@@ -38,6 +41,8 @@ class DenseBase final : public Base {
   const MatrixShape& shape() const override { return view_->shape(); }
   at::ScalarType dtype() const override { return weight_.scalar_type(); }
   at::Tensor dense() const override { return view_->matrix(is_merged() ? pristine_ : weight_); }
+  at::Tensor matrix(const at::Tensor& weight) const override { return view_->matrix(weight); }
+  at::Tensor layout(const at::Tensor& matrix) const override { return view_->weight(matrix); }
   int64_t nbytes() const override { return static_cast<int64_t>(weight_.nbytes()); }
 
   /// The tensor itself, which operators see.
