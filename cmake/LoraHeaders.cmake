@@ -107,6 +107,7 @@ set(LORA_DETAIL_HEADERS
   system/libtorch.hpp
   weight/key.hpp
   weight/part.hpp
+  weight/row_squares.hpp
   weight/slot.hpp
   weight/stamp.hpp
 )
