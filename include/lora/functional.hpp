@@ -145,6 +145,7 @@ class FusedProduct {
     if (product.bias.defined() && (product.bias.dim() != 1 || !is_alike(product.bias))) return;
     if (!is_alike(product.operand) || at::autocast::is_autocast_enabled(product.x.device().type())) return;
     if (torch::jit::tracer::isTracing()) return;
+    if (updates.size() == 1 && can_scale(updates.front(), terms.front())) gain_ = terms.front().gain;
     for (size_t i = 0; i < updates.size(); ++i) {
       if (!can_add(updates[i], terms[i])) return;
     }
@@ -161,9 +162,9 @@ class FusedProduct {
 
   at::Tensor result() const {
     const auto& x = product_.x;
-    if (x.dim() == 2) return LowRankLinear::compute(product_, x, slices_);
+    if (x.dim() == 2) return LowRankLinear::compute(product_, x, slices_, gain_);
     const auto rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);  // also where there is no input
-    const auto y = LowRankLinear::compute(product_, x.reshape({rows, x.size(-1)}), slices_);
+    const auto y = LowRankLinear::compute(product_, x.reshape({rows, x.size(-1)}), slices_, gain_);
     at::DimVector sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = y.size(1);
     return y.view(sizes);
@@ -173,8 +174,18 @@ class FusedProduct {
   bool can_add(const Update& update, const Term& term) const {
     if (Dropout(update).acts() && !DropoutMask::is_for(product_.x)) return false;
     if (!update.method->has_term() || update.base->shape().is_lookup) return false;
-    if (term.scales_weight() || !is_alike(term.A) || !is_alike(term.B)) return false;
+    if (term.scales_weight() && !gain_.defined()) return false;
+    if (!is_alike(term.A) || !is_alike(term.B)) return false;
     return !at::GradMode::is_enabled() || term.A.requires_grad() || !product_.x.requires_grad();
+  }
+
+  /// Whether the one update may scale the product: all of it, of which x is not dropped.
+  bool can_scale(const Update& update, const Term& term) const {
+    const bool is_low_rank = term.A.defined() && term.gain.defined() && !term.input_gain.defined();
+    if (!is_low_rank || update.rows || update.weight != 1 || Dropout(update).acts()) return false;
+    const auto outputs = product_.form == Product::Form::kRows ? product_.operand.size(0) : product_.operand.size(1);
+    return update.base->shape().batch.empty() && outputs_of(update).count == outputs && update.at == 0 &&
+           outputs == update.base->shape().out && is_alike(term.gain);
   }
 
   /// Pieces of a batch, each with a mask of its own.
@@ -206,6 +217,7 @@ class FusedProduct {
 
   const Product& product_;
   LowRankLinear::Slices slices_;
+  at::Tensor gain_;
 };
 
 /// Adds up a product and the updates that act on it, in the type of the adapters.

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/addcmul.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/core/ivalue.h>
@@ -33,6 +34,9 @@ namespace detail {
 ///   dx = g M,  dx[rows_i] += s_i d_i(G_i^T A_i),   dA_i = s_i G_i x_i,   dB_i = s_i g_i^T S_i^T,   db = sum of g over
 ///   N
 ///
+/// A gain (out) scales the product and its one update, y = gain * (x M^T + s (x A^T) B^T) + b. Then g in the above, but
+/// for db, is g * gain, and dgain = sum over N of g * (x M^T + s (x A^T) B^T), which is kept.
+///
 /// What is kept for backward is S_i (rank_i, N_i) beside the operands; of dropout, the seed. Updates are added in
 /// place, scales are folded into the products, and of a skinny product that orientation is taken in which its long side
 /// is a row.
@@ -49,13 +53,15 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   };
   using Slices = std::vector<Slice>;
 
-  static at::Tensor compute(const Product& product, const at::Tensor& x, Slices slices) {
+  /// `gain` may be defined where there is one slice, of all rows and outputs and without dropout.
+  static at::Tensor compute(const Product& product, const at::Tensor& x, Slices slices, const at::Tensor& gain = {}) {
     const auto needs_gradient = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
-    bool needs_any = needs_gradient(x) || needs_gradient(product.bias);
+    bool needs_any = needs_gradient(x) || needs_gradient(product.bias) || needs_gradient(gain);
     for (const auto& slice : slices) needs_any = needs_any || needs_gradient(slice.A) || needs_gradient(slice.B);
-    if (!needs_any || !at::GradMode::is_enabled()) return add_all(product, x, slices, /*kept=*/nullptr);
+    if (!needs_any || !at::GradMode::is_enabled()) return add_all(product, x, slices, gain, /*kept=*/nullptr);
     Tensors factors;
     for (const auto& slice : slices) factors.insert(factors.end(), {slice.A, slice.B});
+    if (gain.defined()) factors.push_back(gain);
     const auto bias = product.bias.defined() ? std::optional<at::Tensor>(product.bias) : std::nullopt;
     const auto plan = c10::make_intrusive<Plan>(product, std::move(slices));
     return apply(x, bias, at::TensorList(factors), product, plan);
@@ -68,7 +74,8 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
                             const c10::intrusive_ptr<Plan>& plan) {
     Tensors kept{x, product.operand};
     kept.insert(kept.end(), factors.begin(), factors.end());
-    auto y = add_all(product, x, plan->slices, &kept);
+    const bool has_gain = factors.size() > 2 * plan->slices.size();
+    auto y = add_all(product, x, plan->slices, has_gain ? factors.back() : at::Tensor(), &kept);
     for (auto& slice : plan->slices) slice.A = slice.B = at::Tensor();  // from here on they are among what is kept
     context->save_for_backward(std::move(kept));
     context->saved_data["plan"] = c10::IValue::make_capsule(plan);
@@ -82,16 +89,26 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     const auto kept = context->get_saved_variables();
     const auto& x = kept[0];
     const auto matrix = plan.is_transposed ? kept[1].t() : kept[1];
-    const auto g = gradients[0].contiguous();
+    auto g = gradients[0].contiguous();
     const bool is_differentiated = at::GradMode::is_enabled();
 
     const auto count = plan.slices.size();
+    const bool has_gain = kept.size() > 2 + 3 * count;
+    const auto factors = 2 * count + (has_gain ? 1 : 0);
     const size_t first = plan.has_bias ? 2 : 1;  // of the factors' edges; without a bias there is none for it
-    Tensors all(2 + 2 * count + 2);              // x, b, factors; and two that are no tensors
+    Tensors all(2 + factors + 2);                // x, b, factors; and two that are no tensors
     auto& dx = all[0];
     const bool wants_x = context->needs_input_grad(0);
-    if (wants_x) dx = g.mm(matrix);
     if (plan.has_bias && context->needs_input_grad(1)) all[1] = g.sum(0);
+    if (has_gain) {
+      const auto& gain = kept[2 + 2 * count];
+      if (context->needs_input_grad(first + 2 * count)) {
+        const auto moved = is_differentiated ? moved_product(plan, kept, matrix) : kept.back();
+        all[2 + 2 * count] = (g * moved).sum(0);
+      }
+      g = g * gain;
+    }
+    if (wants_x) dx = g.mm(matrix);
     DroppedInput dropped(x);
     for (size_t i = 0; i < count; ++i) {
       const auto& [unused_A, unused_B, scale, at, mask, rows] = plan.slices[i];
@@ -110,7 +127,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       if (wants_x) add_to_input(dx, plan.slices[i], G.t(), A);
       if (context->needs_input_grad(first + 2 * i)) dA = at::addmm(A, G, dropped.by(mask, rows), /*beta=*/0, scale);
       if (context->needs_input_grad(first + 2 * i + 1)) {
-        const auto& S = kept[2 + 2 * count + i];
+        const auto& S = kept[2 + factors + i];
         dB = at::addmm(B.t(), S, own, /*beta=*/0, scale).t();
       }
     }
@@ -162,16 +179,25 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     slice.rows.add(dx, slice.mask.of(added));
   }
 
-  /// y; and every S_i at the end of `kept`, if that is given.
-  static at::Tensor add_all(const Product& product, const at::Tensor& x, const Slices& slices, Tensors* kept) {
-    auto y = product.run(x, product.operand, product.bias);
+  /// x M^T + s (x A^T) B^T once more, for derivatives of derivatives.
+  static at::Tensor moved_product(const Plan& plan, const Tensors& kept, const at::Tensor& matrix) {
+    const auto &x = kept[0], &A = kept[2], &B = kept[3];
+    return x.mm(matrix.t()) + x.mm(A.t()).mm(B.t()) * plan.slices.front().scale;
+  }
+
+  /// y; and at the end of `kept`, if that is given, every S_i, and what a gain scales.
+  static at::Tensor add_all(const Product& product, const at::Tensor& x, const Slices& slices, const at::Tensor& gain,
+                            Tensors* kept) {
+    auto y = product.run(x, product.operand, gain.defined() ? at::Tensor() : product.bias);
     DroppedInput dropped(x);
     for (const auto& slice : slices) {
       const auto S = slice.A.mm(dropped.by(slice.mask, slice.rows).t());
       slice.rows.add_product(columns(y, slice.at, slice.B.size(0)), S.t(), slice.B.t(), slice.scale);
       if (kept != nullptr) kept->push_back(S);
     }
-    return y;
+    if (!gain.defined()) return y;
+    if (kept != nullptr) kept->push_back(y);
+    return product.bias.defined() ? at::addcmul(product.bias, y, gain) : y * gain;
   }
 };
 
