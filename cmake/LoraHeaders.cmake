@@ -49,6 +49,7 @@ set(LORA_PUBLIC_HEADERS
   peft/config.hpp
   peft/convert.hpp
   peft/load_options.hpp
+  train/checkpointing.hpp
   weight/base.hpp
   weight/shape.hpp
   weight/use.hpp

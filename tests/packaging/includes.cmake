@@ -21,6 +21,7 @@ set(lines
   "adapters.hpp"
   "modules/"
   "attach.hpp extract.hpp"
+  "train/"
   "peft/"
   "torchscript.hpp"
   "lora.hpp")
