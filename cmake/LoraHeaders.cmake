@@ -50,6 +50,7 @@ set(LORA_PUBLIC_HEADERS
   peft/convert.hpp
   peft/load_options.hpp
   train/checkpointing.hpp
+  train/cross_entropy.hpp
   weight/base.hpp
   weight/shape.hpp
   weight/use.hpp
