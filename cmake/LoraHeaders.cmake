@@ -51,6 +51,8 @@ set(LORA_PUBLIC_HEADERS
   peft/load_options.hpp
   train/checkpointing.hpp
   train/cross_entropy.hpp
+  train/optimizer.hpp
+  train/schedule.hpp
   weight/base.hpp
   weight/shape.hpp
   weight/use.hpp
