@@ -75,12 +75,22 @@ class AdamWOptions : public torch::optim::OptimizerCloneableOptions<AdamWOptions
 
 namespace detail {
 
+/// Whether a parameter fills its memory, in which nothing else lies; or has none.
+inline bool can_move(const at::Tensor& parameter) {
+  return parameter.numel() == 0 || (parameter.is_non_overlapping_and_dense() && parameter.storage_offset() == 0 &&
+                                    parameter.storage().nbytes() == static_cast<size_t>(parameter.nbytes()));
+}
+
 /// One parameter, and what is its own of a flat buffer.
 struct FlatSlot {
+  FlatSlot(at::Tensor of, size_t of_group)
+      : parameter(std::move(of)), group(of_group), strides(parameter.strides().vec()) {}
+
   at::Tensor parameter;
   size_t group;
+  std::vector<int64_t> strides;
   int64_t first = 0, end = 0;  ///< its elements in the buffer; what is behind them up to `end` is nobody's
-  at::Tensor value = {}, gradient = {};
+  at::Tensor value, gradient;
   int64_t steps = 0;
   int64_t writes = 0;  ///< to the gradient, when it was zero last
 
@@ -90,17 +100,16 @@ struct FlatSlot {
 
 /// Parameters of one type on one device, in memory that follows one on another, and their gradients and averages
 /// likewise. Each gradient counts the writes to it alone: that tells whether the parameter got one.
+///
+/// It is the storage of a parameter that is moved, so whoever else holds it (views, scopes, saved graphs) sees the same
+/// numbers, and files hold no more than the parameter. One that has only a part of its storage stays where it is.
 class FlatBuffer {
  public:
-  /// Moves the parameters there; a single one that shares its memory with others stays where it is.
-  FlatBuffer(std::vector<FlatSlot> slots, bool moves) : slots_(std::move(slots)) {
-    if (moves) {
+  explicit FlatBuffer(std::vector<FlatSlot> slots) : slots_(std::move(slots)) {
+    if (can_move(slots_.front().parameter)) {
       gather();
     } else {
-      const auto values = slots_.front().parameter.detach();
-      values_ = values.is_contiguous() ? values.view(-1) : values;
-      slots_.front().end = values.numel();
-      slots_.front().value = values;
+      stay(slots_.front());
     }
     gradients_ = at::zeros(values_.sizes(), values_.options());
     averages_ = at::zeros_like(gradients_);
@@ -164,7 +173,8 @@ class FlatBuffer {
     int64_t first, end, steps;
 
     at::Tensor of(const at::Tensor& buffer) const {
-      return buffer.dim() == 1 ? buffer.narrow(0, first, end - first) : buffer;
+      const bool is_all = first == 0 && buffer.numel() == end;
+      return is_all ? buffer : buffer.narrow(0, first, end - first);
     }
   };
 
@@ -184,23 +194,43 @@ class FlatBuffer {
     }
   }
 
-  static void move_in(FlatSlot& slot) {
+  void stay(FlatSlot& slot) {
+    slot.value = slot.parameter.detach();
+    slot.end = slot.size();
+    is_flat_ = slot.value.is_non_overlapping_and_dense();
+    values_ = is_flat_ ? slot.value.as_strided({slot.size()}, {1}) : slot.value;
+  }
+
+  void move_in(FlatSlot& slot) {
+    if (slot.size() == 0) return;
     slot.value.copy_(slot.parameter.detach());
-    slot.parameter.set_data(slot.value);
+    if (can_move(slot.parameter) && slot.parameter.strides() == slot.value.strides()) {
+      slot.parameter.storage().unsafeGetStorageImpl()->set_data_ptr_noswap(memory_of(slot));
+    } else {  // somebody gave it a part of other memory
+      slot.parameter.set_data(slot.value);
+    }
+  }
+
+  /// A part of the buffer, which lives as long.
+  static c10::DataPtr memory_of(const FlatSlot& slot) {
+    auto owner = std::make_unique<c10::Storage>(slot.value.storage());
+    const auto let_go = [](void* storage) { delete static_cast<c10::Storage*>(storage); };
+    return {slot.value.mutable_data_ptr(), owner.release(), let_go, slot.value.device()};
   }
 
   at::Tensor of(const at::Tensor& buffer, const FlatSlot& slot) const {
-    if (buffer.dim() != 1) return buffer;
-    return buffer.narrow(0, slot.first, slot.size()).view(slot.parameter.sizes());
+    if (!is_flat_) return buffer;
+    return buffer.as_strided(slot.parameter.sizes(), slot.strides, buffer.storage_offset() + slot.first);
   }
 
-  static void collect_value(FlatSlot& slot) {
+  void collect_value(FlatSlot& slot) {
     const auto &now = slot.parameter, &then = slot.value;
     TORCH_CHECK(now.sizes() == then.sizes() && now.scalar_type() == then.scalar_type() && now.device() == then.device(),
                 "lora::AdamW: a parameter is ", now.scalar_type(), " ", now.sizes(), " on ", now.device(), " and was ",
                 then.scalar_type(), " ", then.sizes(), " on ", then.device(), " when the optimizer was ",
                 "made; move and cast a model before");
-    if (now.numel() > 0 && now.const_data_ptr() != then.const_data_ptr()) move_in(slot);
+    const bool is_there = now.const_data_ptr() == then.const_data_ptr() && now.strides() == then.strides();
+    if (now.numel() > 0 && !is_there) move_in(slot);
   }
 
   static void collect_gradient(FlatSlot& slot) {
@@ -222,8 +252,7 @@ class FlatBuffer {
   /// Whether LibTorch has its one operator for such tensors.
   bool is_fused() const {
     static const auto op = c10::Dispatcher::singleton().findSchema({"aten::_fused_adamw_", ""});
-    return op.has_value() && values_.is_contiguous() &&
-           op->hasKernelForDispatchKey(c10::legacyExtractDispatchKey(values_.key_set()));
+    return op.has_value() && is_flat_ && op->hasKernelForDispatchKey(c10::legacyExtractDispatchKey(values_.key_set()));
   }
 
   void step_fused(const std::vector<Range>& ranges, const AdamWOptions& options) {
@@ -253,15 +282,9 @@ class FlatBuffer {
   }
 
   std::vector<FlatSlot> slots_;
+  bool is_flat_ = true;
   at::Tensor values_, gradients_, averages_, squares_;
 };
-
-/// How many of the holders of its memory are among the parameters, by memory.
-inline std::unordered_map<const void*, size_t> holders_among(const std::vector<at::Tensor>& parameters) {
-  std::unordered_map<const void*, size_t> counts;
-  for (const auto& parameter : parameters) ++counts[parameter.storage().unsafeGetStorageImpl()];
-  return counts;
-}
 
 /// Throws when two parameters have numbers in common, as one that is given twice.
 inline void check_apart(std::vector<at::Tensor> parameters) {
@@ -294,8 +317,8 @@ inline void check_apart(std::vector<at::Tensor> parameters) {
 ///
 ///   lora::AdamW optimizer(adapters, lora::AdamWOptions(2e-4).weight_decay(0).b_rate(16));
 ///
-/// The tensors stay the ones they are, for adapters, modules and whoever holds them; only their memory is another. A
-/// parameter whose memory somebody else holds, too, keeps it and is stepped alone. A parameter that got no gradient
+/// The tensors stay the ones they are, for adapters, modules and whoever holds them or views of them; only their memory
+/// is another. A parameter that is a part of other memory stays there and is stepped alone. One that got no gradient
 /// since `zero_grad` is passed over in a step, as in LibTorch one whose gradient is undefined. Values may be read into
 /// the parameters at any time; a parameter that was moved to other memory is taken back in the next step. An adapter
 /// that was removed is no longer used, gets no gradients, and stays as it is.
@@ -477,18 +500,16 @@ class AdamW : public torch::optim::Optimizer {
       }
     }
     detail::check_apart(parameters);
-    const auto holders = detail::holders_among(parameters);
     std::vector<std::vector<detail::FlatSlot>> together;
     for (size_t i = 0; i < parameters.size(); ++i) {
-      const auto& storage = parameters[i].storage();
-      const bool is_own = storage.use_count() <= holders.at(storage.unsafeGetStorageImpl());
-      if (is_own) {
-        fitting(together, parameters[i]).push_back({parameters[i], groups[i]});
+      detail::FlatSlot slot(parameters[i], groups[i]);
+      if (detail::can_move(parameters[i])) {
+        fitting(together, parameters[i]).push_back(std::move(slot));
       } else {
-        buffers_.emplace_back(std::vector<detail::FlatSlot>{{parameters[i], groups[i]}}, /*moves=*/false);
+        buffers_.emplace_back(std::vector<detail::FlatSlot>{std::move(slot)});
       }
     }
-    for (auto& slots : together) buffers_.emplace_back(std::move(slots), /*moves=*/true);
+    for (auto& slots : together) buffers_.emplace_back(std::move(slots));
     groups_taken_ = param_groups_.size();
   }
 
