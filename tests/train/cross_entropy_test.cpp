@@ -91,6 +91,18 @@ TEST_CASE("Value and gradients are those of the cross entropy of all logits, wha
   }
 }
 
+TEST_CASE("Of a head with many classes a few rows of a chunk are looked at together") {
+  torch::manual_seed(0);
+  const auto weight = random({90000, 3}).requires_grad_(), hidden = random({7, 3}).requires_grad_();
+  const auto targets = torch::randint(90000, {7}, torch::kLong).to(testing::device());
+  const auto options = Options().label_smoothing(0.1).chunk_rows(5);
+  const auto loss = lora::linear_cross_entropy(hidden, weight, targets, options);
+  const auto expected = plain(hidden, weight, targets, options);
+  CHECK(testing::distance(loss, expected) < 1e-12);
+  check_same(torch::autograd::grad({loss}, {hidden, weight}), torch::autograd::grad({expected}, {hidden, weight}),
+             1e-11);
+}
+
 TEST_CASE("Gradients are slopes") {
   Head head;
   const auto options = Options().ignore_index(-7).label_smoothing(0.2).bias(head.bias).chunk_rows(3);

@@ -46,7 +46,7 @@ struct CrossEntropyOptions {
   TORCH_ARG(reduction_t, reduction) = torch::kMean;
   /// (classes), added to the logits. Default: none.
   TORCH_ARG(at::Tensor, bias);
-  /// How many rows of logits exist at a time. Default: 0, as many as take 32 MB in float, but 64 at least.
+  /// How many rows of logits exist at a time, at most. Default: 0, as many as take 32 MB in float, but 64 at least.
   TORCH_ARG(int64_t, chunk_rows) = 0;
 };
 
@@ -59,16 +59,23 @@ struct CrossEntropyRows {
   at::Tensor bias;     ///< (classes), or undefined
   at::Tensor targets;  ///< (rows), each in [0, classes)
   double label_smoothing;
-  bool sums;     ///< the result is one number, and else one for each row
-  double scale;  ///< a factor for that number
-  int64_t chunk;
+  bool sums;      ///< the result is one number, and else one for each row
+  double scale;   ///< a factor for that number
+  int64_t chunk;  ///< the most rows of logits at a time
 
   int64_t count() const { return hidden.size(0); }
+
+  /// The rows of a chunk, such that all chunks have about as many.
+  int64_t chunk_size() const {
+    const auto chunks = std::max<int64_t>(1, (count() + chunk - 1) / chunk);
+    return (count() + chunks - 1) / chunks;
+  }
 
   /// Calls `visit(first, rows)` for one chunk after the other.
   template <class Visit>
   void for_each_chunk(const Visit& visit) const {
-    for (int64_t first = 0; first < count(); first += chunk) visit(first, std::min(chunk, count() - first));
+    const auto size = chunk_size();
+    for (int64_t first = 0; first < count(); first += size) visit(first, std::min(size, count() - first));
   }
 };
 
@@ -135,7 +142,10 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   class Pass {
    public:
     Pass(const CrossEntropyRows& rows, bool learns)
-        : rows_(rows), type_(rows.hidden.scalar_type()), wide_(type_ == at::kDouble ? at::kDouble : at::kFloat) {
+        : rows_(rows),
+          learns_(learns),
+          type_(rows.hidden.scalar_type()),
+          wide_(type_ == at::kDouble ? at::kDouble : at::kFloat) {
       const BelowInterception below;
       c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
       at::NoGradGuard no_grad;
@@ -144,7 +154,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       if (learns && needs_gradient(rows.weight)) d_weight_ = at::zeros(rows.weight.sizes(), h.options().dtype(wide_));
       if (learns && needs_gradient(rows.bias)) d_bias_ = at::zeros(rows.bias.sizes(), h.options().dtype(wide_));
       losses_ = at::empty({rows.count()}, h.options().dtype(wide_));
-      logits_ = at::empty({std::min(rows.chunk, rows.count()), rows.weight.size(0)}, h.options());
+      logits_ = at::empty({rows.chunk_size(), rows.weight.size(0)}, h.options());
       rows.for_each_chunk([&](int64_t first, int64_t count) { add(first, count); });
       result_ = rows.sums ? losses_.sum().mul_(rows.scale) : losses_;
     }
@@ -158,20 +168,37 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
 
    private:
     void add(int64_t first, int64_t count) {
-      const auto hidden = rows_.hidden.narrow(0, first, count);                  // (rows, features)
-      const auto targets = rows_.targets.narrow(0, first, count).unsqueeze(-1);  // (rows, 1)
-      auto z = logits(hidden);                                                   // (rows, classes)
+      const auto hidden = rows_.hidden.narrow(0, first, count);  // (rows, features)
+      const auto z = logits(hidden);                             // (rows, classes)
+      const auto totals = at::empty({count, 1}, z.options());
+      const auto tile = rows_at_once(z);
+      for (int64_t row = 0; row < count; row += tile) {
+        const auto some = [&, row, size = std::min(tile, count - row)](const at::Tensor& tensor, int64_t from = 0) {
+          return tensor.narrow(0, from + row, size);
+        };
+        add_losses(some(z), some(rows_.targets, first).unsqueeze(-1), some(losses_, first), some(totals));
+      }
+      if (learns_) add_gradients(first, hidden, z, totals.reciprocal_().mul_(rows_.sums ? rows_.scale : 1));
+    }
+
+    /// On a CPU the passes over logits are faster over some rows after the other, which a cache holds.
+    static int64_t rows_at_once(const at::Tensor& z) {
+      constexpr int64_t kNumbers = 1 << 18;
+      return z.is_cpu() ? std::max<int64_t>(1, kNumbers / std::max<int64_t>(z.size(1), 1)) : z.size(0);
+    }
+
+    /// Turns logits into dloss/dz, but for a factor of each row: `total`, the sum of exp z over that of the highest.
+    void add_losses(at::Tensor z, const at::Tensor& targets, const at::Tensor& losses, const at::Tensor& total) const {
       const auto kept = 1 - rows_.label_smoothing;
       const auto spread = rows_.label_smoothing / static_cast<double>(z.size(-1));
       auto loss = z.gather(-1, targets).mul_(-kept);  // (rows, 1)
       if (spread > 0) loss.sub_(z.sum(-1, true), spread);
       const auto highest = z.amax(-1, true);
-      const auto total = z.sub_(highest).exp_().sum(-1, true);  // sum of exp z, but for exp of the highest
-      losses_.narrow(0, first, count).copy_(loss.add_(highest).add_(total.log()).squeeze(-1));
-      if (!d_hidden_.defined() && !d_weight_.defined() && !d_bias_.defined()) return;
+      total.copy_(z.sub_(highest).exp_().sum(-1, true));
+      losses.copy_(loss.add_(highest).add_(total.log()).squeeze(-1));
+      if (!learns_) return;
       z.scatter_add_(-1, targets, total * -kept);
       if (spread > 0) z.sub_(total * spread);
-      add_gradients(first, hidden, z, total.reciprocal().mul_(rows_.sums ? rows_.scale : 1));
     }
 
     /// In the type in which it is summed up; the same memory for every chunk.
@@ -217,6 +244,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     double factor_of_half() const { return rows_.sums ? rows_.scale : 1; }
 
     const CrossEntropyRows& rows_;
+    const bool learns_;
     const at::ScalarType type_, wide_;
     at::Tensor logits_, losses_, result_;
     at::Tensor d_hidden_, d_weight_, d_bias_;
