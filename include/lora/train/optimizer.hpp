@@ -366,8 +366,10 @@ class AdamW : public torch::optim::Optimizer {
     return loss;
   }
 
-  /// Sets all gradients to zero. They stay defined, so that backward adds to them in place.
-  void zero_grad() {
+  /// Sets all gradients to zero. They stay defined, so that backward adds to them in place; with `set_to_none` they do
+  /// not, as with LibTorch's default, and the next backward pass makes new ones.
+  void zero_grad(bool set_to_none = false) {
+    if (set_to_none) return Optimizer::zero_grad(true);
     const detail::BelowInterception below;
     at::NoGradGuard no_grad;
     take_new_groups();
