@@ -101,6 +101,9 @@ set(LORA_DETAIL_HEADERS
   system/attributes.hpp
   system/files.hpp
   system/libtorch.hpp
+  train/flat_buffer.hpp
+  train/new_graph.hpp
+  train/run_state.hpp
   weight/key.hpp
   weight/part.hpp
   weight/slot.hpp

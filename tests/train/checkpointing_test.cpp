@@ -119,6 +119,43 @@ TEST_CASE("A checkpoint leaves the value, the gradients and the generator that t
   }
 }
 
+TEST_CASE("A parameter that autocast has cast already, and a tensor of another thread's graph") {
+  torch::manual_seed(0);
+  const auto x = random({4, 5}).requires_grad_(), w = random({5}).requires_grad_();
+  SECTION("cast") {
+    if (!testing::device().is_cpu()) return;
+    const auto xf = x.detach().to(torch::kFloat).requires_grad_();
+    const auto v = torch::randn({5, 5}).requires_grad_();
+    at::autocast::set_autocast_enabled(at::kCPU, true);
+    at::autocast::increment_nesting();
+    const auto before = torch::linear(xf, v);
+    const auto y = lora::checkpoint([&](const Tensor& in) { return torch::linear(in, v); }, xf);
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(at::kCPU, false);
+    const auto found = torch::autograd::grad({y.to(torch::kFloat).pow(2).sum()}, {xf, v});
+    const auto expected = torch::autograd::grad({before.to(torch::kFloat).pow(2).sum()}, {xf, v});
+    CHECK(are_equal(found, expected));
+  }
+  SECTION("another thread") {
+    Tensor hidden;
+    std::thread([&, made_here = at::sequence_number::peek()] {  // with a later number than the nodes of this thread
+      while (at::sequence_number::peek() < made_here + 1000) hidden = w.exp();
+    })
+        .join();
+    const auto y = lora::checkpoint([hidden](const Tensor& in) { return in.sin() * hidden; }, x);
+    const auto found = torch::autograd::grad({(y * hidden).sum()}, {x, w});
+    const auto same = w.exp();
+    CHECK(are_equal(found, torch::autograd::grad({(x.sin() * same * same).sum()}, {x, w})));
+  }
+  SECTION("a result that is an input is changed in place") {
+    const auto y = lora::checkpoint([](const Tensor& /*in*/, const Tensor& other) { return other.view(-1); }, x, w);
+    const auto before = w.detach().clone();
+    y.mul_(3).pow(2).sum().backward();
+    CHECK(torch::equal(w, before));
+    CHECK(testing::distance(w.grad(), 18 * before) < 1e-12);
+  }
+}
+
 TEST_CASE("A checkpoint takes several tensors and returns several, of which not all have a gradient or get one") {
   torch::manual_seed(0);
   const Block block;

@@ -1,11 +1,6 @@
 #pragma once
 
-#include <ATen/Context.h>
-#include <ATen/SequenceNumber.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/core/Generator.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/record_function.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -13,193 +8,24 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <lora/adapter/activation.hpp>
+#include <lora/train/new_graph.hpp>
+#include <lora/train/run_state.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
 #include <cstdint>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <tuple>
 #include <type_traits>
-#include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
-
-/// Where the generators of random numbers were that a function on such tensors draws from: the CPU's and those of the
-/// devices of the tensors.
-class RandomState {
- public:
-  explicit RandomState(const std::vector<at::Tensor>& tensors) {
-    note(at::globalContext().defaultGenerator(at::kCPU));
-    for (const auto& tensor : tensors) {
-      if (!tensor.defined() || tensor.is_cpu() || tensor.is_meta()) continue;
-      const auto& generator = at::globalContext().defaultGenerator(tensor.device());
-      const auto is_it = [&](const State& state) { return state.generator == generator; };
-      if (std::none_of(states_.begin(), states_.end(), is_it)) note(generator);
-    }
-  }
-
-  /// Where they are now.
-  RandomState now() const {
-    auto state = *this;
-    for (auto& found : state.states_) found.value = value(found.generator);
-    return state;
-  }
-
-  void set() const {
-    for (const auto& state : states_) {
-      auto generator = state.generator;
-      std::lock_guard<std::mutex> lock(generator.mutex());
-      generator.set_state(state.value);
-    }
-  }
-
- private:
-  struct State {
-    at::Generator generator;
-    at::Tensor value;
-  };
-
-  static at::Tensor value(at::Generator generator) {
-    std::lock_guard<std::mutex> lock(generator.mutex());
-    return generator.get_state();
-  }
-
-  void note(const at::Generator& generator) { states_.push_back({generator, value(generator)}); }
-
-  std::vector<State> states_;
-};
-
-/// The types to which autocast casts on the devices of such tensors, which LibTorch before 2.13 does not carry along.
-class CastTypes {
- public:
-  explicit CastTypes(const std::vector<at::Tensor>& tensors) {
-    note(at::kCPU);
-    for (const auto& tensor : tensors) {
-      if (tensor.defined()) note(tensor.device().type());
-    }
-  }
-
-  /// Those of now on the same devices.
-  CastTypes now() const {
-    auto types = *this;
-    for (auto& [device, type] : types.types_) type = at::autocast::get_autocast_dtype(device);
-    return types;
-  }
-
-  void set() const {
-    for (const auto& [device, type] : types_) at::autocast::set_autocast_dtype(device, type);
-  }
-
- private:
-  void note(at::DeviceType device) { types_[device] = at::autocast::get_autocast_dtype(device); }
-
-  std::unordered_map<at::DeviceType, at::ScalarType> types_;
-};
-
-/// While it lives, that state is in effect; then the one that it found.
-template <class State>
-class Restored {
- public:
-  explicit Restored(const State& wanted) : found_(wanted.now()) { wanted.set(); }
-  ~Restored() { found_.set(); }
-  Restored(const Restored&) = delete;
-  Restored& operator=(const Restored&) = delete;
-
- private:
-  State found_;
-};
-
-/// While it lives, autocast keeps no casts: those of one run would be nodes of another's graph.
-class WithoutCastCache {
- public:
-  WithoutCastCache() { at::autocast::set_autocast_cache_enabled(false); }
-  ~WithoutCastCache() { at::autocast::set_autocast_cache_enabled(before_); }
-  WithoutCastCache(const WithoutCastCache&) = delete;
-  WithoutCastCache& operator=(const WithoutCastCache&) = delete;
-
- private:
-  bool before_ = at::autocast::is_autocast_cache_enabled();
-};
-
-/// The nodes of autograd that are made on this thread from now on, and where they lead.
-class NewGraph {
- public:
-  using Edges = torch::autograd::edge_list;
-
-  /// Calls `visit(edge)` for every edge, of `roots` or of a new node that they lead to, which ends at an older node or
-  /// at a leaf. The order is the same for the same graph. `visit` may write another edge there.
-  template <class Visit>
-  void for_each_exit(Edges& roots, const Visit& visit) const {
-    std::unordered_set<const torch::autograd::Node*> seen;
-    std::vector<Edges*> open{&roots};
-    while (!open.empty()) {
-      auto& edges = *open.back();
-      open.pop_back();
-      for (auto& edge : edges) {
-        auto* node = edge.function.get();
-        if (node == nullptr) continue;
-        if (!is_new(*node)) {
-          visit(edge);
-        } else if (seen.insert(node).second) {
-          open.push_back(&node->next_edges());
-        }
-      }
-    }
-  }
-
- private:
-  bool is_new(const torch::autograd::Node& node) const {
-    const bool is_leaf = node.sequence_nr() == std::numeric_limits<uint64_t>::max();
-    return !is_leaf && node.thread_id() == thread_ && node.sequence_nr() >= first_;
-  }
-
-  uint64_t thread_ = at::RecordFunction::currentThreadId();
-  uint64_t first_ = at::sequence_number::peek();
-};
-
-/// Different edges, each with its place.
-class Exits {
- public:
-  using Edge = torch::autograd::Edge;
-
-  uint32_t place(const Edge& edge) {
-    const auto [found, is_new] = places_.emplace(edge, static_cast<uint32_t>(edges_.size()));
-    if (is_new) edges_.push_back(edge);
-    return found->second;
-  }
-  torch::autograd::edge_list edges() const { return edges_; }
-
- private:
-  torch::autograd::edge_list edges_;
-  std::unordered_map<Edge, uint32_t> places_;
-};
-
-/// How LibTorch holds nodes: by std::shared_ptr, since 2.13 by a pointer of its own.
-using NodePointer = decltype(torch::autograd::Edge::function);
-
-template <class Kind, class Pointer = NodePointer>
-auto make_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return std::make_shared<Kind>();
-  } else {
-    return c10::make_intrusive<Kind>();
-  }
-}
-
-/// Where gradients arrive that are wanted.
-struct Sink : torch::autograd::Node {
-  void add(const torch::autograd::InputMetadata& metadata) { input_metadata_.push_back(metadata); }
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& /*gradients*/) override { return {}; }
-};
 
 /// A function whose activations are not kept. To autograd it is one node, which leads where the function's own graph
 /// led: to the inputs, and to everything else that it used and that has a gradient, above all the parameters. Backward
