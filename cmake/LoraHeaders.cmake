@@ -54,6 +54,10 @@ set(LORA_PUBLIC_HEADERS
   peft/config.hpp
   peft/convert.hpp
   peft/load_options.hpp
+  train/checkpointing.hpp
+  train/cross_entropy.hpp
+  train/optimizer.hpp
+  train/schedule.hpp
   weight/base.hpp
   weight/shape.hpp
   weight/use.hpp
@@ -105,6 +109,9 @@ set(LORA_DETAIL_HEADERS
   system/attributes.hpp
   system/files.hpp
   system/libtorch.hpp
+  train/flat_buffer.hpp
+  train/new_graph.hpp
+  train/run_state.hpp
   weight/key.hpp
   weight/part.hpp
   weight/row_squares.hpp

@@ -38,7 +38,7 @@ else
 fi
 find_clang || fail "compilers.sh: there is no clang++"
 for library in libstdc++ libc++; do
-  printf '#include <lora/lora.hpp>\n#include <lora/torchscript.hpp>\n#include "tests/packaging/templates.cpp"\n' |
-    check "$clang" -stdlib=$library -I.
+  printf '#include <lora/%s.hpp>\n' lora torchscript train/cross_entropy train/optimizer train/schedule |
+    { cat; echo '#include "tests/packaging/templates.cpp"'; } | check "$clang" -stdlib=$library -I.
   say "$clang with $library: all headers"
 done

@@ -21,6 +21,7 @@ set(lines
   "adapters.hpp"
   "modules/"
   "attach.hpp combine.hpp extract.hpp"
+  "train/"
   "peft/"
   "pool.hpp torchscript.hpp"
   "lora.hpp")
