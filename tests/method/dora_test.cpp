@@ -1,5 +1,7 @@
 #include "support/methods.hpp"
+#include "support/models.hpp"
 
+#include <lora/attach.hpp>
 #include <lora/method/dora.hpp>
 
 using lora::DoRA;
@@ -87,4 +89,47 @@ TEST_CASE("With dropout both terms of DoRA's difference see the same input") {
   auto expected = f.x.matmul(f.weight.t()) + f.bias + dropped.matmul(f.by_hand().t()) - dropped.matmul(f.weight.t());
   CHECK(testing::distance(output, expected) < 1e-12);
   CHECK(testing::distance(f.forward(false), f.x.matmul(f.by_hand().t()) + f.bias) < 1e-12);
+}
+
+TEST_CASE("The gain of a linear layer has the derivatives of what it is written out as, the second ones, too") {
+  const bool has_bias = GENERATE(true, false), trains_magnitude = GENERATE(true, false);
+  const auto doubles = testing::on_device(torch::kDouble);
+  torch::nn::Linear layer(torch::nn::LinearOptions(5, 4).bias(has_bias));
+  layer->to(testing::device(), torch::kDouble);
+  torch::nn::Sequential model(layer);
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(6).method(lora::DoRA()).target_modules({"0"}));
+  testing::randomize(adapters.parameters());
+  const auto named = adapters.named_parameters();
+  const auto A = named["0.lora_A"], B = named["0.lora_B"], m = named["0.lora_magnitude_vector"];
+  m.set_requires_grad(trains_magnitude);
+  const auto x = torch::randn({2, 3, 5}, doubles).requires_grad_();
+  const auto weight = layer->weight, bias = layer->bias;
+  const auto by_hand = [&] {
+    const auto moved = weight + 3 * B.mm(A);
+    const auto norm = moved.norm(2, 1).detach();
+    const auto y = x.matmul(moved.t()) * (m / norm);
+    return has_bias ? y + bias : y;
+  };
+  const auto by_library = [&] {
+    auto active = adapters.activate();
+    return model->forward(x);
+  };
+  std::vector<torch::Tensor> wanted{x, A, B};
+  if (trains_magnitude) wanted.push_back(m);
+  const auto derivatives = [&](const std::function<torch::Tensor()>& forward) {
+    const auto y = forward();
+    auto all = torch::autograd::grad({y.sigmoid().pow(2).sum()}, wanted, {}, true, /*create_graph=*/true);
+    auto penalty = torch::zeros({}, doubles);
+    for (const auto& gradient : all) penalty = penalty + gradient.pow(2).sum();
+    for (const auto& second : torch::autograd::grad({penalty}, wanted)) all.push_back(second);
+    all.push_back(y);
+    return all;
+  };
+  const auto found = derivatives(by_library), expected = derivatives(by_hand);
+  for (size_t i = 0; i < expected.size(); ++i) CHECK(testing::distance(found[i], expected[i]) < 1e-10);
+  by_library().mul_(2).sum().backward();  // what it returns may be written to
+  const auto gradient = x.grad().clone();
+  x.mutable_grad() = torch::Tensor();
+  by_hand().mul(2).sum().backward();
+  CHECK(testing::distance(gradient, x.grad()) < 1e-12);
 }
