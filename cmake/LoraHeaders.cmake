@@ -89,6 +89,7 @@ set(LORA_DETAIL_HEADERS
   intercept/weight_table.hpp
   layers/files.hpp
   layers/norm_limit.hpp
+  adapter/fingerprint.hpp
   dropout.hpp
   low_rank_linear.hpp
   model/frozen_parameters.hpp

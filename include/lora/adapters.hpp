@@ -1,6 +1,7 @@
 #pragma once
 
 #include <lora/adapter/activation.hpp>
+#include <lora/adapter/fingerprint.hpp>
 #include <lora/adapter/merge.hpp>
 #include <lora/adapter/plan.hpp>
 #include <lora/adapter/registry.hpp>
@@ -385,6 +386,14 @@ class Adapters {
     const auto all = list();
     const auto& entry = known(*all, name);
     return entry.scale_of(layer_of(*all, entry, layer));
+  }
+
+  /// Forty digits that are the same for what computes the same, here, in another process, and under another name: those
+  /// of its layers, scales and numbers. A cache of what a model computed with an adapter, such as the keys and values
+  /// of a prompt, belongs to them, and is not gone on with when they differ. All numbers are read for it, so it is kept
+  /// rather than asked for again. Of the base model, whose name is empty, there are none.
+  std::string fingerprint(const std::string& name) const {
+    return name.empty() ? "" : detail::fingerprint(known(*list(), name));
   }
 
   /// Adds an adapter made of others, whose updates are weighted and add up, or are combined as the options say
