@@ -28,6 +28,25 @@ class KeyValueCache {
   /// Ends a forward pass over T positions. A pass that failed half way leaves the length, and so the cache, as it was.
   void advance(int64_t positions) { length_ += positions; }
 
+  /// Leaves only these texts, `rows` (N) int64 in that order.
+  void keep_rows(const torch::Tensor& rows) {
+    for (auto& [keys, values] : layers_) {
+      keys = keys.index_select(0, rows.to(keys.device()));
+      values = values.index_select(0, rows.to(values.device()));
+    }
+  }
+
+  /// Adds the texts of another cache behind its own. Throws when they are not of the same length.
+  void append_rows(const KeyValueCache& other) {
+    TORCH_CHECK(length_ == other.length_, "KeyValueCache: texts of ", other.length_, " positions cannot join texts of ",
+                length_);
+    auto layers = layers_;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      layers[i] = {joined(layers[i].first, other.layers_[i].first), joined(layers[i].second, other.layers_[i].second)};
+    }
+    layers_ = std::move(layers);
+  }
+
  private:
   // The buffers double when they are full, so that a text of n tokens costs O(n) copies, not O(n^2).
   torch::Tensor put(torch::Tensor& buffer, const torch::Tensor& added) {
@@ -41,6 +60,12 @@ class KeyValueCache {
     }
     buffer.narrow(2, length_, added.size(2)).copy_(added);
     return buffer.narrow(2, 0, end);
+  }
+
+  // With the room that both have beyond their length.
+  static torch::Tensor joined(const torch::Tensor& a, const torch::Tensor& b) {
+    const auto room = std::min(a.size(2), b.size(2));
+    return torch::cat({a.narrow(2, 0, room), b.narrow(2, 0, room)});
   }
 
   std::vector<std::pair<torch::Tensor, torch::Tensor>> layers_;
