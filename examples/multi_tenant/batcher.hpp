@@ -1,9 +1,9 @@
 // One thread that answers requests for different adapters together: each pass of the model has rows of several.
 //
-// A pass takes texts of equal length, so that all rows have the same positions and nothing has to be padded or masked:
-// attention never looks beyond its own row, and no row can influence another one. A group of such texts shares a cache.
-// The group with the shortest texts goes first, and when it has grown to the length of the next one the two go on as
-// one. So requests join while others are being answered, and rows that are finished leave.
+// Batching is continuous: a request that arrives gets its keys and values in a pass of its own, together with those
+// whose prompts are of the same length, and then joins the rows that are being answered, in a cache in which they end
+// together. What is in front of shorter texts is masked, so that no row sees anything but its own text. From then on
+// each pass is one more token for all, and rows that are finished leave.
 #pragma once
 
 #include <torch/torch.h>
@@ -90,20 +90,23 @@ class Batcher {
     std::promise<Tokens> promise;
   };
 
-  /// Texts of one length: that of the cache, which lacks the last token of each answer.
-  struct Group {
+  /// Texts that go on together. The cache lacks the last token of each answer.
+  struct Batch {
     std::vector<Row> rows;
     gpt::KeyValueCache cache;
-    int64_t passed_over = 0;
   };
 
   void serve() {
     const torch::NoGradGuard no_grad;
     for (;;) {
       auto arrived = take();
-      if (arrived.empty() && groups_.empty()) return;
-      for (auto& [length, rows] : arrived) pass({std::move(rows), {}}, /*is_start=*/true);
-      if (!groups_.empty()) pass(next(), /*is_start=*/false);
+      if (arrived.empty() && running_.rows.empty()) return;
+      for (auto& item : arrived) {
+        Batch start{std::move(item.second), {}};
+        guarded(start, [&] { pass(start); });
+        guarded(start, [&] { join(start); });
+      }
+      guarded(running_, [&] { pass(running_); });
     }
   }
 
@@ -111,10 +114,9 @@ class Batcher {
   /// comes any more when the batcher is closed.
   std::map<size_t, std::vector<Row>> take() {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (groups_.empty()) changed_.wait(lock, [&] { return is_closed_ || !waiting_.empty(); });
-    size_t busy = 0;
-    for (const auto& item : groups_) busy += item.second.rows.size();
-    const auto count = static_cast<std::ptrdiff_t>(std::min(options_.max_rows - busy, waiting_.size()));
+    if (running_.rows.empty()) changed_.wait(lock, [&] { return is_closed_ || !waiting_.empty(); });
+    const auto room = options_.max_rows - running_.rows.size();
+    const auto count = static_cast<std::ptrdiff_t>(std::min(room, waiting_.size()));
     std::map<size_t, std::vector<Row>> taken;
     for (auto row = waiting_.begin(); row != waiting_.begin() + count; ++row)
       taken[row->prompt.size()].push_back(std::move(*row));
@@ -122,53 +124,41 @@ class Batcher {
     return taken;
   }
 
-  /// The group that is to go on: the shortest texts, so that they catch up with others, unless those waited for long.
-  Group next() {
-    auto chosen = std::find_if(groups_.begin(), groups_.end(),
-                               [](const auto& item) { return item.second.passed_over >= kPatience; });
-    if (chosen == groups_.end()) chosen = groups_.begin();
-    auto group = std::move(chosen->second);
-    groups_.erase(chosen);
-    for (auto& item : groups_) ++item.second.passed_over;
-    return group;
-  }
-
-  /// One more token for each row of a group. What goes wrong with an adapter concerns its rows alone; when the model
-  /// itself fails, those of the pass are told, and the others go on.
-  void pass(Group group, bool is_start) {
+  /// When the model itself fails, for example without memory, those of the batch are told, and others go on.
+  template <class Work>
+  static void guarded(Batch& batch, const Work& work) {
     try {
-      std::map<std::string, std::string> failures;
-      const auto tokens = next_tokens(group, is_start, failures);
-      const auto staying = answer(group.rows, tokens, failures);
-      if (staying.empty()) return;
-      if (staying.size() < tokens.size()) group.cache.keep_rows(torch::tensor(staying, torch::kLong));
-      rejoin(group);
+      if (!batch.rows.empty()) work();
     } catch (...) {
-      for (auto& row : group.rows) row.promise.set_exception(std::current_exception());
+      for (auto& row : batch.rows) row.promise.set_exception(std::current_exception());
+      batch = {};
     }
   }
 
-  /// The adapters are asked for anew in each pass and may have been dropped in between: the pool holds those of open
-  /// scopes, and the groups take turns. (So an adapter that was reloaded in the middle of an answer would go on with
-  /// the keys and values of the former one.) A row whose adapter cannot be had goes along with the base model this
-  /// once.
-  Tokens next_tokens(Group& group, bool is_start, std::map<std::string, std::string>& failures) {
+  /// One more token for each row. What goes wrong with an adapter concerns its rows alone.
+  void pass(Batch& batch) {
+    std::map<std::string, std::string> failures;
+    const auto tokens = next_tokens(batch, failures);
+    const auto staying = answer(batch.rows, tokens, failures);
+    if (staying.size() < tokens.size()) batch.cache.keep_texts(staying);
+  }
+
+  /// The adapters are asked for anew in each pass: the pool holds those of open scopes, and between passes it may drop
+  /// some to make room for others. (So an adapter that was reloaded in the middle of an answer would go on with the
+  /// keys and values of the former one.) A row whose adapter cannot be had goes along with the base model this once.
+  Tokens next_tokens(Batch& batch, std::map<std::string, std::string>& failures) {
     std::vector<std::string> adapters;
     Tokens ids;
-    for (const auto& row : group.rows) {
+    for (const auto& row : batch.rows) {
       adapters.push_back(row.adapter);
-      if (is_start) ids.insert(ids.end(), row.prompt.begin(), row.prompt.end());
-      if (!is_start) ids.push_back(row.answer.back());
+      if (row.answer.empty()) ids.insert(ids.end(), row.prompt.begin(), row.prompt.end());
+      if (!row.answer.empty()) ids.push_back(row.answer.back());
     }
-    const auto count = static_cast<int64_t>(group.rows.size());
+    const auto count = static_cast<int64_t>(batch.rows.size());
     const auto input = torch::tensor(ids, torch::kLong).view({count, -1}).to(model_.lm_head->weight.device());
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ++metrics_.passes;
-      metrics_.rows += count;
-    }
+    note(count);
     auto active = pool_.activate(adapters, failures);
-    const auto last = model_.hidden_states(input, &group.cache).select(1, -1);  // (B, C)
+    const auto last = model_.hidden_states(input, &batch.cache).select(1, -1);  // (B, C)
     const auto best = model_.lm_head->forward(last).argmax(-1).cpu();           // (B)
     return {best.data_ptr<int64_t>(), best.data_ptr<int64_t>() + count};
   }
@@ -196,25 +186,24 @@ class Batcher {
     return places;
   }
 
-  /// Puts a group back, together with the one of the same length if there is one.
-  void rejoin(Group& group) {
-    const auto [found, is_new] = groups_.try_emplace(group.cache.length());
-    auto& others = found->second;
-    if (is_new) {
-      others.cache = std::move(group.cache);
-    } else {
-      others.cache.append_rows(group.cache);
-    }
-    std::move(group.rows.begin(), group.rows.end(), std::back_inserter(others.rows));
+  /// Puts a batch behind the running one.
+  void join(Batch& batch) {
+    running_.cache.append_texts(batch.cache);
+    std::move(batch.rows.begin(), batch.rows.end(), std::back_inserter(running_.rows));
+    batch = {};
   }
 
-  static constexpr int64_t kPatience = 16;  // passes in which a group may be passed over
+  void note(int64_t rows) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++metrics_.passes;
+    metrics_.rows += rows;
+  }
 
   gpt::LanguageModelImpl& model_;
   const lora::AdapterPool& pool_;
   const BatcherOptions options_;
-  std::map<int64_t, Group> groups_;  // by length; of the batcher's thread alone
-  mutable std::mutex mutex_;         // of what follows
+  Batch running_;             // of the batcher's thread alone
+  mutable std::mutex mutex_;  // of what follows
   std::condition_variable changed_;
   std::vector<Row> waiting_;
   bool is_closed_ = false;
