@@ -75,8 +75,11 @@ struct Service {
   std::vector<Tokens> prompts;
   Tokens stop_ids;
 
-  std::string text(const Tokens& ids) const {
-    return tokenizer ? fmt::format("\"{}\"", tokenizer->decode(ids)) : fmt::format("{}", fmt::join(ids, " "));
+  std::string text(const Tokens& ids) const {  // in one line
+    if (!tokenizer) return fmt::format("{}", fmt::join(ids, " "));
+    auto text = tokenizer->decode(ids);
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    return "\"" + text + "\"";
   }
 };
 
@@ -125,10 +128,10 @@ std::string customer(int64_t number) { return fmt::format("customer-{}", number)
 constexpr const char* kBroken = "customer-with-a-broken-file";
 constexpr const char* kFile = "adapter_model.safetensors";
 
-/// Random values, such that an update is as large as half of the weight it changes.
+/// Random values, such that the numbers of an update are a fifth of those of the weight it changes.
 void randomize(const lora::Adapter& adapter) {
   for (const auto& part : adapter.parts) {
-    const auto size = 0.5 * part.site->weight().std().item<double>();
+    const auto size = 0.2 * part.site->weight().std().item<double>();
     auto& method = *part.method;
     const auto rank = static_cast<double>(method.options().rank());
     const auto deviation = std::sqrt(size / (method.scaling() * std::sqrt(rank)));
@@ -189,8 +192,6 @@ double ask_all(Batcher& batcher, std::vector<Request>& requests, int64_t threads
       const auto start = Clock::now();
       try {
         request.answer = batcher.ask(request.adapter, request.prompt).get();
-      } catch (const c10::Error& error) {
-        request.refusal = error.what_without_backtrace();
       } catch (const std::exception& error) {
         request.refusal = error.what();
       }
@@ -204,35 +205,37 @@ double ask_all(Batcher& batcher, std::vector<Request>& requests, int64_t threads
   return seconds_since(start);
 }
 
+/// Of sorted values: the least that `percent` of them do not exceed.
+double percentile(const std::vector<double>& sorted, double percent) {
+  if (sorted.empty()) return 0;
+  const auto rank = static_cast<size_t>(std::ceil(percent / 100 * static_cast<double>(sorted.size())));
+  return sorted[std::max<size_t>(rank, 1) - 1];
+}
+
 void print_report(const std::vector<Request>& requests, double seconds, const BatcherMetrics& batcher,
                   const lora::AdapterPoolMetrics& pool) {
-  std::vector<double> latencies;
+  std::vector<double> times;
   size_t tokens = 0;
-  std::map<std::string, std::pair<int, std::string>> refused;
+  std::map<std::string, std::vector<std::string>> refusals;
   for (const auto& request : requests) {
-    if (request.refusal.empty()) {
-      latencies.push_back(1e3 * request.seconds);
-      tokens += request.answer.size();
-    } else {
-      auto& [count, reason] = refused[request.adapter];
-      reason = request.refusal;
-      ++count;
+    if (!request.refusal.empty()) {
+      refusals[request.adapter].push_back(request.refusal);
+      continue;
     }
+    times.push_back(1e3 * request.seconds);
+    tokens += request.answer.size();
   }
-  fmt::print("{} answers of {} tokens in {:.2f} s: {:.1f} tokens/s\n", latencies.size(), tokens, seconds,
+  std::sort(times.begin(), times.end());
+  fmt::print("{} answers of {} tokens in {:.2f} s: {:.1f} tokens/s\n", times.size(), tokens, seconds,
              static_cast<double>(tokens) / seconds);
-  std::sort(latencies.begin(), latencies.end());
-  const auto percentile = [&](double p) {
-    const auto rank = std::ceil(p / 100 * static_cast<double>(latencies.size()));
-    return latencies.empty() ? 0 : latencies[static_cast<size_t>(std::max(rank, 1.0)) - 1];
-  };
-  fmt::print("latency: p50 {:.1f} ms, p95 {:.1f} ms, p99 {:.1f} ms\n", percentile(50), percentile(95), percentile(99));
+  fmt::print("latency: p50 {:.1f} ms, p95 {:.1f} ms, p99 {:.1f} ms\n", percentile(times, 50), percentile(times, 95),
+             percentile(times, 99));
   fmt::print("batcher: {} passes of {:.1f} rows\n", batcher.passes,
              static_cast<double>(batcher.rows) / static_cast<double>(batcher.passes));
   fmt::print("pool: {} hits, {} loads, {} evictions, {} failures; holds {} adapters, {:.2f} MB\n", pool.hits,
              pool.loads, pool.evictions, pool.failures, pool.adapters, 1e-6 * static_cast<double>(pool.bytes));
-  for (const auto& [name, refusal] : refused)
-    fmt::print("refused: {} requests of {}: {}\n", refusal.first, name, refusal.second);
+  for (const auto& [name, reasons] : refusals)
+    fmt::print("refused: {} requests of {}: {}\n", reasons.size(), name, reasons.front());
 }
 
 /// Computes some answers once more, one at a time. Returns how many of them differ.
