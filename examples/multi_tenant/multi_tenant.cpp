@@ -53,7 +53,7 @@ void add_options(CLI::App& app, Options& options) {
       ->type_name("DIR");
   app.add_option("--adapters", options.adapters,
                  "where the adapters are, in folders customer-0, customer-1, ...; those that\n"
-                 "are missing are made, with random values [multi_tenant_adapters/NAME OF THE MODEL]")
+                 "are missing are made, with random values [a folder for temporary files]")
       ->type_name("DIR");
   app.add_option("--budget", options.budget, "megabytes of adapters in memory [half of those there are]")
       ->check(gpt::between(0));
@@ -282,12 +282,17 @@ int64_t count_differences(const Service& service, const std::filesystem::path& d
 
 void run(Options options) {
   const auto service = load_service(options.model);
-  if (options.adapters.empty()) options.adapters = std::filesystem::path("multi_tenant_adapters") / service.name;
+  if (options.adapters.empty())
+    options.adapters = std::filesystem::temp_directory_path() / "multi_tenant_adapters" / service.name;
   write_adapters(*service.model, options.adapters, options.customers);
   auto requests = draw_requests(service, options);
 
   // The adapters of a pass have to be in memory together, so they limit how many rows it has.
-  const auto adapter_bytes = static_cast<int64_t>(std::filesystem::file_size(options.adapters / customer(0) / kFile));
+  int64_t adapter_bytes = 0;  // of the largest
+  for (int64_t i = 0; i < options.customers; ++i) {
+    const auto file = options.adapters / customer(i) / kFile;
+    adapter_bytes = std::max(adapter_bytes, static_cast<int64_t>(std::filesystem::file_size(file)));
+  }
   const auto chosen =
       options.budget > 0 ? static_cast<int64_t>(1e6 * options.budget) : adapter_bytes * ((options.customers + 1) / 2);
   TORCH_CHECK_VALUE(chosen >= adapter_bytes, "--budget has to hold an adapter, which is of ", adapter_bytes, " bytes");
