@@ -23,7 +23,8 @@ class GPT2AttentionImpl : public torch::nn::Module {
     auto parts = packed.permute({2, 0, 3, 1, 4}).unbind(0);                                    // 3 times (B, H, T, D)
     auto k = parts[1], v = parts[2];
     if (cache != nullptr) std::tie(k, v) = cache->append(layer_, k, v);
-    auto mixed = detail::causal_attention(parts[0], k, v, is_training() ? config_.attention_dropout : 0.0, scale());
+    auto mixed = detail::causal_attention(parts[0], k, v, is_training() ? config_.attention_dropout : 0.0, scale(),
+                                          detail::padding_of(cache));
     auto y = c_proj->forward(mixed.transpose(1, 2).flatten(2));
     return torch::dropout(y, config_.residual_dropout, is_training());
   }
@@ -100,7 +101,7 @@ class GPT2BodyImpl : public torch::nn::Module {
     const auto first = cache == nullptr ? 0 : cache->length(), end = first + ids.size(1);
     TORCH_CHECK(end <= wpe->options.num_embeddings(), "GPT2: a text of ", end, " tokens is longer than the model's ",
                 wpe->options.num_embeddings(), " positions");
-    auto x = wte->forward(ids) + wpe->forward(torch::arange(first, end, ids.options()));  // (B, T, C)
+    auto x = wte->forward(ids) + wpe->forward(detail::positions(ids, cache));  // (B, T, C)
     x = torch::dropout(x, dropout_, is_training());
     for (const auto& block : *h) x = block->as<GPT2Block>()->forward(x, cache);
     if (cache != nullptr) cache->advance(ids.size(1));

@@ -93,9 +93,20 @@ inline torch::Tensor causal_mask(int64_t queries, int64_t keys, torch::Device de
   return torch::ones({queries, keys}, torch::TensorOptions(device).dtype(torch::kBool)).tril(keys - queries);
 }
 
+// What a pass with a cache may see, as a mask that broadcasts to (B, H, T, S); none where that is all that came before,
+// or what scaled_dot_product_attention means by causal. `padding` (B), if defined, has the keys in front of each text.
+inline std::optional<torch::Tensor> attention_mask(int64_t queries, int64_t keys, const torch::Tensor& padding,
+                                                   torch::Device device) {
+  const bool is_continued = queries > 1 && keys > queries;
+  if (!padding.defined()) return is_continued ? std::make_optional(causal_mask(queries, keys, device)) : std::nullopt;
+  const auto places = torch::arange(keys, padding.options());
+  const auto visible = (places >= padding.unsqueeze(1)).unsqueeze(1).unsqueeze(1);  // (B, 1, 1, S)
+  return queries > 1 ? visible & causal_mask(queries, keys, device) : visible;
+}
+
 // softmax(scale * q k^T) v over what came before. q (B, H, T, D); k, v (B, K, S, D) with H a multiple of K and S >= T.
 inline torch::Tensor causal_attention(const torch::Tensor& q, torch::Tensor k, torch::Tensor v, double dropout,
-                                      std::optional<double> scale = std::nullopt) {
+                                      std::optional<double> scale = std::nullopt, const torch::Tensor& padding = {}) {
   const auto heads = q.size(1), length = q.size(2), total = k.size(2);
   bool grouped = k.size(1) != heads;
   if (grouped && q.is_cuda() && q.scalar_type() == torch::kFloat) {
@@ -104,9 +115,18 @@ inline torch::Tensor causal_attention(const torch::Tensor& q, torch::Tensor k, t
     v = v.repeat_interleave(heads / v.size(1), 1);
     grouped = false;
   }
-  std::optional<torch::Tensor> mask;
-  if (length > 1 && total > length) mask = causal_mask(length, total, q.device());
+  const auto mask = attention_mask(length, total, padding, q.device());
   return at::scaled_dot_product_attention(q, k, v, mask, dropout, /*is_causal=*/length > 1 && !mask, scale, grouped);
+}
+
+// The positions (T) of a text, or those with which a cache goes on, (T) or (B, T).
+inline torch::Tensor positions(const torch::Tensor& ids, const KeyValueCache* cache) {
+  return cache == nullptr ? torch::arange(ids.size(1), ids.options())
+                          : cache->next_positions(ids.size(1), ids.device());
+}
+
+inline torch::Tensor padding_of(const KeyValueCache* cache) {
+  return cache == nullptr ? torch::Tensor() : cache->padding();
 }
 
 }  // namespace detail

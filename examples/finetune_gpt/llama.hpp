@@ -31,8 +31,8 @@ TORCH_MODULE(RMSNorm);
 /// Rotary position embedding: the two halves of each head's vector are the coordinates of D/2 planes, and plane i is
 /// turned by position * frequency_i.
 struct Rotation {
-  torch::Tensor cosine;  ///< (T, D)
-  torch::Tensor sine;    ///< (T, D), negated in the first half
+  torch::Tensor cosine;  ///< (T, D), or (B, 1, T, D) where texts are at different positions
+  torch::Tensor sine;    ///< the same, negated in the first half
 
   /// (B, H, T, D) -> the same shape.
   torch::Tensor operator()(const torch::Tensor& x) const {
@@ -85,7 +85,8 @@ class LlamaAttentionImpl : public torch::nn::Module {
     auto k = rotate(heads(k_proj->forward(x)));  // (B, K, T, D)
     auto v = heads(v_proj->forward(x));          // (B, K, T, D)
     if (cache != nullptr) std::tie(k, v) = cache->append(layer_, k, v);
-    auto mixed = detail::causal_attention(q, k, v, is_training() ? config_.attention_dropout : 0.0);
+    auto mixed = detail::causal_attention(q, k, v, is_training() ? config_.attention_dropout : 0.0, std::nullopt,
+                                          detail::padding_of(cache));
     return o_proj->forward(mixed.transpose(1, 2).flatten(2));
   }
 
@@ -150,7 +151,7 @@ class LlamaBodyImpl : public torch::nn::Module {
 
   torch::Tensor forward(const torch::Tensor& ids, KeyValueCache* cache) {
     auto x = embed_tokens->forward(ids);  // (B, T, C)
-    const auto rotate = rotation(cache == nullptr ? 0 : cache->length(), ids.size(1), x);
+    const auto rotate = rotation(detail::positions(ids, cache), x);
     for (const auto& layer : *layers) x = layer->as<LlamaLayer>()->forward(x, rotate, cache);
     if (cache != nullptr) cache->advance(ids.size(1));
     return norm->forward(x);
@@ -161,10 +162,10 @@ class LlamaBodyImpl : public torch::nn::Module {
   RMSNorm norm;
 
  private:
-  // For the positions first ... first + count - 1; angles in float, then in the type of x.
-  Rotation rotation(int64_t first, int64_t count, const torch::Tensor& x) const {
-    const auto positions = torch::arange(first, first + count, x.options().dtype(torch::kFloat));
-    const auto angles = torch::outer(positions, frequencies_.to(x.device()));  // (T, D/2)
+  // Angles in float, then in the type of x.
+  Rotation rotation(const torch::Tensor& positions, const torch::Tensor& x) const {
+    auto angles = positions.to(torch::kFloat).unsqueeze(-1) * frequencies_.to(x.device());  // (T, D/2) or (B, T, D/2)
+    if (angles.dim() == 3) angles = angles.unsqueeze(1);                                    // for all heads
     const auto cosine = angles.cos(), sine = angles.sin();
     return {torch::cat({cosine, cosine}, -1).to(x.scalar_type()), torch::cat({-sine, sine}, -1).to(x.scalar_type())};
   }

@@ -150,6 +150,59 @@ TEST_CASE("a position sees the past and not the future") {
   CHECK(distance(before.slice(1, 13), after.slice(1, 13)) > 1e-3);
 }
 
+TEST_CASE("texts of different lengths go on in one cache as they do alone") {
+  ModelFolder folder(config_json(GENERATE("llama", "gpt2")));
+  auto model = folder.load();
+  torch::NoGradGuard no_grad;
+  const auto ids = random_ids(5, 100);
+  const auto whole = model->forward(ids);
+  std::vector<int64_t> lengths;
+  const auto start = [&](int64_t first, int64_t count, int64_t length) {
+    gpt::KeyValueCache cache;
+    model->forward(ids.narrow(0, first, count).narrow(1, 0, length), &cache);
+    lengths.insert(lengths.end(), static_cast<size_t>(count), length);
+    return cache;
+  };
+  gpt::KeyValueCache cache;
+  std::vector<int64_t> texts;
+  // The next `count` tokens of all texts of the cache, beside what each predicts alone.
+  const auto go_on = [&](int64_t count) {
+    std::vector<torch::Tensor> rows, expected;
+    for (const auto text : texts) {
+      auto& length = lengths[static_cast<size_t>(text)];
+      rows.push_back(ids[text].narrow(0, length, count));
+      expected.push_back(whole[text].narrow(0, length, count));
+      length += count;
+    }
+    CHECK(distance(model->forward(torch::stack(rows), &cache), torch::stack(expected)) < 1e-4);
+  };
+  cache.append_texts(start(0, 2, 7));
+  texts = {0, 1};
+  go_on(1);
+  CHECK_FALSE(cache.padding().defined());
+  cache.append_texts(start(2, 1, 30));  // longer
+  cache.append_texts(start(3, 2, 3));   // shorter
+  texts = {0, 1, 2, 3, 4};
+  CHECK(cache.length() == 30);
+  CHECK(torch::equal(cache.padding(), torch::tensor({22, 22, 0, 27, 27}, torch::kLong)));
+  go_on(1);
+  go_on(4);  // several tokens at a time see those before them
+  cache.keep_texts({4, 1});
+  texts = {4, 1};
+  CHECK(cache.length() == 13);  // the longest has left
+  for (int i = 0; i < 70; ++i) go_on(1);
+  cache.keep_texts({1});
+  texts = {1};
+  CHECK_FALSE(cache.padding().defined());
+  go_on(1);
+  cache.keep_texts({});
+  CHECK(cache.length() == 0);
+  cache.append_texts(start(0, 1, 5));
+  lengths[0] = 5;
+  texts = {0};
+  go_on(2);
+}
+
 TEST_CASE("a pass that fails half way leaves the cache as it was") {
   ModelFolder folder(kGPT2Json);
   auto model = folder.load();
