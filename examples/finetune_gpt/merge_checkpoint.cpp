@@ -97,7 +97,7 @@ class MergedWeights {
 
   /// The names of what a merged tensor stands for: its layer's own, or, for a parameter, all that are tied.
   std::vector<std::string> parameters_of(const lora::AdapterPart& part) const {
-    const auto& name = part.site->name();
+    const auto& name = part.changed();
     if (!is_parameter(part)) return {part.role == lora::AdapterPart::Role::kLayer ? name + ".weight" : name};
     std::vector<std::string> names;
     for (const auto& item : model_->named_parameters()) {

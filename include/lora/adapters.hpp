@@ -590,7 +590,7 @@ class Adapters {
     adapter.for_each_tensor([](const AdapterPart& part, const NamedTensor& tensor) {
       const auto device = part.site->weight().device();
       TORCH_CHECK(tensor.tensor->device() == device,
-                  "lora::Adapters: the model was moved after it was adapted: ", part.site->name(), " is on ", device,
+                  "lora::Adapters: the model was moved after it was adapted: ", part.changed(), " is on ", device,
                   ", its ", tensor.name.empty() ? "trained copy" : tensor.name, " on ", tensor.tensor->device(),
                   "; move the model first, then attach or load the adapter");
     });

@@ -56,7 +56,7 @@ class Combination {
     const auto& source = sources_.emplace_back(adapters_.adapter(name));
     if (source->start) source->start->follow();
     for (const auto& part : source->parts)
-      combined(part.site).shares.push_back({name, &part, adapters_.scale(name, part.site->name()), weight});
+      combined(part.site).shares.push_back({name, &part, adapters_.scale(name, part.changed()), weight});
     const auto& saved = source->config.modules_to_save();
     saved_.insert(saved.begin(), saved.end());
   }

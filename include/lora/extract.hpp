@@ -129,7 +129,7 @@ class Extraction {
   }
 
   void fill_full(AdapterPart& part) {
-    const auto& name = part.site->name();
+    const auto& name = part.changed();
     auto& full = static_cast<MethodOf<FullDelta>&>(*part.method).value;
     held_.push_back(name);
     const auto& wanted = tuned(name, full.value.sizes());

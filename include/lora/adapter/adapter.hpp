@@ -38,6 +38,12 @@ struct AdapterPart {
   std::string file_name;  ///< the same in PEFT's files
   std::string module;     ///< by whose name it has its rank and alpha
 
+  /// The name of what it changes: of the layer, or of a parameter that is trained in full.
+  const std::string& changed() const {
+    const bool is_layer_in_full = role == Role::kFull && !site->kind().empty();
+    return is_layer_in_full ? name : site->name();
+  }
+
   /// The name of one of its tensors among the adapter's. What all layers share has no layer's name.
   std::string name_of(const NamedTensor& tensor) const {
     if (tensor.is_shared) return tensor.name;
@@ -92,7 +98,7 @@ struct Adapter {
   /// The part that changes the weight of the layer of that name, or the bias or other tensor; null where none does.
   const AdapterPart* part(const std::string& name) const {
     for (const auto& part : parts) {
-      if (part.site->name() == name) return &part;
+      if (part.changed() == name) return &part;
     }
     return nullptr;
   }

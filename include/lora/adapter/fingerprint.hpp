@@ -24,7 +24,7 @@ inline std::string fingerprint(const AdapterList::Entry& entry) {
     content.append(bytes, sizeof number);
   };
   for (const auto& part : entry.adapter->parts) {
-    content += c10::str(part.site->name(), '\n', part.method->info().name, '\n');
+    content += c10::str(part.changed(), '\n', part.method->info().name, '\n');
     add(part.method->scaling());
     add(entry.scale_of(part));
   }

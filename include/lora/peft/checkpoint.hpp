@@ -177,7 +177,7 @@ inline void write_adapter(const Adapters& adapters, const std::string& name, con
   if (!adapter->config.modules_to_save().empty()) {
     for (const auto& tensor : adapters.model().tensors()) {  // PEFT fails without those that only it saves
       const auto owner = detail::owner_of(tensor.place.name);
-      const auto is_it = [&](const AdapterPart& part) { return part.site->name() == owner; };
+      const auto is_it = [&](const AdapterPart& part) { return part.changed() == owner; };
       if (!detail::saved_by_peft(adapter->config, owner).empty() && std::none_of(parts.begin(), parts.end(), is_it))
         tensors.emplace(detail::kPrefix + tensor.place.name, tensor.place.slot->read());
     }
