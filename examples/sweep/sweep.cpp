@@ -13,8 +13,11 @@
 // of the processor. Memory: the weights are there once, the rows of the trainings AT_ONCE in a pass are not.
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -149,11 +152,14 @@ Course train_alone(Network& network, const Data& data, const Candidate& candidat
   return course;
 }
 
-/// The largest difference between two courses' losses of the same step.
+/// The largest difference between two courses' losses of the same step; infinite where one of them is not a number.
 double distance(const Course& a, const Course& b) {
   double largest = 0;
   const auto steps = std::min(a.training.size(), b.training.size());  // rounding may stop one of them earlier
-  for (size_t i = 0; i < steps; ++i) largest = std::max(largest, std::abs(a.training[i] - b.training[i]));
+  for (size_t i = 0; i < steps; ++i) {
+    const auto apart = std::abs(a.training[i] - b.training[i]);
+    largest = std::max(largest, std::isnan(apart) ? std::numeric_limits<double>::infinity() : apart);
+  }
   return largest;
 }
 
