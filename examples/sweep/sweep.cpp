@@ -10,7 +10,9 @@
 //   sweep [WIDTH [LAYERS [STEPS [AT_ONCE]]]]      256 3 120 16; draws the losses into sweep.svg
 //
 // A pass over 256 rows costs less than 16 passes over 16 rows, the more so the larger the weights are beside the caches
-// of the processor. Memory: the weights are there once, the rows of the trainings AT_ONCE in a pass are not.
+// of the processor; the weights are there once, the rows of AT_ONCE trainings at a time. `sweep 2048 3 20 8` took 0.6
+// of the time of 16 runs and 1.28 times the memory of one on one thread (AMD EPYC); the default, whose weights stay in
+// the cache, 0.7 and 2.6.
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -216,6 +218,9 @@ void print_costs(const Cost& together, const Cost& alone) {
 int main(int count, char** arguments) {
   const auto number = [&](int i, int64_t otherwise) { return count > i ? std::atoll(arguments[i]) : otherwise; };
   const Size size{number(1, 256), number(2, 3), number(3, 120), static_cast<size_t>(number(4, 16))};
+  TORCH_CHECK(size.width > 0 && size.layers > 0 && size.at_once > 0 && size.steps >= kEvaluateEvery,
+              "sweep [WIDTH [LAYERS [STEPS [AT_ONCE]]]]: numbers of at least 1, and at least ", kEvaluateEvery,
+              " steps");
   sweep::PeakMemory memory;
   torch::manual_seed(0);
   Network network(size);
