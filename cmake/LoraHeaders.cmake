@@ -115,7 +115,6 @@ set(LORA_DETAIL_HEADERS
   train/run_state.hpp
   weight/key.hpp
   weight/part.hpp
-  weight/row_squares.hpp
   weight/slot.hpp
   weight/stamp.hpp
 )

@@ -174,6 +174,31 @@ TEST_CASE("An adapter that cannot be loaded fails alone, with the reason") {
   CHECK(pool.metrics().pinned == 0);
 }
 
+TEST_CASE("A pool finds what save_all wrote, and what it loads is for any mode") {
+  testing::Stack model;
+  const testing::TemporaryFolder directory;
+  {
+    lora::Adapters adapters(*model);
+    for (const auto* name : {"default", "other"}) {
+      adapters.add(name, Customers::config());
+      testing::randomize(adapters.parameters(name));
+    }
+    adapters.save_all(directory.path());
+    adapters.detach();
+  }
+  const lora::AdapterPool pool(*model, directory.path());
+  auto x = torch::randn({2, 8}, testing::on_device(torch::kFloat));
+  {
+    c10::InferenceMode mode;
+    auto active = pool.activate({"default", "other"});
+    model->forward(x);
+  }
+  x.requires_grad_();
+  auto active = pool.activate({"other", "default"});
+  model->forward(x).sum().backward();
+  CHECK(x.grad().abs().sum().item<double>() > 0);
+}
+
 TEST_CASE("A pool takes its adapters from a function, too") {
   testing::Stack model;
   std::atomic<int> calls{0};

@@ -128,7 +128,10 @@ class Adapters {
     std::lock_guard<std::mutex> lock(state_->writing);
     auto list = *state_->registry.read();
     auto& entry = changeable(list, name);
-    entry.scales[layer_of(list, entry, layer).name] = scale;
+    const auto& parts = entry.adapter->parts;
+    const auto is_its = [&](const AdapterPart& part) { return detail::owner_of(part.changed()) == layer; };
+    if (layer.empty() || std::none_of(parts.begin(), parts.end(), is_its)) layer_of(list, entry, layer);
+    entry.scales[layer] = scale;
     state_->registry.publish(std::move(list));
   }
 
@@ -250,29 +253,34 @@ class Adapters {
     return open(sets.take());
   }
 
-  /// A different adapter for each row of a batch: `rows` has a name for each, the empty one for the base model. Every
-  /// layer computes its frozen product once for all rows, and for each adapter the update of its own rows, in training
-  /// as well; rows are grouped here and not in every layer, so that their order costs nothing.
+  /// A different adapter for each row of a batch: `rows` has a name for each, the empty one for the base model. A
+  /// linear layer computes its frozen product once for all rows, and for each adapter the update of its own rows, in
+  /// training as well; rows are grouped here and not in every layer, so that their order costs nothing.
   ///
   ///   auto active = adapters.activate(std::vector<std::string>{"french", "", "poet"});
   ///   auto y = model->forward(x);  // of three rows
   ///
   /// The first dimension of a layer's inputs counts the rows; of a torch::nn::MultiheadAttention the second. Inputs in
   /// which it has several entries for each row, one after the other, e.g. (rows * positions, features), are known as
-  /// such once an input with a dimension of their number was seen in the scope. `options` tells what differs.
+  /// such once an input with a dimension of rows and as many positions was seen in the scope. `options` tells what
+  /// differs.
   ///
-  /// Methods that are no plain low-rank updates, convolutions, lookups and layers that are trained in full compute the
+  /// Methods that are no plain low-rank updates, adapters of another type than the input (those of a model in half
+  /// precision, autocast), convolutions, lookups and layers that are trained in full compute the
   /// rows of each adapter apart. An operator that takes a weight for all rows together (recurrent layers, bilinear
   /// ones, norms that are trained in full) throws. So does an input whose number of rows is another one. Layers that
   /// have an adapter of their own (`adapters_of`) leave it to the names whether it acts.
   Activation activate(const std::vector<std::string>& rows, RowOptions options = {}) const {
     auto batch = std::make_shared<const detail::BatchRows>(rows, std::move(options));
+    for (const auto& axis : batch->options().axes()) check_axis(axis.first);
     detail::ActiveSets sets;
     for (size_t group = 0; group < batch->groups(); ++group) {
       const auto& name = batch->names()[group];
       if (!name.empty()) sets.add(*active(name).set, /*weight=*/1, group);
     }
-    if (!own_.empty()) sets.add_layers(*active(own_).set);
+    state_->index.for_each([&](const std::shared_ptr<Site>& site) {
+      if (site->own()) sets.add_layer(site);
+    });
     TORCH_CHECK(!is_merged(), "lora::activate: ", quoted(merged_), " is merged, and rows of other adapters, ",
                 "or of the base model, would have it too; unmerge it first");
     return open(sets.take(std::move(batch)));
@@ -514,6 +522,20 @@ class Adapters {
       TORCH_CHECK(names.count(name) > 0, "lora::activate: \"", name, "\" is merged, and the two would add up; unmerge ",
                   "it first, or name it, too");
     }
+  }
+
+  /// Throws when no adapter acts on a layer that RowOptions name.
+  void check_axis(const std::string& layer) const {
+    const auto all = list();
+    std::set<std::string> names;
+    for (const auto& entry : all->entries) {
+      for (const auto& part : entry.adapter->parts) {
+        if (detail::is_of_layer(*part.site, layer)) return;
+        names.insert(part.site->name());
+      }
+    }
+    TORCH_CHECK_VALUE(false, "lora::RowOptions: none of the adapters acts on a layer \"", layer,
+                      "\"; adapted are: ", detail::list({names.begin(), names.end()}));
   }
 
   /// "a", or "a" and "b".

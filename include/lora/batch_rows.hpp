@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
@@ -13,11 +14,11 @@
 #include <lora/version.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -30,9 +31,9 @@ inline namespace LORA_ABI {
 
 /// How the rows of a batch are found in the inputs of layers, for `Adapters::activate(rows)`.
 class RowOptions {
-  /// Whether inputs may have several entries for each row, one after the other, where no layer has seen the rows
-  /// before: (rows * positions, features). Once an input of the scope had a dimension of their number, that is known,
-  /// and nothing has to be said. Default: false.
+  /// Whether any input may have several entries for each row, one after the other: (rows * positions, features).
+  /// Without it these are taken where an earlier input of the scope had a dimension of rows and as many positions.
+  /// Default: false.
   TORCH_ARG(bool, flattened) = false;
 
  public:
@@ -41,6 +42,8 @@ class RowOptions {
   /// The dimension of its inputs that counts rows, for the layers of that name, or whose name ends in a dot and it.
   /// Without it: the first one; of torch::nn::MultiheadAttention the second.
   RowOptions& axis(std::string layer, int64_t dimension) {
+    TORCH_CHECK_VALUE(dimension >= 0, "lora::RowOptions: the dimension of \"", layer, "\" is counted from 0, but got ",
+                      dimension);
     axes_.emplace_back(std::move(layer), dimension);
     return *this;
   }
@@ -143,7 +146,6 @@ class BatchRows {
         runs.push_back({row, 1});
       }
     }
-    flattened_ = options_.flattened();
   }
 
   int64_t size() const { return size_; }
@@ -153,9 +155,10 @@ class BatchRows {
   size_t groups() const { return names_.size(); }
   const std::vector<Run>& runs(size_t group) const { return runs_[group]; }
 
-  /// Notes an input of a layer without adapters, whose first dimension may be the rows.
-  void note(at::IntArrayRef sizes) const {
-    if (!sizes.empty() && sizes[0] == size_) flattened_.store(true, std::memory_order_relaxed);
+  /// Notes an input of a layer without adapters, whose first dimension may be the rows, and the next ones, of the first
+  /// `leading`, their positions.
+  void note(at::IntArrayRef sizes, int64_t leading) const {
+    if (leading > 0 && sizes[0] == size_) note_positions(sizes, 0, leading);
   }
 
   /// Where the rows are in an input of which the first `leading` dimensions may count them, and `axis` does. Throws
@@ -164,16 +167,20 @@ class BatchRows {
                    const std::string& layer) const {
     TORCH_CHECK(axis.has_value(), "lora: it is not known which dimension of the inputs of \"", layer,
                 "\" counts the rows of the batch; say so with lora::RowOptions().axis(\"", layer, "\", dimension)");
-    if (*axis < leading && sizes[static_cast<size_t>(*axis)] == size_) {
-      flattened_.store(true, std::memory_order_relaxed);
+    const auto size = [&](int64_t dimension) { return sizes[static_cast<size_t>(dimension)]; };
+    if (*axis < leading && size(*axis) == size_) {
+      note_positions(sizes, *axis, leading);
       return {*axis, 1, size_, 1};
     }
-    if (leading > 0 && flattened_.load(std::memory_order_relaxed)) {
+    if (leading > 0) {
       const bool is_joined = *axis >= leading;  // with those before it
       const auto dim = is_joined ? 0 : *axis;
-      const auto entries = sizes[static_cast<size_t>(dim)];
-      if (entries % size_ == 0 && is_joined) return {dim, entries / size_, size_, 1};
-      if (entries % size_ == 0) return {dim, 1, size_, entries / size_};
+      const auto entries = size(dim) / size_;
+      bool has_rows = false;  // in another dimension, which these then are not
+      for (int64_t other = 0; other < leading; ++other) has_rows = has_rows || (other != dim && size(other) == size_);
+      const bool is_known = options_.flattened() || (!has_rows && was_seen(entries));
+      if (size(dim) % size_ == 0 && is_known)
+        return is_joined ? RowLayout{dim, entries, size_, 1} : RowLayout{dim, 1, size_, entries};
     }
     TORCH_CHECK(
         false, "lora: the scope names an adapter for each of ", size_, " rows, but the input of \"", layer,
@@ -204,6 +211,7 @@ class BatchRows {
 
   /// The entries of a group as a tensor of indices.
   at::Tensor index(size_t group, const RowLayout& layout, const at::Device& device) const {
+    const c10::InferenceMode off(false);  // what is kept is for any mode
     std::lock_guard<std::mutex> lock(mutex_);
     auto& index = indices_[{group, layout.outer, layout.inner, device.str()}];
     if (!index.defined()) index = numbers(entries_of(group, layout)).to(device);
@@ -217,6 +225,7 @@ class BatchRows {
     for (size_t group = 0; group < groups(); ++group) {
       for (const auto entry : entries_of(group, layout)) places[static_cast<size_t>(entry)] = next++;
     }
+    const c10::InferenceMode off(false);
     return numbers(places).to(device);
   }
 
@@ -227,6 +236,7 @@ class BatchRows {
       for (const auto entry : entries_of(group, layout))
         numbers_of_groups[static_cast<size_t>(entry)] = static_cast<int64_t>(group);
     }
+    const c10::InferenceMode off(false);
     return numbers(numbers_of_groups).to(device);
   }
 
@@ -249,6 +259,24 @@ class BatchRows {
     return place->second;
   }
 
+  /// How many positions each row has, where the dimension `axis` of an input counts rows: as many as all dimensions
+  /// behind it have, and the first ones of these.
+  void note_positions(at::IntArrayRef sizes, int64_t axis, int64_t leading) const {
+    int64_t before = 1, behind = 1;
+    for (int64_t dimension = 0; dimension < axis; ++dimension) before *= sizes[static_cast<size_t>(dimension)];
+    std::lock_guard<std::mutex> lock(mutex_);
+    positions_.insert(before);
+    for (auto dimension = axis + 1; dimension < leading; ++dimension) {
+      behind *= sizes[static_cast<size_t>(dimension)];
+      positions_.insert(before * behind);
+    }
+  }
+
+  bool was_seen(int64_t positions) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return positions_.count(positions) > 0;
+  }
+
   int64_t rows_of(size_t group) const {
     int64_t rows = 0;
     for (const auto& run : runs_[group]) rows += run.count;
@@ -267,6 +295,7 @@ class BatchRows {
   }
 
   static at::Tensor numbers(const std::vector<int64_t>& values) {
+    const c10::InferenceMode off(false);
     auto tensor = at::empty({static_cast<int64_t>(values.size())}, at::kLong);
     std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<int64_t>());
     return tensor;
@@ -277,9 +306,8 @@ class BatchRows {
   std::vector<std::string> names_;
   std::vector<std::vector<Run>> runs_;
   std::map<std::string, size_t> numbers_;
-  /// Whether inputs with several entries for each row are taken: it was said, or the rows were seen by themselves.
-  mutable std::atomic<bool> flattened_{false};
-  mutable std::mutex mutex_;
+  mutable std::mutex mutex_;             // of what follows
+  mutable std::set<int64_t> positions_;  // of a row in the inputs that were seen
   mutable std::map<std::tuple<size_t, int64_t, int64_t, std::string>, at::Tensor> indices_;
 };
 

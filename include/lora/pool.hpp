@@ -1,5 +1,7 @@
 #pragma once
 
+#include <c10/core/InferenceMode.h>
+
 #include <lora/adapters.hpp>
 #include <lora/peft/checkpoint.hpp>
 #include <lora/version.hpp>
@@ -186,6 +188,7 @@ class PoolState {
   /// The adapter from where it is kept; the lock is not held meanwhile.
   Adapter load(std::unique_lock<std::mutex>& lock, const std::string& name) {
     lock.unlock();
+    const c10::InferenceMode off(false);  // what is kept is for any mode
     try {
       auto adapter = read(name);
       adapter.for_each_tensor(
@@ -204,7 +207,9 @@ class PoolState {
     try {
       if (options_.loader()) return options_.loader()(adapters, name);
       TakenTables tables(adapters);
-      return read_plan(adapters, options_.directory() / folder_name(name), options_.load(), tables).first;
+      const auto folder = options_.directory() / folder_name(name);
+      const bool is_directory = name == "default" && !std::filesystem::exists(folder);  // as `save_all` writes it
+      return read_plan(adapters, is_directory ? options_.directory() : folder, options_.load(), tables).first;
     } catch (c10::Error& error) {
       TORCH_RETHROW(error, "lora::AdapterPool: \"", name, "\" was not loaded");
     }

@@ -104,9 +104,9 @@ class Site {
   /// The same as methods see it.
   DenseBase base() const { return base(pristine()); }
   /// The same for `weight`, which is this one or like it.
-  DenseBase base(at::Tensor weight) const { return DenseBase(std::move(weight), view_, squares_); }
+  DenseBase base(at::Tensor weight) const { return DenseBase(std::move(weight), view_); }
   /// The weight as operators see it now, with the values that methods see.
-  DenseBase present_base() const { return merged_ ? DenseBase(weight(), pristine(), view_, squares_) : base(weight()); }
+  DenseBase present_base() const { return merged_ ? DenseBase(weight(), pristine(), view_) : base(weight()); }
   /// How often something was merged or unmerged.
   int64_t merges() const { return merges_; }
 
@@ -122,6 +122,9 @@ class Site {
     const auto is_it = [&](const MergedMethod& merged) { return merged.method.get() == method; };
     return merged_ && std::any_of(merged_->methods.begin(), merged_->methods.end(), is_it);
   }
+
+  /// How many methods are merged.
+  size_t merged_count() const { return merged_ ? merged_->methods.size() : 0; }
 
   /// W' for `weight`, which is W or a tensor like it. Throws when an update or W' is not finite.
   at::Tensor merged(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const {
@@ -284,7 +287,6 @@ class Site {
 
   Place place_;
   std::shared_ptr<const MatrixView> view_;
-  std::shared_ptr<detail::RowSquares> squares_ = std::make_shared<detail::RowSquares>();
   FileLayout files_;
   int64_t own_writes_ = 0, merges_ = 0;
   std::optional<Merged> merged_;

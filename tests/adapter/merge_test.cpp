@@ -215,3 +215,26 @@ TEST_CASE("A scale for one layer acts on that layer, and which adapters are trai
   f.adapters->set_requires_grad("default", true);
   CHECK(is_trained());
 }
+
+TEST_CASE("The scale of a layer is that of its bias, too, and of all of it where it is trained in full") {
+  const std::vector<LoRAConfig> configs{
+      LoRAConfig(2).target_modules({"q_proj"}).lora_bias(true),
+      LoRAConfig(2).target_modules({"q_proj"}).bias(lora::Bias::kAdaptedOnly),
+      LoRAConfig(2).target_modules({"v_proj"}).modules_to_save({"layers.0.q_proj"}),
+      LoRAConfig(2).method(lora::IA3()).target_modules({"q_proj"}),
+  };
+  const auto& config = GENERATE_REF(from_range(configs));
+  testing::Stack model(1);
+  auto adapters = lora::attach(*model, config);
+  testing::randomize(adapters.parameters());
+  const auto x = torch::randn({3, 8}, testing::on_device(torch::kFloat));
+  auto& layer = *(*model->layers)[0]->as<testing::Block>()->named_children()["q_proj"]->as<torch::nn::LinearImpl>();
+  const auto base = layer.forward(x);
+  const auto run = [&] {
+    auto active = adapters.activate();
+    return layer.forward(x);
+  };
+  CHECK(testing::distance(run(), base) > 1e-3);
+  adapters.set_scale("default", "layers.0.q_proj", 0);
+  CHECK(testing::distance(run(), base) < 1e-6);
+}

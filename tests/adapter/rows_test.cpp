@@ -467,3 +467,76 @@ TEST_CASE("Operators that take a weight for all rows refuse rows by name") {
              }),
              contains("embedding_bag") && contains("\"bag\""));
 }
+
+TEST_CASE("The layers of a Transformer count rows in the second dimension, however long the texts are") {
+  for (const int64_t length : {2, 4, 3}) {
+    auto layer = std::make_shared<nn::TransformerEncoderLayerImpl>(nn::TransformerEncoderLayerOptions(8, 2).dropout(0));
+    auto decoder =
+        std::make_shared<nn::TransformerDecoderLayerImpl>(nn::TransformerDecoderLayerOptions(8, 2).dropout(0));
+    nn::ModuleList model;
+    model->push_back(layer);
+    model->push_back(decoder);
+    model->to(testing::device(), torch::kDouble);
+    lora::Adapters adapters(*model);
+    adapters.add("a",
+                 lora::LoRAConfig(2).alpha(6).target_modules({"self_attn", "linear1", "linear2", "multihead_attn"}));
+    testing::randomize(adapters.parameters());
+    const auto x = torch::randn({length, 2, 8}, doubles());
+    const auto run = [&] { return decoder->forward(layer->forward(x), x * 2); };
+    const auto base = run();
+    const auto alone = [&] {
+      auto active = adapters.activate("a");
+      return run();
+    }();
+    auto active = adapters.activate({"a", ""});
+    const auto mixed = run();
+    CHECK(distance(mixed.select(1, 0), alone.select(1, 0)) < 1e-12);
+    CHECK(distance(mixed.select(1, 1), base.select(1, 1)) < 1e-12);
+  }
+}
+
+TEST_CASE("What has another number of positions than the inputs before is not taken for rows") {
+  nn::Sequential model(nn::Linear(4, 4), nn::Linear(4, 4));
+  model->to(testing::device());
+  lora::Adapters adapters(*model);
+  adapters.add("a", lora::LoRAConfig(2).target_modules({"1"}));
+  const auto active = adapters.activate({"a", "", "a", ""});
+  const auto hidden =
+      model[0]->as<nn::LinearImpl>()->forward(torch::randn({4, 6, 4}, testing::on_device(torch::kFloat)));
+  auto& second = *model[1]->as<nn::LinearImpl>();
+  CHECK(error_of([&] { second.forward(hidden.flatten(0, 1)); }).empty());
+  const auto some = hidden.flatten(0, 1).narrow(0, 0, 8);  // as a mask selects them
+  CHECK_THAT(error_of([&] { second.forward(some); }), contains("[8, 4]"));
+  CHECK_THAT(error_of([&] { second.forward(hidden.transpose(0, 1).repeat({2, 1, 1})); }), contains("each of 4 rows"));
+}
+
+TEST_CASE("Rows and their options in the ways that went wrong elsewhere") {
+  Holder model(linear());
+  lora::Adapters adapters(model);
+  REQUIRE(add_adapters(adapters, kinds().front(), lora::DoRA()));
+  CHECK_THROWS_WITH(lora::RowOptions().axis("layer", -1), contains("counted from 0, but got -1"));
+  auto& layer = *model.layer().as<nn::LinearImpl>();
+  const auto x = torch::randn({kRows, 5}, doubles()).requires_grad_();
+  const auto residual = torch::randn({kRows, 6}, doubles());
+  const Names rows{"a", "", "b", "", "a", "b"};
+  const auto by_layer = [&] {
+    auto active = adapters.activate(rows);
+    return torch::mm(x, layer.weight.t());
+  }();
+  {
+    auto active = adapters.activate(rows);
+    {
+      c10::InferenceMode mode;
+      layer.forward(x.detach());
+    }
+    layer.forward(x).sum().backward();  // what was kept for the rows is no tensor of that mode
+    CHECK(distance(torch::addmm(residual, x, layer.weight.t(), 2, 0.5), 2 * residual + 0.5 * by_layer) < 1e-12);
+  }
+  {
+    auto active = adapters.activate("a");
+    adapters.merge("b");
+    CHECK_THAT(error_of([&] { layer.forward(x); }), contains("was merged in a scope of others"));
+    adapters.unmerge();
+    CHECK(error_of([&] { layer.forward(x); }).empty());
+  }
+}

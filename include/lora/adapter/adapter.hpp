@@ -100,6 +100,9 @@ struct Adapter {
     for (const auto& part : parts) {
       if (part.changed() == name) return &part;
     }
+    for (const auto& part : parts) {
+      if (part.site->name() == name) return &part;
+    }
     return nullptr;
   }
 };

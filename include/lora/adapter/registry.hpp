@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -25,11 +26,13 @@ struct AdapterList {
     std::string name;
     std::shared_ptr<const Adapter> adapter;
     double scale = 1;                           ///< a factor for the update as a whole
-    std::map<std::string, double> scales = {};  ///< further ones, for layers
+    std::map<std::string, double> scales = {};  ///< further ones, for layers or tensors
 
-    /// The factor for what the adapter does to one tensor.
+    /// The factor for what the adapter does to one tensor: its own one, or that of its layer.
     double scale_of(const AdapterPart& part) const {
-      const auto own = scales.find(part.name);
+      if (scales.empty()) return scale;
+      auto own = scales.find(part.changed());
+      if (own == scales.end()) own = scales.find(owner_of(part.changed()));
       return own == scales.end() ? scale : scale * own->second;
     }
   };
@@ -59,9 +62,12 @@ class AdapterRegistry {
 
   void publish(AdapterList list) {
     auto next = std::make_shared<const AdapterList>(std::move(list));
+    const auto now = by_name(*next);
     std::lock_guard<std::mutex> lock(mutex_);
+    const auto before = by_name(*list_);
+    const bool all_change = list_->running_means.size() != next->running_means.size();
     for (auto kept = sets_.begin(); kept != sets_.end();)
-      kept = stays(*list_, *next, kept->first) ? std::next(kept) : sets_.erase(kept);
+      kept = !all_change && stays(before, now, kept->first) ? std::next(kept) : sets_.erase(kept);
     list_ = std::move(next);
   }
 
@@ -88,17 +94,30 @@ class AdapterRegistry {
   }
 
  private:
+  using Entries = std::unordered_map<std::string_view, const AdapterList::Entry*>;
+
+  static Entries by_name(const AdapterList& list) {
+    Entries entries;
+    for (const auto& entry : list.entries) entries.emplace(entry.name, &entry);
+    return entries;
+  }
+
   /// Whether the set of an adapter is the same for both lists.
-  static bool stays(const AdapterList& before, const AdapterList& after, const std::string& name) {
-    const auto *old = before.find(name), *now = after.find(name);
-    return old != nullptr && now != nullptr && old->adapter == now->adapter && old->scale == now->scale &&
-           old->scales == now->scales && before.running_means.size() == after.running_means.size();
+  static bool stays(const Entries& before, const Entries& now, const std::string& name) {
+    const auto old = before.find(name), next = now.find(name);
+    return old != before.end() && next != now.end() && old->second->adapter == next->second->adapter &&
+           old->second->scale == next->second->scale && old->second->scales == next->second->scales;
   }
 
   mutable std::mutex mutex_;
   std::shared_ptr<const AdapterList> list_ = std::make_shared<const AdapterList>();
   std::map<std::string, Active> sets_;
 };
+
+/// Whether the tensor is that of the layer of that name, or whose name ends in a dot and it, or its bias.
+inline bool is_of_layer(const Site& site, const std::string& layer) {
+  return is_or_ends_with(site.name(), layer) || is_or_ends_with(owner_of(site.name()), layer);
+}
 
 /// Sets that act together, e.g. of several adapters at once, or each on rows of its own.
 class ActiveSets {
@@ -117,9 +136,9 @@ class ActiveSets {
     is_first_ = false;
   }
 
-  /// Adds the layers of a set, on which nothing acts by this: layers with adapters of their own, whose place it takes.
-  void add_layers(const ActiveSet& set) {
-    for (const auto& active : set.sites()) site_of(active);
+  /// Adds a layer on which nothing acts by this: one with an adapter of its own, whose place the set takes.
+  void add_layer(const std::shared_ptr<Site>& site) {
+    if (places_.count(site.get()) == 0) site_of(ActiveSite(site, {}));
   }
 
   /// The set of all of them. Of `rows` the layers get the dimensions that its options name.
@@ -150,22 +169,10 @@ class ActiveSets {
 
   void name_axes(const RowOptions::Axes& axes) {
     for (const auto& [layer, dimension] : axes) {
-      bool any = false;
       for (auto& active : sites_) {
-        const auto& name = active.site->name();
-        if (!is_or_ends_with(name, layer) && !is_or_ends_with(owner_of(name), layer)) continue;
-        active.row_axis = dimension;
-        any = true;
+        if (is_of_layer(*active.site, layer)) active.row_axis = dimension;
       }
-      TORCH_CHECK_VALUE(any || sites_.empty(), "lora::RowOptions: none of the adapters acts on a layer \"", layer, "\"",
-                        "; adapted are: ", list(names()));
     }
-  }
-
-  std::vector<std::string> names() const {
-    std::vector<std::string> names;
-    for (const auto& active : sites_) names.push_back(active.site->name());
-    return names;
   }
 
   std::vector<ActiveSite> sites_;

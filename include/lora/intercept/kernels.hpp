@@ -66,7 +66,7 @@ at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::T
   const auto updates = find_updates(operand, Use::kProduct, operation, misses_gradient(x));
   if (updates.empty()) {
     note_passed();
-    note_input(x);
+    note_input(x, kind ? x.dim() - 1 : 1);  // of a convolution only the first
   }
   const bool has_bias = bias.has_value() && bias->defined(), is_marked_bias = has_bias && is_marked(*bias);
   const auto of_bias = is_marked_bias ? find_updates(*bias, Use::kAny, operation) : Updates();
@@ -99,6 +99,8 @@ inline at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, c
 inline at::Tensor addmm_kernel(const at::Tensor& bias, const at::Tensor& x, const at::Tensor& matrix,
                                const at::Scalar& beta, const at::Scalar& alpha) {
   const bool is_plain = beta.equal(1) && alpha.equal(1);
+  if (bias.dim() > 1 && are_in_rows())  // it has rows of its own
+    return at::add(adapted_value(bias, "aten::addmm") * beta, at::matmul(x, matrix), alpha);
   return adapt_product("aten::addmm", x, matrix, bias,
                        is_plain ? std::optional(Part::Kind::kTransposedRows) : std::nullopt,
                        [&](const auto& in, const auto& m, const auto& b) {
@@ -168,7 +170,7 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
                                    bool scale_grad_by_freq, bool sparse) {
   const BelowInterception below;
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding");
-  if (updates.empty()) note_input(indices);
+  if (updates.empty()) note_input(indices, indices.dim());
   if (updates.empty()) return at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
   const auto limit = PendingLimit::take(table, indices);
   const auto look_up = [&](const at::Tensor& i, const at::Tensor& entries, const at::Tensor& /*bias*/) {

@@ -236,12 +236,13 @@ inline bool misses_gradient(const at::Tensor& input) {
   return !at::GradMode::is_enabled() && input.defined() && input.requires_grad() && !input.is_leaf();
 }
 
-/// Notes an input of a layer that has no update, by which the rows of a batch may be known.
-inline void note_input(const at::Tensor& x) {
+/// Notes an input of a layer that has no update, by which the rows of a batch may be known, and of which the first
+/// `leading` dimensions may count them.
+inline void note_input(const at::Tensor& x, int64_t leading) {
   const auto* scopes = ActiveScopes::current();
   if (scopes == nullptr) return;
   for (const auto& scope : scopes->effective()) {
-    if (scope->set->rows() != nullptr) scope->set->rows()->note(x.sizes());
+    if (scope->set->rows() != nullptr) scope->set->rows()->note(x.sizes(), leading);
   }
 }
 
@@ -302,6 +303,8 @@ inline Updates find_updates(const at::Tensor& operand, Use use, const char* oper
     scope.usage->record(*active.site, operation, /*adapted=*/true, without_gradient);
     if (!scope.was_used.load(std::memory_order_relaxed)) scope.was_used = true;
     if (is_beside_others(scope)) scope.usage->warn_of_parallel(*active.site);
+    TORCH_CHECK(!active.was_merged_since(), "lora: an adapter of \"", active.site->name(),
+                "\" was merged in a scope of ", "others, which began with the weight as it was; leave the scope first");
     const bool training = active.site->is_training();
     for (const auto& acting : active.methods) {
       const bool is_merged = active.site->is_merged() && active.site->is_in(acting.method.get());

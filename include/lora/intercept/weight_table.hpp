@@ -43,6 +43,13 @@ struct ActiveSite {
     return !now.has_storage() || now.storage().unsafeGetStorageImpl() == storage.unsafeGetStorageImpl();
   }
 
+  /// Whether something was merged since the set was made that is none of what acts here, or not all of it.
+  bool was_merged_since() const {
+    if (site->merges() == merges || !site->is_merged()) return false;
+    const auto is_in = [&](const Acting& acting) { return site->is_in(acting.method.get()); };
+    return !std::all_of(methods.begin(), methods.end(), is_in) || site->merged_count() != methods.size();
+  }
+
   std::shared_ptr<const Site> site;
   std::optional<int64_t> row_axis;  // as in Place
   DenseBase base;

@@ -26,6 +26,11 @@ class SiteIndex {
     return sites_.emplace(place, std::move(site)).first->second;
   }
 
+  template <class Visit>
+  void for_each(const Visit& visit) const {
+    for (const auto& item : sites_) visit(item.second);
+  }
+
   void clear() { sites_.clear(); }
 
  private:

@@ -2,7 +2,11 @@
 
 #include <torch/nn/module.h>
 #include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/linear.h>
+#include <torch/nn/modules/transformerlayer.h>
+#include <torch/nn/modules/transformerlayer.h>
 
 #include <lora/layers/adaptable.hpp>
 #include <lora/layers/all.hpp>
@@ -130,12 +134,16 @@ class ModuleModel final : public Model {
     return modules;
   }
 
-  /// The layers inside of a MultiheadAttention, which get its inputs, (length, batch, width).
+  /// The layers inside of a MultiheadAttention or a layer of a Transformer, whose inputs are (length, batch, width).
   Modules inner_layers() const {
     Modules inner;
     for (const auto& named : modules()) {
       if (auto* attention = named.second->as<torch::nn::MultiheadAttentionImpl>())
         inner.insert(attention->out_proj.get());
+      if (auto* layer = named.second->as<torch::nn::TransformerEncoderLayerImpl>())
+        inner.insert({layer->linear1.get(), layer->linear2.get()});
+      if (auto* layer = named.second->as<torch::nn::TransformerDecoderLayerImpl>())
+        inner.insert({layer->linear1.get(), layer->linear2.get()});
     }
     return inner;
   }

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <lora/version.hpp>
-#include <lora/weight/row_squares.hpp>
 #include <lora/weight/view.hpp>
 
 #include <memory>
@@ -20,8 +19,6 @@ class Base {
   virtual at::ScalarType dtype() const = 0;
   /// W (out, in) or (batch, out, in).
   virtual at::Tensor dense() const = 0;
-  /// ||w||^2 of its rows, (out) or (batch, out).
-  virtual at::Tensor row_squares(at::ScalarType type) const = 0;
   /// A tensor in the layout of the layer's weight as such a matrix, and the other way.
   virtual at::Tensor matrix(const at::Tensor& weight) const = 0;
   virtual at::Tensor layout(const at::Tensor& matrix) const = 0;
@@ -32,22 +29,18 @@ class Base {
 /// A weight that is there as a tensor of numbers, in the layout of its layer.
 class DenseBase final : public Base {
  public:
-  /// `kept` is what is remembered of the weight from one base of it to the next.
-  DenseBase(at::Tensor weight, std::shared_ptr<const MatrixView> view,
-            std::shared_ptr<detail::RowSquares> kept = std::make_shared<detail::RowSquares>())
-      : weight_(std::move(weight)), view_(std::move(view)), squares_(std::move(kept)) {}
+  DenseBase(at::Tensor weight, std::shared_ptr<const MatrixView> view)
+      : weight_(std::move(weight)), view_(std::move(view)) {}
   /// A weight that has something merged into it; methods see the values that it has without that.
-  DenseBase(at::Tensor weight, at::Tensor pristine, std::shared_ptr<const MatrixView> view,
-            std::shared_ptr<detail::RowSquares> kept)
-      : weight_(std::move(weight)), pristine_(std::move(pristine)), view_(std::move(view)), squares_(std::move(kept)) {}
+  DenseBase(at::Tensor weight, at::Tensor pristine, std::shared_ptr<const MatrixView> view)
+      : weight_(std::move(weight)), pristine_(std::move(pristine)), view_(std::move(view)) {}
   /// A matrix (out, in), or a batch of them.
   explicit DenseBase(const at::Tensor& matrix)
       : DenseBase(matrix, std::make_shared<const MatrixView>(MatrixView::plain(matrix.sizes()))) {}
 
   const MatrixShape& shape() const override { return view_->shape(); }
   at::ScalarType dtype() const override { return weight_.scalar_type(); }
-  at::Tensor dense() const override { return view_->matrix(values()); }
-  at::Tensor row_squares(at::ScalarType type) const override { return squares_->of(dense(), values(), type); }
+  at::Tensor dense() const override { return view_->matrix(is_merged() ? pristine_ : weight_); }
   at::Tensor matrix(const at::Tensor& weight) const override { return view_->matrix(weight); }
   at::Tensor layout(const at::Tensor& matrix) const override { return view_->weight(matrix); }
   int64_t nbytes() const override { return static_cast<int64_t>(weight_.nbytes()); }
@@ -58,11 +51,8 @@ class DenseBase final : public Base {
   const MatrixView& view() const { return *view_; }
 
  private:
-  const at::Tensor& values() const { return is_merged() ? pristine_ : weight_; }
-
   at::Tensor weight_, pristine_;
   std::shared_ptr<const MatrixView> view_;
-  std::shared_ptr<detail::RowSquares> squares_;
 };
 
 }  // namespace LORA_ABI
