@@ -432,3 +432,28 @@ TEST_CASE("A layer that one adapter trains in full is adapted by another, in eit
   }
   CHECK(testing::distance(model->forward(ids), base) < 1e-12);
 }
+
+TEST_CASE("Of several numbers in a name the first one is that of the layer, whatever the list is called") {
+  const auto [pattern, layer, is_target] = GENERATE(table<std::string, int64_t, bool>({
+      {"", 2, true},
+      {"", 0, false},
+      {"blocks", 2, true},
+      {"experts", 0, true},
+      {"experts", 2, false},
+      {"(?:x*)*blocks|b", 2, true},
+      {"^blocks", 2, false},
+      {"^model\\.blocks", 2, true},
+  }));
+  INFO(pattern << " " << layer);
+  auto expert = std::make_shared<torch::nn::Module>();
+  expert->register_module("v_proj", torch::nn::Linear(2, 2));
+  torch::nn::Module model;
+  auto* inner = &model;
+  for (const auto* name : {"model", "blocks", "2", "experts"})
+    inner = inner->register_module(name, std::make_shared<torch::nn::Module>()).get();
+  inner->register_module("0", expert);
+  lora::Adapters adapters(model);
+  auto config = lora::LoRAConfig(2).target_modules({"v_proj"}).layers_to_transform({layer});
+  if (!pattern.empty()) config.layers_pattern({pattern});
+  CHECK(testing::error_of([&] { adapters.plan(config); }).empty() == is_target);
+}

@@ -115,7 +115,7 @@ class PeftTensors {
     const auto newer = directory / kAdapterTensors, older = directory / kLegacyTensors;
     path_ = !std::filesystem::exists(newer) && std::filesystem::exists(older) ? older : newer;
     for (const auto& [pattern, replacement] : options.key_mapping())
-      mapping_.emplace_back(compile(pattern, pattern), replacement);
+      mapping_.emplace_back(compile(pattern, pattern, MatchFor::kParts), replacement);
     for (auto& [key, tensor] : path_ == older ? read_pickled_tensors(path_) : read_safetensors(path_))
       take(key, tensor);
   }

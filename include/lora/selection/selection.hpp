@@ -136,9 +136,14 @@ class Selection {
     std::vector<std::string> lists = config_.layers_pattern();
     if (lists.empty()) lists = {"[^.]*"};
     for (const auto& pattern : lists) {
-      std::smatch match;
-      if (std::regex_search(name, match, compiled("^(?:.*?\\.)?(?:" + pattern + ")\\.(\\d+)\\.", pattern))) {
-        return std::stoll(match[match.size() - 1]);
+      const auto& expression = compiled("(?:" + pattern + ")\\.(\\d+)\\.", pattern);
+      for (auto from = name.begin();; ++from) {  // the first part of the name at which it matches
+        std::smatch match;
+        auto flags = std::regex_constants::match_continuous;
+        if (from != name.begin()) flags |= std::regex_constants::match_prev_avail;
+        if (std::regex_search(from, name.end(), match, expression, flags)) return std::stoll(match[match.size() - 1]);
+        from = std::find(from, name.end(), '.');
+        if (from == name.end()) break;
       }
     }
     return -1;

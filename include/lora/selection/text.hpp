@@ -5,6 +5,7 @@
 #include <lora/version.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 #include <regex>
 #include <string>
@@ -161,24 +162,29 @@ inline std::string to_ecmascript(const std::string& pattern, const std::string& 
   return text;
 }
 
-/// std::regex, which is matched in a time that grows with the length of pattern and name only, where the library can
-/// do that: libstdc++ tries every way to match otherwise, and (a*)*b has 2^n of them. Not so with a back reference.
-inline std::regex compiled_for_matching(const std::string& pattern) {
+/// What an expression is for: to tell whether it matches, or to find what its brackets match, too.
+enum class MatchFor : uint8_t { kYesOrNo, kParts };
+
+/// std::regex. One that says yes or no is matched in a time that grows with the length of pattern and name only, where
+/// the library can do that: libstdc++ tries every way to match otherwise, and (a*)*b has 2^n of them. Not so with a
+/// back reference. What brackets match may then be another part, the longest one.
+inline std::regex compiled_for(MatchFor use, const std::string& pattern) {
   constexpr auto kSyntax = std::regex::ECMAScript | std::regex::optimize;
 #ifdef __GLIBCXX__
   try {
-    return std::regex(pattern, kSyntax | std::regex_constants::__polynomial);
+    if (use == MatchFor::kYesOrNo) return std::regex(pattern, kSyntax | std::regex_constants::__polynomial);
   } catch (const std::regex_error& error) {
     if (error.code() != std::regex_constants::error_complexity) throw;
   }
 #endif
+  (void)use;
   return std::regex(pattern, kSyntax);
 }
 
 /// A compiled pattern; an error that shows `shown` when it is none. A pattern may come from anywhere, and std::regex
 /// calls itself for every letter and every bracket, and computes numbers without looking for their end, so there are
 /// limits.
-inline std::regex compile(const std::string& pattern, const std::string& shown) {
+inline std::regex compile(const std::string& pattern, const std::string& shown, MatchFor use = MatchFor::kYesOrNo) {
   constexpr size_t kMaxLength = 10000, kMaxNesting = 200, kMaxDigits = 9;
   const auto depth = nesting(pattern), digits = most_digits(pattern);
   TORCH_CHECK_VALUE(pattern.size() <= kMaxLength && depth <= kMaxNesting && digits <= kMaxDigits,
@@ -186,7 +192,7 @@ inline std::regex compile(const std::string& pattern, const std::string& shown) 
                     " brackets in each other and numbers of ", kMaxDigits, " digits, but \"", shown.substr(0, 60),
                     "...\" has ", pattern.size(), ", ", depth, " and ", digits);
   try {
-    return compiled_for_matching(to_ecmascript(pattern, shown));
+    return compiled_for(use, to_ecmascript(pattern, shown));
   } catch (const std::regex_error& error) {
     TORCH_CHECK_VALUE(false, "lora::LoRAConfig: \"", shown,
                       "\" is not a regular expression (ECMAScript): ", error.what());
