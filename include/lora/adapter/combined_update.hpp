@@ -61,7 +61,8 @@ class UpdateCombiner {
   static at::Tensor sum(const Combined& tensor) {
     const auto type = sum_dtype(tensor.site->pristine().scalar_type());
     auto sum = at::zeros(tensor.site->pristine().sizes(), tensor.site->pristine().options().dtype(type));
-    for (const auto& share : tensor.shares) sum = sum.add(change(*tensor.site, share), share.weight);
+    for (const auto& share : tensor.shares)
+      sum = sum.add(tensor.site->view().weight(matrix(*tensor.site, share)), share.weight);
     return sum;
   }
 
@@ -100,17 +101,6 @@ class UpdateCombiner {
     check_finite(site, share, term.A);
     check_finite(site, share, b);
     return {term.A.to(type), b};
-  }
-
-  /// The update of one adapter, shaped like the tensor. What is trained in full has no other shape.
-  static at::Tensor change(const Site& site, const Combined::Share& share) {
-    if (share.part->role != AdapterPart::Role::kFull) return site.view().weight(matrix(site, share));
-    const auto& full = static_cast<const MethodOf<FullDelta>&>(*share.part->method).value;
-    const auto weight = site.pristine();
-    const auto value = full.value.to(weight.device(), sum_dtype(weight.scalar_type()));
-    const auto change = (full.scale ? value * *full.scale : value - weight) * share.scale;
-    check_finite(site, share, change);
-    return change;
   }
 
   /// The update of one adapter as a matrix, with the adapter's own scale.
