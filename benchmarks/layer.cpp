@@ -9,11 +9,11 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <chrono>
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "timing.hpp"
 
 namespace {
 
@@ -25,17 +25,6 @@ struct Case {
   double dropout = 0;
   bool is_dora = false;
 };
-
-double microseconds(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
 
 void measure(const Case& one, int rounds) {
   torch::manual_seed(0);

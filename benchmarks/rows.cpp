@@ -9,11 +9,11 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <chrono>
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "timing.hpp"
 
 namespace {
 
@@ -28,17 +28,6 @@ struct Case {
   bool is_sorted = true;
   bool is_step = false;
 };
-
-double microseconds(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
 
 Names names_of(const Case& one) {
   Names names;

@@ -10,7 +10,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -20,22 +19,12 @@
 #include <vector>
 
 #include "checkpoint.hpp"
+#include "timing.hpp"
 
 namespace {
 
 using torch::Tensor;
 using Names = std::vector<std::string>;
-
-double milliseconds(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
 
 int64_t resident_bytes() {
   std::ifstream statm("/proc/self/statm");

@@ -11,28 +11,17 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <chrono>
 #include <fstream>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "timing.hpp"
+
 namespace {
 
 using torch::Tensor;
 namespace F = torch::nn::functional;
-
-double milliseconds(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
 
 /// The highest amount of memory of the process while `work` runs, above that before, in MB. Linux only.
 double peak_megabytes(const std::function<void()>& work) {
