@@ -393,6 +393,15 @@ inline Updates of_group(c10::ArrayRef<Update> updates, size_t group) {
   return own;
 }
 
+/// The terms of these.
+inline Terms of_group(const Terms& terms, c10::ArrayRef<Update> updates, size_t group) {
+  Terms own;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    if (!updates[i].rows || updates[i].rows.group == group) own.push_back(terms[i]);
+  }
+  return own;
+}
+
 /// op(x) where each group of rows is computed apart, as `compute(x, group)`; for an operator whose rows are independent
 /// of each other, and in the same dimension of x and of the result. `update` has the rows.
 template <class Compute>
@@ -434,9 +443,19 @@ inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> 
     detail::Terms terms;
     for (const auto& update : updates)
       terms.push_back(update.method->has_term() ? update.method->term(*update.base) : Term());
+    const auto add_up = [](const Product& own, c10::ArrayRef<Update> acting, const detail::Terms& of_these) {
+      const detail::FusedProduct fused(own, acting, of_these);
+      return fused.is_possible() ? fused.result() : detail::ProductSum(own, acting, of_these).result();
+    };
+    if (in_rows == nullptr) return add_up(product, updates, terms);
     const detail::FusedProduct fused(product, updates, terms);
     if (fused.is_possible()) return fused.result();
-    if (in_rows == nullptr) return detail::ProductSum(product, updates, terms).result();
+    detail::check_one_batch(updates, *in_rows);
+    return detail::by_groups(product.x, *in_rows, [&](const at::Tensor& x, size_t group) {
+      auto own = product;
+      own.x = x;
+      return add_up(own, detail::of_group(updates, group), detail::of_group(terms, updates, group));
+    });
   }
   if (in_rows != nullptr) {
     detail::check_one_batch(updates, *in_rows);
