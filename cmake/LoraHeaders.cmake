@@ -59,6 +59,7 @@ set(LORA_PUBLIC_HEADERS
   train/optimizer.hpp
   train/schedule.hpp
   weight/base.hpp
+  weight/packed.hpp
   weight/shape.hpp
   weight/use.hpp
   weight/view.hpp
