@@ -17,6 +17,7 @@ set(LORA_PUBLIC_HEADERS
   adapter/adapter.hpp
   adapter/combine_options.hpp
   extract.hpp
+  quantize.hpp
   adapter/merge.hpp
   adapter/report.hpp
   adapter/weighted.hpp
@@ -59,7 +60,7 @@ set(LORA_PUBLIC_HEADERS
   train/optimizer.hpp
   train/schedule.hpp
   weight/base.hpp
-  weight/packed.hpp
+  weight/quantized.hpp
   weight/shape.hpp
   weight/use.hpp
   weight/view.hpp
@@ -116,6 +117,8 @@ set(LORA_DETAIL_HEADERS
   train/run_state.hpp
   weight/key.hpp
   weight/part.hpp
+  weight/placeholder.hpp
+  weight/quantized_product.hpp
   weight/slot.hpp
   weight/stamp.hpp
 )

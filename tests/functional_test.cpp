@@ -11,9 +11,9 @@
 
 namespace {
 
-using lora::DenseBase;
 using lora::Update;
 using lora::Updates;
+using lora::WeightBase;
 using lora::detail::Part;
 using torch::Tensor;
 using Sizes = std::vector<int64_t>;
@@ -210,7 +210,7 @@ struct Fixture {
 
   static constexpr double kWeights[] = {1, -0.7, 1.5};
   Tensor weight = (torch::manual_seed(0), random({6, 5})), bias = random({6}).requires_grad_();
-  DenseBase base{weight};
+  WeightBase base{weight};
   std::vector<Acting> all;
 };
 
@@ -341,7 +341,7 @@ TEST_CASE("In a product with several weights every update is at its own outputs"
     torch::manual_seed(0);
     const std::vector<int64_t> rows{3, 1, 6, 4};
     std::vector<Tensor> weights;
-    std::vector<DenseBase> bases;
+    std::vector<WeightBase> bases;
     std::vector<Acting> all;
     Updates updates;
     ByHand hand;
@@ -385,7 +385,7 @@ TEST_CASE("Each part of a fused weight has its own update, of which rows that cu
   if (!has_product && !has_gain && !has_input_gain) return;
   const auto weight = random({6, 5}), bias = random({6});
   const auto view = std::make_shared<const lora::MatrixView>(lora::MatrixView::parts({6, 5}, rows, chosen));
-  const DenseBase base(weight, view);
+  const WeightBase base(weight, view);
   const auto parts = view->shape().batch[0], out = view->shape().out;
   AnyTerm method;
   auto& term = method.value;
@@ -476,7 +476,7 @@ TEST_CASE("The parts of a fused weight see one dropped input") {
   torch::manual_seed(0);
   const auto weight = random({6, 5});
   const auto view = std::make_shared<const lora::MatrixView>(lora::MatrixView::parts({6, 5}, {2, 4}, {true, true}));
-  const DenseBase base(weight, view);
+  const WeightBase base(weight, view);
   AnyTerm method;
   method.value = {random({2, 2, 5}), random({2, 4, 2}), 2.5};
   const auto any = as_any(method, 0.5);
@@ -495,7 +495,7 @@ TEST_CASE("Of a layer in half precision the update is computed in float, and the
     INFO(kind.name << " " << type);
     torch::manual_seed(0);
     const auto weight = random({6, 5}).to(type), bias = random({6}).to(type), x = random({2, 3, 5}).to(type);
-    const DenseBase base(weight);
+    const WeightBase base(weight);
     torch::manual_seed(1);
     const auto acting = kind.make(6, 5, 0);
     for (auto tensor : acting.tensors) tensor.set_data(tensor.detach().to(torch::kFloat));
@@ -519,7 +519,7 @@ TEST_CASE("A lookup in a table gives the entries of W', whatever the update, and
     torch::manual_seed(0);
     const auto table = random({7, 4});  // W = table^T (4, 7)
     const auto view = std::make_shared<const lora::MatrixView>(lora::MatrixView::lookup({7, 4}));
-    const DenseBase base(table, view);
+    const WeightBase base(table, view);
     const auto look_up = [](const Tensor& i, const Tensor& entries, const Tensor&) {
       return torch::embedding(entries, i);
     };
@@ -602,7 +602,7 @@ TEST_CASE("What stands in for an operand is the same part of W + the sum of the 
   });
   // rounded once: 1 + 2^-8 + 2^-8 is more than one step of bfloat16 from 1, 1 + 2^-8 rounds to 1
   const auto one = torch::ones({1, 1}, testing::on_device(torch::kBFloat16));
-  const DenseBase base(one);
+  const WeightBase base(one);
   const auto step = as_any(lora::FullDelta(torch::full({1, 1}, 1.0 / 256, testing::on_device(torch::kFloat)), 1.0), 0);
   const Update update{step.get(), &base, lora::detail::whole_part(one), false};
   const auto sum = lora::detail::adapted_operand(one, Updates{update, update});

@@ -60,6 +60,7 @@ class Adapters {
   /// in the model.
   void add(const std::string& name, const LoRAConfig& config) {
     auto planned = plan(config);
+    if (config.quantize()) quantize(name, planned, *config.quantize());
     planned.initialize();
     add(name, std::move(planned));
   }
@@ -68,13 +69,18 @@ class Adapters {
   void add(const std::string& name, Adapter adapter) {
     std::lock_guard<std::mutex> lock(state_->writing);
     auto list = *state_->registry.read();
-    TORCH_CHECK(!name.empty(), "lora::Adapters: an adapter has to have a name that is not empty");
-    TORCH_CHECK(list.find(name) == nullptr, "lora::Adapters: there is an adapter \"", name, "\" already");
-    check_addable(name, adapter);
+    check_new(list, name, adapter);
     freeze();
     list.running_means = model().running_means();
     list.entries.push_back({name, taken(std::move(adapter))});
     state_->registry.publish(std::move(list));
+  }
+
+  /// Holds the weights that an adapter of the model is going to change in few bits, as `LoRAConfig::quantize` asks for
+  /// it. Throws, with nothing changed, where one has no matrix, is merged, or has numbers that are not finite.
+  void quantize(const Adapter& adapter, const Quantization& scheme) {
+    std::lock_guard<std::mutex> lock(state_->writing);
+    quantize_layers(adapter, scheme);
   }
 
   /// Puts another adapter in the place of one, with its scale: scopes that are open have the former one, later ones
@@ -226,9 +232,10 @@ class Adapters {
 
   /// Forward passes on this thread use the adapter until the returned scope ends. Without a name: the only adapter. One
   /// that is merged is in the weights already and is not added again; while one is merged that is not named, it is an
-  /// error.
+  /// error. The empty name is that of the base model alone, whose weights may be held in few bits.
   Activation activate() const { return activate(only()); }
   Activation activate(const std::string& name) const {
+    if (name.empty()) return activate_base();
     check_merged({name});
     return open(active(name).set);
   }
@@ -278,9 +285,7 @@ class Adapters {
       const auto& name = batch->names()[group];
       if (!name.empty()) sets.add(*active(name).set, /*weight=*/1, group);
     }
-    state_->index.for_each([&](const std::shared_ptr<Site>& site) {
-      if (site->own()) sets.add_layer(site);
-    });
+    add_own_layers(sets);
     TORCH_CHECK(!is_merged(), "lora::activate: ", quoted(merged_), " is merged, and rows of other adapters, ",
                 "or of the base model, would have it too; unmerge it first");
     return open(sets.take(std::move(batch)));
@@ -322,7 +327,8 @@ class Adapters {
   const std::vector<std::string>& merged() const { return merged_; }
 
   /// Folds the adapter in for good and lets the model go: no second copy of the weights stays, parameters require
-  /// gradients as they did before, and no adapter is left in this object.
+  /// gradients as they did before, and no adapter is left in this object. Weights that were held in few bits for its
+  /// adapters are there in their own type again.
   void merge_and_unload() { merge_and_unload(only()); }
   void merge_and_unload(const std::string& name) {
     TORCH_CHECK(!is_merged() || merged_ == std::vector<std::string>{name}, "lora::merge: ", quoted(merged_),
@@ -335,12 +341,15 @@ class Adapters {
       if (site->is_merged()) site->keep_merged();
       if (site->own() && own_ == name) site->set_own(nullptr);  // it is in the weight now
     }
+    dequantize();
     clear();
   }
 
   /// Gives the model back as it was before the first adapter: weights unmerged, parameters trainable where they were.
+  /// Weights that were held in few bits for adapters get numbers again, as far as these held them.
   void detach() {
     if (is_merged()) unmerge();
+    dequantize();
     thaw();
     clear();
   }
@@ -382,7 +391,7 @@ class Adapters {
     }
     for (const auto& tensor : state_->frozen.tensors()) {
       report.base += tensor.numel();
-      report.base_bytes += static_cast<int64_t>(tensor.nbytes());
+      report.base_bytes += detail::held_bytes(tensor);
     }
     return report;
   }
@@ -455,6 +464,7 @@ class Adapters {
     std::mutex writing;  // held by who changes what follows, or the list
     detail::SiteIndex index;
     detail::FrozenParameters frozen;
+    std::vector<std::shared_ptr<Site>> quantized;  // that were so for adapters of this object
     std::shared_ptr<const void> while_adapted;
     std::shared_ptr<detail::Usage> usage = std::make_shared<detail::Usage>();  // also tells these scopes from others'
   };
@@ -483,6 +493,54 @@ class Adapters {
       mark(part.site->slot());
     }
     return std::make_shared<const Adapter>(std::move(adapter));
+  }
+
+  static void check_new(const detail::AdapterList& list, const std::string& name, const Adapter& adapter) {
+    TORCH_CHECK(!name.empty(), "lora::Adapters: an adapter has to have a name that is not empty");
+    TORCH_CHECK(list.find(name) == nullptr, "lora::Adapters: there is an adapter \"", name, "\" already");
+    check_addable(name, adapter);
+  }
+
+  void quantize(const std::string& name, const Adapter& adapter, const Quantization& scheme) {
+    std::lock_guard<std::mutex> lock(state_->writing);
+    check_new(*list(), name, adapter);
+    quantize_layers(adapter, scheme);
+  }
+
+  void quantize_layers(const Adapter& adapter, const Quantization& scheme) {
+    const auto is_layer = [](const AdapterPart& part) {
+      return part.role == AdapterPart::Role::kLayer && !detail::is_quantized(part.site->weight());
+    };
+    for (const auto& part : adapter.parts) {
+      if (is_layer(part)) part.site->check_quantizable();
+    }
+    freeze();
+    for (const auto& part : adapter.parts) {
+      if (!is_layer(part)) continue;
+      part.site->quantize(scheme);
+      state_->quantized.push_back(part.site);
+    }
+  }
+
+  /// Undoes what `quantize` did.
+  void dequantize() {
+    for (const auto& site : state_->quantized) site->dequantize();
+    state_->quantized.clear();
+  }
+
+  /// A scope without any adapter.
+  Activation activate_base() const {
+    check_merged({});
+    detail::ActiveSets sets;
+    add_own_layers(sets);
+    return open(sets.take());
+  }
+
+  /// Layers that have adapters of their own, which are not to act.
+  void add_own_layers(detail::ActiveSets& sets) const {
+    state_->index.for_each([&](const std::shared_ptr<Site>& site) {
+      if (site->own()) sets.add_layer(site);
+    });
   }
 
   static void mark(const detail::WeightSlot& slot) {

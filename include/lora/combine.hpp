@@ -232,7 +232,7 @@ class Combination {
     if (full.scale) {
       full.value.copy_(change / *full.scale);
     } else {
-      const auto sum = tensor.site->pristine().to(change.scalar_type()) + change;
+      const auto sum = dequantized(tensor.site->pristine()).to(change.scalar_type()) + change;
       full.value.copy_(full.value.is_floating_point() ? sum : sum.round());
     }
   }

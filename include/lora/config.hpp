@@ -3,8 +3,10 @@
 #include <lora/method/all.hpp>
 #include <lora/options.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/quantized.hpp>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -107,6 +109,9 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   LORA_ARG(Patterns<double>, alpha_pattern);
   /// The mathematics of the update. Default: LowRank.
   LORA_ARG(MethodKind, method) = all_methods().front();
+  /// Holds the weights of the adapted layers in few bits from then on (QLoRA): NF4(), FP4() or Int8(), with their
+  /// options. The model then computes inside of scopes only. Default: as they are. Not written to files.
+  LORA_ARG(std::optional<Quantization>, quantize);
   /// Tells Python that its layers keep their weights as (in, out), as GPT-2's do. A torch::nn::Linear is (out, in) here
   /// in any case, and the adapter's tensors are the same either way. Default: false.
   LORA_ARG(bool, fan_in_fan_out) = false;

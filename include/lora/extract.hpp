@@ -161,7 +161,7 @@ class Extraction {
       if (found == nullptr || is_own) found = &place;
     }
     TORCH_INTERNAL_ASSERT(found != nullptr, site.name());
-    return {found->name, weight};
+    return {found->name, dequantized(weight)};
   }
 
   const at::Tensor& tuned(const std::string& name, at::IntArrayRef sizes) const {
@@ -182,7 +182,7 @@ class Extraction {
   bool differs(const LayerWeight& tensor) const {
     const auto found = finetuned_.find(tensor.place.name);
     if (found == finetuned_.end()) return false;
-    const auto own = tensor.place.slot->read();
+    const auto own = dequantized(tensor.place.slot->read());
     return found->second.sizes() != own.sizes() || !found->second.to(own.device(), own.scalar_type()).equal(own);
   }
 
@@ -231,7 +231,7 @@ inline Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, c
                         const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
   std::map<std::string, at::Tensor> tensors;
   for (const auto& tensor : ModuleModel(finetuned).tensors())
-    tensors.emplace(tensor.place.name, tensor.place.slot->read());
+    tensors.emplace(tensor.place.name, detail::dequantized(tensor.place.slot->read()));
   return extract(base, tensors, config, options, report);
 }
 

@@ -31,11 +31,11 @@ inline namespace LORA_ABI {
 /// One update that acts on an operand.
 struct Update {
   const AnyMethod* method;
-  const DenseBase* base;  ///< the whole frozen weight
-  detail::Part part;      ///< which part of it the operand is
-  bool training;          ///< whether dropout acts
-  double weight = 1;      ///< a factor for the update as a whole
-  int64_t at = 0;         ///< the first output of the product that is its own, where the operand holds several weights
+  const WeightBase* base;  ///< the whole frozen weight
+  detail::Part part;       ///< which part of it the operand is
+  bool training;           ///< whether dropout acts
+  double weight = 1;       ///< a factor for the update as a whole
+  int64_t at = 0;          ///< the first output of the product that is its own, where the operand holds several weights
   detail::RowsOfUpdate rows = {};  ///< on which rows of the batch it acts; all, where nothing is said
 };
 
@@ -91,7 +91,7 @@ at::Tensor adapted_operand(const at::Tensor& operand, c10::ArrayRef<Update> upda
     const auto delta = same_part(layout_delta(update, drop_columns), weight, operand, update.part);
     sum = sum.defined() ? sum + delta : delta;
   }
-  return sum.defined() ? (operand.to(sum.scalar_type()) + sum).to(operand.scalar_type()) : operand;
+  return sum.defined() ? (dequantized(operand).to(sum.scalar_type()) + sum).to(operand.scalar_type()) : operand;
 }
 
 inline at::Tensor adapted_operand(const at::Tensor& operand, c10::ArrayRef<Update> updates) {
@@ -140,7 +140,8 @@ using Terms = c10::SmallVector<Term, 2>;
 class FusedProduct {
  public:
   FusedProduct(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms) : product_(product) {
-    if (product.form == Product::Form::kOther || !is_plain(product.x) || !is_plain(product.operand)) return;
+    const bool multiplies = product.form == Product::Form::kRows || product.form == Product::Form::kColumns;
+    if (!multiplies || !is_plain(product.x) || !is_plain(product.operand)) return;
     if (product.operand.dim() != 2 || product.operand.requires_grad() || product.x.dim() == 0) return;
     if (product.bias.defined() && (product.bias.dim() != 1 || !is_alike(product.bias))) return;
     if (!is_alike(product.operand) || at::autocast::is_autocast_enabled(product.x.device().type())) return;
@@ -318,7 +319,8 @@ class ProductSum {
 
   /// x W^T once more, for an x of the adapter's type.
   at::Tensor again(const at::Tensor& x) const {
-    return product_.without_bias(x, in_type(product_.operand, x.scalar_type()));
+    const auto& operand = product_.operand;  // one that is held in few bits multiplies in the type of x
+    return product_.without_bias(x, is_quantized(operand) ? operand : in_type(operand, x.scalar_type()));
   }
 
   /// x in the adapter's type; numbers of columns stay as they are.

@@ -14,7 +14,7 @@ class Adapters;
 class AnyMethod;
 class Base;
 struct CombineOptions;
-class DenseBase;
+class WeightBase;
 class LoRAConfig;
 class LoRAOptions;
 struct LoadOptions;

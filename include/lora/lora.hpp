@@ -26,6 +26,7 @@
 #include <lora/peft/config.hpp>
 #include <lora/peft/convert.hpp>
 #include <lora/pool.hpp>
+#include <lora/quantize.hpp>
 #include <lora/site.hpp>
 #include <lora/torchscript.hpp>
 #include <lora/version.hpp>

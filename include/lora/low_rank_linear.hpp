@@ -108,7 +108,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       }
       g = g * gain;
     }
-    if (wants_x) dx = g.mm(matrix);
+    if (wants_x) dx = matrix_product(g, matrix);
     DroppedInput dropped(x);
     for (size_t i = 0; i < count; ++i) {
       const auto& [unused_A, unused_B, scale, at, mask, rows] = plan.slices[i];
@@ -182,7 +182,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   /// x M^T + s (x A^T) B^T once more, for derivatives of derivatives.
   static at::Tensor moved_product(const Plan& plan, const Tensors& kept, const at::Tensor& matrix) {
     const auto &x = kept[0], &A = kept[2], &B = kept[3];
-    return x.mm(matrix.t()) + x.mm(A.t()).mm(B.t()) * plan.slices.front().scale;
+    return matrix_product(x, matrix.t()) + x.mm(A.t()).mm(B.t()) * plan.slices.front().scale;
   }
 
   /// y; and at the end of `kept`, if that is given, every S_i, and what a gain scales.

@@ -3,12 +3,15 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <lora/method/contract.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
+#include <lora/weight/placeholder.hpp>
+#include <lora/weight/quantized.hpp>
 #include <lora/weight/slot.hpp>
 #include <lora/weight/stamp.hpp>
 #include <lora/weight/use.hpp>
@@ -16,6 +19,7 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -99,21 +103,65 @@ class Site {
   /// The weight as it is without any merged update, also of a model that was moved since it was merged.
   at::Tensor pristine() const {
     const auto now = weight();
-    return merged_ ? merged_->former.member.to(now.device(), now.scalar_type()) : now;
+    return merged_ ? detail::moved(merged_->former.member, now.device(), now.scalar_type()) : now;
   }
   /// The same as methods see it.
-  DenseBase base() const { return base(pristine()); }
+  WeightBase base() const { return base(pristine()); }
   /// The same for `weight`, which is this one or like it.
-  DenseBase base(at::Tensor weight) const { return DenseBase(std::move(weight), view_); }
+  WeightBase base(at::Tensor weight) const { return WeightBase(std::move(weight), view_); }
   /// The weight as operators see it now, with the values that methods see.
-  DenseBase present_base() const { return merged_ ? DenseBase(weight(), pristine(), view_) : base(weight()); }
+  WeightBase present_base() const { return merged_ ? WeightBase(weight(), pristine(), view_) : base(weight()); }
   /// How often something was merged or unmerged.
   int64_t merges() const { return merges_; }
 
   /// By which is seen whether somebody wrote to the weight; what merging writes does not count.
   detail::Stamp stamp() const {
-    const bool is_aside = merged_ && merged_->is_apart;
+    const bool is_aside = merged_ && (merged_->is_apart || detail::is_quantized(merged_->former.member));
     return is_aside ? detail::Stamp(merged_->former.member) : detail::Stamp(weight(), own_writes_);
+  }
+
+  /// Holds the weight in few bits from now on; its numbers are given up, and it is not trained. `check_quantizable` is
+  /// asked first. One that is held so already stays as it is.
+  void quantize(const Quantization& scheme) {
+    const detail::BelowInterception below;
+    at::NoGradGuard no_grad;
+    auto weight = place_.slot->read();
+    if (detail::is_quantized(weight)) return;
+    const auto handles = place_.slot->handles();
+    const auto put = detail::placeholder(scheme.pack(weight.detach()), weight.scalar_type(), name());
+    for (auto handle : {handles.member, handles.registered}) {
+      handle.requires_grad_(false);
+      handle.set_data(put);
+    }
+    ++merges_;  // what acts on the weight is made anew
+  }
+
+  /// Gives the weight its numbers back, as far as the few bits held them.
+  void dequantize() {
+    const detail::BelowInterception below;
+    at::NoGradGuard no_grad;
+    TORCH_CHECK(!is_merged(), "lora::dequantize: ", name(), " is merged; unmerge it first");
+    const auto handles = place_.slot->handles();
+    if (!detail::is_quantized(handles.member)) return;
+    const auto numbers = detail::dequantized(handles.member);
+    for (auto handle : {handles.member, handles.registered}) {
+      handle.set_data(numbers);
+      detail::mark(handle);
+    }
+    ++merges_;
+  }
+
+  /// Throws for a weight that is merged, is no matrix to methods, or has no finite numbers of floating point.
+  void check_quantizable() const {
+    const detail::BelowInterception below;
+    const auto weight = place_.slot->read();
+    TORCH_CHECK(!is_merged(), "lora::quantize: ", name(), " is merged; unmerge it, or unload the adapter, first");
+    TORCH_CHECK(view_->shape().out > 0 && at::isFloatingType(weight.scalar_type()), "lora::quantize: ", name(),
+                " has no matrix of floating point to hold in few bits: its type is ", weight.scalar_type(),
+                ", its shape ", weight.sizes());
+    const auto largest = at::linalg_vector_norm(weight, std::numeric_limits<double>::infinity());
+    TORCH_CHECK(weight.numel() == 0 || at::isfinite(largest).item<bool>(), "lora::quantize: ", name(),
+                " has numbers that are not finite (NaN or infinity), which no code stands for; nothing was changed");
   }
 
   bool is_merged() const { return merged_.has_value(); }
@@ -153,6 +201,13 @@ class Site {
       merged_ = Merged{std::move(former), values, detail::Stamp(values), /*is_apart=*/true, std::move(methods)};
       return;
     }
+    if (detail::is_quantized(weight)) {
+      const auto former = weight.detach();
+      weight.set_data(values);
+      detail::mark(weight);
+      merged_ = Merged{{former, former}, weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods)};
+      return;
+    }
     count_own_writes(weight, [&] { exchange(weight.detach(), values); });
     merged_ = Merged{{values, values}, weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods)};
   }
@@ -180,9 +235,12 @@ class Site {
       const auto options = weight().options();
       for (auto* handle : {&former.member, &former.registered}) {
         if (handle->device() != options.device() || handle->dtype() != options.dtype())
-          handle->set_data(handle->detach().to(options.requires_grad(false)));
+          handle->set_data(detail::moved(handle->detach(), options.device(), weight().scalar_type()));
       }
       place_.slot->set(former);
+    } else if (detail::is_quantized(former.member)) {
+      const auto now = weight();
+      now.set_data(detail::moved(former.member, now.device(), now.scalar_type()));
     } else {
       count_own_writes(weight(), [&] { write(weight(), former.member); });
     }
@@ -203,7 +261,7 @@ class Site {
     at::NoGradGuard no_grad;
     if (!other.merged_) return;
     const auto now = weight();
-    auto former = other.merged_->former.member.to(now.device(), now.scalar_type(), false, /*copy=*/true);
+    auto former = detail::moved(other.merged_->former.member, now.device(), now.scalar_type(), /*copies=*/true);
     merged_ = Merged{{former, former}, now, detail::Stamp(now), /*is_apart=*/false, std::move(methods)};
   }
 
@@ -239,7 +297,7 @@ class Site {
       check_finite(value, "what was trained in its place is not finite (NaN or infinity)");
       return value.is_alias_of(methods.front().method->tensors().front().tensor->detach()) ? value.clone() : value;
     }
-    auto sum = weight.to(adapter_dtype(weight.scalar_type()));
+    auto sum = detail::dequantized(weight).to(adapter_dtype(weight.scalar_type()));
     const auto base = this->base(weight);
     for (const auto& [adapter, method, factor] : methods) {
       const auto delta = method->delta(base);

@@ -5,6 +5,7 @@
 #include <lora/adapters.hpp>
 #include <lora/model/script/model.hpp>
 #include <lora/peft/checkpoint.hpp>
+#include <lora/quantize.hpp>
 #include <lora/version.hpp>
 
 #include <filesystem>
@@ -29,6 +30,13 @@ inline Adapters attach(torch::jit::Module& model, const LoRAConfig& config) {
   adapters.add("default", config);
   return adapters;
 }
+
+/// `quantize` and `dequantize` for a TorchScript module.
+inline QuantizeReport quantize(torch::jit::Module& model, const Quantization& scheme,
+                               const QuantizeOptions& options = {}) {
+  return quantize(ScriptModel(model), scheme, options);
+}
+inline void dequantize(torch::jit::Module& model) { dequantize(ScriptModel(model)); }
 
 /// `load_adapter` for a TorchScript module.
 inline Adapters load_adapter(torch::jit::Module& model, const std::filesystem::path& directory,

@@ -1,5 +1,6 @@
 // What a program may do with an adapted weight, as one table: in a scope every use computes with W', with gradients for
 // the adapter and for everything else in it; outside it is the base, bit by bit; and merged it is what the scope was.
+#include "support/halves.hpp"
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
@@ -445,7 +446,7 @@ struct Fixture {
   Operands plain(bool adapted) const {
     auto all = in_model();
     const auto copy = [&](Tensor& tensor, const std::string& name) {
-      auto value = tensor.detach().clone();
+      auto value = lora::detail::dequantized(tensor).detach().clone();
       for (const auto& part : adapters->adapter("default")->parts) {
         const auto& site = part.site->name();
         const bool is_it = site == name || site + ".weight" == name;
@@ -577,6 +578,44 @@ TEST_CASE("Every use of an adapted weight in a scope is one of W', with its grad
       CHECK(agree(second_inside, f.second_gradients(row.use(adapted)), 100 * row.tolerance));
   }
   CHECK(different > (f.config.name == std::string("a parameter") ? 100 : 120));
+}
+
+TEST_CASE("Every use of a weight that is held in few bits is one of W' in a scope, and refused outside by name") {
+  Fixture f(any_config());
+  {
+    torch::NoGradGuard no_grad;
+    for (const auto& site : f.adapters->sites()) site->weight().copy_(site->weight().to(torch::kHalf));
+    auto follows = f.adapters->activate();  // what was taken from the weights
+  }
+  f.adapters->quantize(*f.adapters->adapter("default"), testing::Halves());
+  const auto base = f.plain(false), adapted = f.plain(true), in_model = f.in_model();
+  int refused = 0;
+  for (const auto& row : rows_here(f)) {
+    INFO(row.name << ", " << f.config.name);
+    if (row.known == Known::kUnseen) continue;
+    std::vector<Tensor> inside;
+    {
+      auto active = f.adapters->activate();
+      const auto value = row.use(in_model);
+      CHECK(testing::distance(value, row.use(adapted)) < row.tolerance);
+      inside = f.gradients(value);
+    }
+    CHECK(agree(inside, f.gradients(row.use(adapted)), 10 * row.tolerance));
+    {
+      auto nothing = f.adapters->activate("");
+      CHECK(testing::distance(row.use(in_model), row.use(base)) < row.tolerance);
+    }
+    bool is_base = false;
+    const auto error = testing::error_of([&] { is_base = torch::equal(row.use(in_model), row.use(base)); });
+    if (error.empty()) {
+      CHECK(is_base);
+    } else {
+      ++refused;
+      CHECK_THAT(error, testing::contains("is held in 16 bits (halves)"));
+    }
+  }
+  const bool is_held = lora::detail::is_quantized(in_model.w) || lora::detail::is_quantized(in_model.table);
+  CHECK((refused > 20) == is_held);
 }
 
 TEST_CASE("What is merged is what every use in the scope computed") {

@@ -1,4 +1,5 @@
 // Every kind of layer that can be adapted, in every type and mode: one table, one test.
+#include "support/halves.hpp"
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
@@ -311,6 +312,49 @@ TEST_CASE("Gradients of every kind of layer agree with finite differences") {
     return f.run().sin().sum();
   };
   CHECK(testing::gradient_error(loss, adapters.parameters()) < 1e-6);
+}
+
+TEST_CASE("Every kind of layer computes with a weight that is held in few bits as with the numbers that these hold") {
+  const auto index = GENERATE(range(size_t{0}, kinds().size()));
+  const auto type = GENERATE(torch::kFloat, torch::kDouble, torch::kBFloat16);
+  const auto training = GENERATE(true, false);
+  const Fixture f(kinds()[index], type, training), rounded(kinds()[index], type, training);
+  if (f.kind.name == std::string("Embedding with max_norm")) return;  // writes to its weight
+  CAPTURE(f.kind.name, type, training);
+  if (!testing::error_of([&] { f.run(); }).empty()) return;  // LibTorch has no such layer in half precision
+  auto expected = lora::attach(*rounded.holder, rounded.config());
+  {
+    torch::NoGradGuard no_grad;
+    for (const auto& site : expected.sites()) site->weight().copy_(site->weight().to(torch::kHalf));
+  }
+  auto adapters = lora::attach(*f.holder, f.config().quantize(testing::Halves()));
+  testing::randomize(adapters.parameters(), 0.5);
+  {
+    torch::NoGradGuard no_grad;
+    for (const auto& item : adapters.named_parameters()) expected.named_parameters()[item.key()].copy_(item.value());
+  }
+  CHECK(testing::error_of([&] { f.run(); }).find("is held in 16 bits (halves)") != std::string::npos);
+  const auto forward = [](const Fixture& fixture, lora::Adapters& attached) {
+    auto active = attached.activate();
+    auto y = fixture.run();
+    std::vector<Tensor> gradients;
+    const bool has_backward = fixture.holder->is_training() || !testing::device().is_cuda();
+    if (has_backward) gradients = torch::autograd::grad({y.sum()}, attached.parameters());
+    gradients.push_back(y.detach());
+    return gradients;
+  };
+  const auto wanted = forward(rounded, expected), found = forward(f, adapters);
+  for (size_t i = 0; i < wanted.size(); ++i) CHECK(testing::distance(found[i], wanted[i]) < tolerance(wanted[i]));
+  {
+    auto base = adapters.activate("");
+    CHECK(testing::distance(f.run(), rounded.run()) < tolerance(wanted.back()));
+  }
+  adapters.merge();
+  CHECK(testing::distance(f.run(), wanted.back()) < tolerance(wanted.back()));
+  adapters.unmerge();
+  CHECK(testing::distance(forward(f, adapters).back(), wanted.back()) < tolerance(wanted.back()));
+  adapters.merge_and_unload();
+  CHECK(testing::distance(f.run(), wanted.back()) < tolerance(wanted.back()));
 }
 
 TEST_CASE("What is not looked up gets no gradient, nor does the entry that pads") {

@@ -17,7 +17,7 @@ struct Fixture {
     const auto type = testing::on_device(torch::kDouble);
     weight = torch::randn({out, in}, type);
     bias = torch::randn({out}, type);
-    any.initialize(lora::DenseBase(weight));
+    any.initialize(lora::WeightBase(weight));
     method.lora_B.normal_();
     method.lora_magnitude_vector.uniform_(0.5, 2);
     x = torch::randn({2, 3, in}, type);
@@ -40,7 +40,7 @@ struct Fixture {
 TEST_CASE("DoRA gives each output its magnitude, by hand") {
   auto any = testing::make_method<DoRA>(LoRAOptions(1).alpha(2), 1, 2);
   auto& method = any.value;
-  const lora::DenseBase base(torch::tensor({{1.0F, 0.0F}}).to(testing::device()));
+  const lora::WeightBase base(torch::tensor({{1.0F, 0.0F}}).to(testing::device()));
   any.initialize(base);
   CHECK(method.lora_magnitude_vector.item<double>() == 1);
   method.lora_A.copy_(torch::tensor({{1.0, 2.0}}));
@@ -53,15 +53,15 @@ TEST_CASE("DoRA starts as the frozen layer") {
   torch::manual_seed(0);
   auto method = testing::make_method<DoRA>(LoRAOptions(2).alpha(6), 4, 5);
   auto weight = torch::randn({4, 5}, testing::device());
-  method.initialize(lora::DenseBase(weight));
+  method.initialize(lora::WeightBase(weight));
   CHECK(testing::distance(method.value.lora_magnitude_vector, weight.norm(2, 1)) < 1e-6);
-  CHECK(testing::distance(method.delta(lora::DenseBase(weight)), torch::zeros({4, 5})) < 1e-6);
+  CHECK(testing::distance(method.delta(lora::WeightBase(weight)), torch::zeros({4, 5})) < 1e-6);
 }
 
 TEST_CASE("DoRA's forward is x W'^T + b, with the bias not scaled") {
   Fixture f(4, 5, LoRAOptions(2).alpha(6));
   CHECK(testing::distance(f.forward(), f.x.matmul(f.by_hand().t()) + f.bias) < 1e-12);
-  CHECK(testing::distance(f.weight + f.any.delta(lora::DenseBase(f.weight)), f.by_hand()) < 1e-12);
+  CHECK(testing::distance(f.weight + f.any.delta(lora::WeightBase(f.weight)), f.by_hand()) < 1e-12);
 }
 
 TEST_CASE("No gradient of DoRA passes through the norm") {

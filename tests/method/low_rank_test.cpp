@@ -11,7 +11,7 @@ auto make(const LoRAOptions& options, int64_t out, int64_t in) {
   return testing::make_method<LowRank>(options, out, in);
 }
 
-const lora::DenseBase kNoBase(torch::zeros({1, 1}));
+const lora::WeightBase kNoBase(torch::zeros({1, 1}));
 
 }  // namespace
 
@@ -20,7 +20,7 @@ TEST_CASE("LowRank adds s B A, by hand") {
   method.value.lora_A.copy_(torch::tensor({{1.0, 2.0}}));
   method.value.lora_B.copy_(torch::tensor({{1.0}, {-1.0}}));
   auto w = torch::zeros({2, 2}, testing::device()), b = torch::full({2}, 0.5, testing::device());
-  CHECK(testing::distance(method.delta(lora::DenseBase(w)), torch::tensor({{3.0, 6.0}, {-3.0, -6.0}})) == 0);
+  CHECK(testing::distance(method.delta(lora::WeightBase(w)), torch::tensor({{3.0, 6.0}, {-3.0, -6.0}})) == 0);
   // x = (1, 1): A x = 3, s B A x = (9, -9); b = (0.5, 0.5)
   auto x = torch::ones({2, 1, 2}, testing::device());
   auto y = testing::linear_with(method, x, w, b);

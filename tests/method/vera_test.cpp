@@ -20,7 +20,7 @@ TEST_CASE("VeRA scales the rows of a fixed A and B, by hand") {
   method.vera_lambda_b.copy_(torch::tensor({1.0, 0.5}));
   // diag(d) A = (2 4 6; 0 10 0); B of that: (2 4 6; 2 14 6); rows times b
   const auto w = torch::ones({2, 3}, testing::on_device(torch::kDouble));
-  CHECK(testing::distance(any.delta(lora::DenseBase(w)), torch::tensor({{2.0, 4.0, 6.0}, {1.0, 7.0, 3.0}})) == 0);
+  CHECK(testing::distance(any.delta(lora::WeightBase(w)), torch::tensor({{2.0, 4.0, 6.0}, {1.0, 7.0, 3.0}})) == 0);
   CHECK(any.scaling() == 1);
   auto x = torch::tensor({{1.0, 1.0, 0.0}}, testing::on_device(torch::kDouble));
   auto y = testing::linear_with(any, x, w, torch::full({2}, 0.5, x.options()));

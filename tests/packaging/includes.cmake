@@ -20,7 +20,7 @@ set(lines
   "adapter/"
   "adapters.hpp"
   "modules/"
-  "attach.hpp combine.hpp extract.hpp"
+  "attach.hpp combine.hpp extract.hpp quantize.hpp"
   "train/"
   "peft/"
   "pool.hpp torchscript.hpp"

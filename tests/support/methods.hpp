@@ -19,7 +19,7 @@ lora::MethodOf<M> make_method(const lora::LoRAOptions& options, int64_t out, int
 /// y = x W'^T + b, as the one function for products computes it.
 inline torch::Tensor linear_with(const lora::AnyMethod& method, const torch::Tensor& x, const torch::Tensor& weight,
                                  const torch::Tensor& bias = {}, bool training = false) {
-  const lora::DenseBase base(weight);
+  const lora::WeightBase base(weight);
   const lora::Update update{&method, &base, lora::detail::whole_part(weight), training};
   const auto run = [](const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& b) {
     return torch::linear(x, w, b);

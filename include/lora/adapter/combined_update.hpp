@@ -106,7 +106,7 @@ class UpdateCombiner {
   /// The update of one adapter as a matrix, with the adapter's own scale.
   static at::Tensor matrix(const Site& site, const Combined::Share& share) {
     const auto weight = site.pristine();
-    const auto base = site.base(weight.to(sum_dtype(weight.scalar_type())));
+    const auto base = site.base(dequantized(weight).to(sum_dtype(weight.scalar_type())));
     const auto update = share.part->method->delta(base).to(base.dtype()) * share.scale;
     check_finite(site, share, update);
     return update;

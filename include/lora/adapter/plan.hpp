@@ -56,7 +56,7 @@ class Planner {
   /// What is trained in full, with the values of the model, or zero.
   void add(const FullSelection::Full& full, size_t layers) {
     auto site = known(site_of(full.tensor));
-    const auto original = site->pristine().detach();
+    const auto original = detail::dequantized(site->pristine()).detach();
     const auto& name = full.tensor.place.name;
     if (full.biased.empty()) {
       const bool is_trained = !full.tensor.is_buffer && original.is_floating_point();

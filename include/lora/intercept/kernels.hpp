@@ -43,7 +43,7 @@ namespace detail {
 /// is a weight. Told by the key that weights carry, which costs other tensors nothing.
 inline at::Tensor adapted_value(const at::Tensor& operand, const char* operation) {
   if (!operand.defined() || !is_marked(operand)) return operand;
-  return stand_in(operand, find_updates(operand, Use::kAny, operation), operation);
+  return dequantized(stand_in(operand, find_updates(operand, Use::kAny, operation), operation));
 }
 
 inline at::Tensor adapted_value(const std::optional<at::Tensor>& operand, const char* operation) {
@@ -71,8 +71,9 @@ at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::T
   const bool has_bias = bias.has_value() && bias->defined(), is_marked_bias = has_bias && is_marked(*bias);
   const auto of_bias = is_marked_bias ? find_updates(*bias, Use::kAny, operation) : Updates();
   const auto compute = [&](const at::Tensor& in, const Updates& acting, const Updates& on_bias) {
-    const auto b = has_bias ? stand_in(*bias, on_bias, operation) : at::Tensor();
-    if (acting.empty() || is_detached(operand)) return run(in, stand_in(operand, acting, operation), b);
+    const auto b = has_bias ? dequantized(stand_in(*bias, on_bias, operation)) : at::Tensor();
+    if (acting.empty() || is_detached(operand))
+      return Product{in, stand_in(operand, acting, operation), b, run, linear_times, /*adds=*/false, form}.frozen();
     // A table is the transpose of its matrix.
     const auto is_added = [&](const Update& u) { return u.part.kind == kind && !u.base->shape().is_lookup; };
     const bool adds = std::all_of(acting.begin(), acting.end(), is_added);
@@ -171,15 +172,18 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
   const BelowInterception below;
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding");
   if (updates.empty()) note_input(indices, indices.dim());
+  if (updates.empty() && is_quantized(table)) return quantized_entries(table, indices);
   if (updates.empty()) return at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
   const auto limit = PendingLimit::take(table, indices);
   const auto look_up = [&](const at::Tensor& i, const at::Tensor& entries, const at::Tensor& /*bias*/) {
     return at::embedding(entries, i, padding_idx, scale_grad_by_freq, sparse && entries.is_same(table));
   };
   const auto times = [&](const at::Tensor& i, const at::Tensor& matrix) { return look_up(i, matrix.t(), {}); };
-  const auto entries = is_detached(table)
-                           ? look_up(indices, stand_in(table, updates, "aten::embedding"), {})
-                           : adapted_product({indices, table, {}, look_up, times, are_lookups(updates)}, updates);
+  const auto entries =
+      is_detached(table)
+          ? look_up(indices, stand_in(table, updates, "aten::embedding"), {})
+          : adapted_product({indices, table, {}, look_up, times, are_lookups(updates), Product::Form::kEntries},
+                            updates);
   return limit ? limit->apply(entries) : entries;
 }
 
@@ -198,7 +202,7 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   };
   constexpr auto kName = "aten::embedding_bag";
   const auto updates = find_updates(table, Use::kLookup, kName);
-  if (updates.empty()) return bag(table);
+  if (updates.empty()) return bag(dequantized(table));
   const auto limit = PendingLimit::take(table, indices);
   if (limit) return bag(limit->apply(stand_in(table, updates, kName)));
   if (is_detached(table) || with_rows(updates) != nullptr) return bag(stand_in(table, updates, kName));

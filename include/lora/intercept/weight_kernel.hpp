@@ -119,8 +119,32 @@ inline void adapt_operands(const c10::OperatorHandle& op, torch::jit::Stack& sta
       if (const auto sum = sum_with(op, stack, operand); sum.defined())
         return stand_in_rows(operand, updates, *in_rows, sum);
     }
-    return stand_in(operand, updates, name);
+    return dequantized(stand_in(operand, updates, name));
   });
+}
+
+/// Whether the operator copies a weight that is held in few bits, as moving, casting or cloning a model does; then the
+/// copy, which holds it so, too, is on the stack.
+inline bool copies_placeholder(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
+  const auto& arguments = op.schema().arguments();
+  if (arguments.empty()) return false;
+  const auto& first = torch::jit::peek(stack, 0, arguments.size());
+  if (!first.isTensor() || !is_whole_placeholder(first.toTensor())) return false;
+  const auto& name = op.operator_name().name;
+  const bool moves = name == "aten::_to_copy";
+  if (!moves && name != "aten::clone") return false;
+  const auto tensor = first.toTensor();
+  auto device = tensor.device();
+  auto type = tensor.scalar_type();
+  if (moves) {
+    if (const auto& wanted = torch::jit::peek(stack, 1, arguments.size()); !wanted.isNone())
+      type = wanted.toScalarType();
+    if (const auto& wanted = torch::jit::peek(stack, 3, arguments.size()); !wanted.isNone()) device = wanted.toDevice();
+  }
+  const BelowInterception below;
+  torch::jit::drop(stack, arguments.size());
+  stack.emplace_back(moved(tensor, device, type, /*copies=*/true));
+  return true;
 }
 
 /// Whether an operator gives its first operand other memory, as torch::load does.
@@ -141,6 +165,7 @@ inline void check_memory_stays(const at::Tensor& tensor) {
 inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto* scopes = ActiveScopes::current();
   const bool in_scope = scopes != nullptr && !scopes->effective().empty();
+  if (!in_scope && copies_placeholder(op, *stack)) return;
   if (!in_scope || makes_view(op)) {
     op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), stack);
     if (in_scope && op.operator_name().name == "aten::detach") mark_detached(stack->back().toTensor());

@@ -52,7 +52,7 @@ struct ActiveSite {
 
   std::shared_ptr<const Site> site;
   std::optional<int64_t> row_axis;  // as in Place
-  DenseBase base;
+  WeightBase base;
   int64_t merges;
   c10::Storage storage;  // kept alive, so that no other tensor gets its address
   std::vector<Acting> methods;

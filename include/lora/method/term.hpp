@@ -11,6 +11,7 @@
 
 #include <lora/version.hpp>
 #include <lora/weight/base.hpp>
+#include <lora/weight/quantized_product.hpp>
 
 #include <cstdint>
 
@@ -66,17 +67,39 @@ struct Product {
   at::Tensor x;        ///< (..., in), or the numbers of the columns that are looked up
   at::Tensor operand;  ///< the frozen weight, or a part of it, as the operator takes it
   at::Tensor bias;     ///< undefined where there is none, or where somebody else adds it
-  Run run;
+  Run op;
   Times times;
   /// Whether the operand is W, or rows of it, and y has one number for each of these rows, so that updates can be added
   /// to y. If not, the operator is run with W' in the place of W.
   bool adds = true;
-  /// What the operand is of the matrix M (out, in), where the operator is y = x M^T + b and nothing else.
-  enum class Form : uint8_t { kOther, kRows, kColumns };
+  /// What the operand is where the operator is y = x M^T + b for a matrix M (out, in), and nothing else.
+  enum class Form : uint8_t {
+    kOther,
+    kRows,     ///< M
+    kColumns,  ///< its transpose
+    kEntries   ///< and where rows of the operand are looked up: that table
+  };
   Form form = Form::kOther;
 
+  /// The operator, for any operand in the place of W, also for one that is held in few bits.
+  at::Tensor run(const at::Tensor& other_x, const at::Tensor& other_operand, const at::Tensor& other_bias) const {
+    if (!detail::is_quantized(other_operand)) return op(other_x, other_operand, other_bias);
+    switch (form) {
+      case Form::kRows:
+        return detail::quantized_linear(other_x, other_operand.t(), other_bias);
+      case Form::kColumns:
+        return detail::quantized_linear(other_x, other_operand, other_bias);
+      case Form::kEntries:
+        return detail::quantized_entries(other_operand, other_x);
+      default:
+        return op(other_x, detail::dequantized(other_operand), other_bias);
+    }
+  }
   /// y without any update.
-  at::Tensor frozen() const { return run(x, operand, bias); }
+  at::Tensor frozen() const {
+    if (form != Form::kEntries) detail::check_type(x, operand);
+    return run(x, operand, bias);
+  }
   /// The same for another x, with another operand, without the bias.
   at::Tensor without_bias(const at::Tensor& other_x, const at::Tensor& other_operand) const {
     return run(other_x, other_operand, at::Tensor());

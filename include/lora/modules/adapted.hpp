@@ -133,11 +133,14 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   }
 
   /// y = op(x, W') + b', with the layer's own update where it acts.
-  at::Tensor adapt(const at::Tensor& x, Product::Run run, Product::Times times, bool adds = true,
+  at::Tensor adapt(const at::Tensor& x, Product::Run op, Product::Times times, bool adds = true,
                    Product::Form form = Product::Form::kOther) const {
-    if (!acts()) return run(x, weight, bias);
+    if (!acts()) {
+      if (detail::is_in_scope(weight)) return op(x, weight, bias);  // which the scope intercepts
+      return Product{x, weight, bias, op, times, adds, form}.frozen();
+    }
     const auto base = own_base();
-    return adapted_product({x, weight, own_bias(), run, times, adds, form}, own_update(base));
+    return adapted_product({x, weight, own_bias(), op, times, adds, form}, own_update(base));
   }
 
  public:
@@ -146,11 +149,11 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   /// Whether the update can be one of several in a product with more weights than this layer's.
   bool joins_products() const { return method_->has_term() && !method_->changes_bias(); }
   /// W as the method sees it, b', and the update itself, for products that are larger than this layer's.
-  DenseBase own_base() const { return site_->base(weight); }
+  WeightBase own_base() const { return site_->base(weight); }
   at::Tensor own_bias() const {
     return changes_bias() ? bias + in_type(method_->bias_delta(bias), bias.scalar_type()) : bias;
   }
-  Update own_update(const DenseBase& base) const {
+  Update own_update(const WeightBase& base) const {
     return {method_.get(), &base, detail::whole_part(weight), this->is_training()};
   }
 

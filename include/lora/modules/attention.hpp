@@ -35,7 +35,11 @@ struct AttentionProjection {
   const at::Tensor& weight() const { return adapted ? adapted->weight : frozen->weight; }
   const at::Tensor& bias() const { return adapted ? adapted->bias : frozen->bias; }
 
-  at::Tensor forward(const at::Tensor& x) const { return adapted ? adapted->forward(x) : frozen->forward(x); }
+  at::Tensor forward(const at::Tensor& x) const {
+    if (adapted) return adapted->forward(x);
+    const bool is_known = detail::is_quantized(frozen->weight) && !detail::is_in_scope(frozen->weight);
+    return is_known ? detail::quantized_linear(x, frozen->weight.t(), frozen->bias) : frozen->forward(x);
+  }
   /// Whether it has an update of its own to add.
   bool acts() const { return adapted && adapted->acts(); }
 
@@ -317,7 +321,8 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
   /// Lays the weights, and the biases, of projections that may share their input together in memory.
   void pack() {
     const auto some = alike();
-    if (some.empty()) return;
+    const auto is_held = [](const Projection* one) { return detail::is_quantized(one->weight()); };
+    if (some.empty() || std::any_of(some.begin(), some.end(), is_held)) return;
     detail::stack(weights(some));
     if (biases(some).size() == some.size()) detail::stack(biases(some));
   }
@@ -385,7 +390,7 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
     const auto parts = biases(some);
     const auto bias = parts.size() == some.size() ? detail::stacked(parts) : at::Tensor();
     if (!weight.defined() || bias.defined() == parts.empty()) return {};
-    std::vector<DenseBase> bases;
+    std::vector<WeightBase> bases;
     Updates updates;
     std::vector<int64_t> columns;
     bases.reserve(some.size());

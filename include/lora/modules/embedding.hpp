@@ -85,7 +85,7 @@ class LoRAEmbeddingImpl : public AdaptedModule<LoRAEmbeddingImpl<Method>, Method
       return at::embedding(table, i, padding, frozen.scale_grad_by_freq(), /*sparse=*/false);
     };
     const auto times = [&](const at::Tensor& i, const at::Tensor& matrix) { return look_up(i, matrix.t(), {}); };
-    const auto entries = this->adapt(input, look_up, times);
+    const auto entries = this->adapt(input, look_up, times, /*adds=*/true, Product::Form::kEntries);
     if (!frozen.max_norm()) return entries;
     return detail::NormLimit{*frozen.max_norm(), frozen.norm_type()}.apply(entries);
   }

@@ -179,7 +179,7 @@ inline void write_adapter(const Adapters& adapters, const std::string& name, con
       const auto owner = detail::owner_of(tensor.place.name);
       const auto is_it = [&](const AdapterPart& part) { return part.changed() == owner; };
       if (!detail::saved_by_peft(adapter->config, owner).empty() && std::none_of(parts.begin(), parts.end(), is_it))
-        tensors.emplace(detail::kPrefix + tensor.place.name, tensor.place.slot->read());
+        tensors.emplace(detail::kPrefix + tensor.place.name, detail::dequantized(tensor.place.slot->read()));
     }
   }
   if (!adapter->frozen.empty()) {
@@ -208,7 +208,8 @@ inline void write_merged(Adapters& adapters, const std::string& name, const std:
       [&](const AdapterPart&, const NamedTensor& tensor) { merged_in.insert(tensor.tensor->unsafeGetTensorImpl()); });
   for (const auto& tensor : adapters.model().tensors()) {
     const auto value = tensor.place.slot->read();
-    if (value.defined() && merged_in.count(value.unsafeGetTensorImpl()) == 0) tensors.emplace(tensor.place.name, value);
+    if (value.defined() && merged_in.count(value.unsafeGetTensorImpl()) == 0)
+      tensors.emplace(tensor.place.name, detail::dequantized(value));
   }
   write_safetensors(file, tensors);
 }

@@ -29,7 +29,7 @@ inline std::map<std::string, at::Tensor> frozen_tensors(const Adapters& adapters
   for (const auto& tensor : adapters.model().tensors()) {
     const auto found = merged.find(tensor.place.slot->place());
     const auto value = found == merged.end() ? tensor.place.slot->read() : found->second;
-    if (value.defined()) tensors.emplace(tensor.place.name, value);
+    if (value.defined()) tensors.emplace(tensor.place.name, dequantized(value));
   }
   return tensors;
 }
@@ -87,11 +87,11 @@ class TakenTables {
     const auto& theirs = found->second;
     const bool fits = theirs.is_floating_point() && theirs.dim() > 0 && theirs.dim() == own.dim() &&
                       theirs.sizes().slice(1) == own.sizes().slice(1) && theirs.size(0) >= own.size(0);
-    if (!fits || is_same(theirs, own)) return;
+    if (!fits || is_same(theirs, dequantized(own))) return;
     auto values = theirs.to(own.options(), /*non_blocking=*/false, /*copy=*/true);
     if (!saving_entry(config, owner).empty()) {  // the adapter has all of it
       if (theirs.size(0) == own.size(0)) return;
-      values = at::cat({own.detach(), values.slice(0, own.size(0))});
+      values = at::cat({dequantized(own).detach(), values.slice(0, own.size(0))});
     }
     check_free(file, name, own);
     put(own, values);

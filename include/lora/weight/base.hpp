@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <lora/version.hpp>
+#include <lora/weight/placeholder.hpp>
 #include <lora/weight/view.hpp>
 
 #include <memory>
@@ -26,24 +27,24 @@ class Base {
   virtual int64_t nbytes() const = 0;
 };
 
-/// A weight that is there as a tensor of numbers, in the layout of its layer.
-class DenseBase final : public Base {
+/// A weight that is a tensor of its layer, in the layout of that; its numbers are in it, or held in few bits.
+class WeightBase final : public Base {
  public:
-  DenseBase(at::Tensor weight, std::shared_ptr<const MatrixView> view)
+  WeightBase(at::Tensor weight, std::shared_ptr<const MatrixView> view)
       : weight_(std::move(weight)), view_(std::move(view)) {}
   /// A weight that has something merged into it; methods see the values that it has without that.
-  DenseBase(at::Tensor weight, at::Tensor pristine, std::shared_ptr<const MatrixView> view)
+  WeightBase(at::Tensor weight, at::Tensor pristine, std::shared_ptr<const MatrixView> view)
       : weight_(std::move(weight)), pristine_(std::move(pristine)), view_(std::move(view)) {}
   /// A matrix (out, in), or a batch of them.
-  explicit DenseBase(const at::Tensor& matrix)
-      : DenseBase(matrix, std::make_shared<const MatrixView>(MatrixView::plain(matrix.sizes()))) {}
+  explicit WeightBase(const at::Tensor& matrix)
+      : WeightBase(matrix, std::make_shared<const MatrixView>(MatrixView::plain(matrix.sizes()))) {}
 
   const MatrixShape& shape() const override { return view_->shape(); }
   at::ScalarType dtype() const override { return weight_.scalar_type(); }
-  at::Tensor dense() const override { return view_->matrix(is_merged() ? pristine_ : weight_); }
+  at::Tensor dense() const override { return view_->matrix(detail::dequantized(is_merged() ? pristine_ : weight_)); }
   at::Tensor matrix(const at::Tensor& weight) const override { return view_->matrix(weight); }
   at::Tensor layout(const at::Tensor& matrix) const override { return view_->weight(matrix); }
-  int64_t nbytes() const override { return static_cast<int64_t>(weight_.nbytes()); }
+  int64_t nbytes() const override { return detail::held_bytes(weight_); }
 
   /// The tensor itself, which operators see.
   const at::Tensor& weight() const { return weight_; }

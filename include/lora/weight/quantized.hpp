@@ -12,7 +12,6 @@
 #include <string_view>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -20,9 +19,9 @@ inline namespace LORA_ABI {
 /// The numbers of a frozen weight in few bits each. A value: it does not change, and models that are copied share it.
 /// The weight has any number of dimensions; where rows are spoken of it is a matrix (size(0), everything else), and
 /// numbers are counted in the order of that matrix.
-class PackedWeight {
+class QuantizedWeight {
  public:
-  virtual ~PackedWeight() = default;
+  virtual ~QuantizedWeight() = default;
 
   /// What it is called: "NF4".
   virtual std::string_view scheme() const = 0;
@@ -40,13 +39,7 @@ class PackedWeight {
   /// y[i] = sum over j of W[first + i, j] x[j] for i < count. On the CPU only.
   virtual void dot_rows(int64_t first, int64_t count, const float* x, float* y) const = 0;
 
-  virtual std::shared_ptr<const PackedWeight> to(at::Device device) const = 0;
-  /// Other numbers, of any shape, packed in the same way.
-  virtual std::shared_ptr<const PackedWeight> pack(const at::Tensor& weight) const = 0;
-
-  /// What bitsandbytes writes into files for a weight of that type: what is appended to the weight's name, and the
-  /// tensor.
-  virtual std::vector<std::pair<std::string, at::Tensor>> file_tensors(at::ScalarType dtype) const = 0;
+  virtual std::shared_ptr<const QuantizedWeight> to(at::Device device) const = 0;
 };
 
 /// A way of packing, as a value of a configuration: NF4(), FP4(), Int8() with their options.
@@ -57,10 +50,10 @@ class Quantization {
       : pack_([scheme](const at::Tensor& weight) { return scheme.pack(weight); }) {}
 
   /// Throws for numbers that are not finite, and where the scheme cannot hold such a weight.
-  std::shared_ptr<const PackedWeight> pack(const at::Tensor& weight) const { return pack_(weight); }
+  std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const { return pack_(weight); }
 
  private:
-  std::function<std::shared_ptr<const PackedWeight>(const at::Tensor&)> pack_;
+  std::function<std::shared_ptr<const QuantizedWeight>(const at::Tensor&)> pack_;
 };
 
 }  // namespace LORA_ABI

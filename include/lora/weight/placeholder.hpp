@@ -1,0 +1,156 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
+
+#include <lora/system/attributes.hpp>
+#include <lora/version.hpp>
+#include <lora/weight/key.hpp>
+#include <lora/weight/quantized.hpp>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+// What stands in a model for a weight whose numbers are held in few bits: a tensor that has the sizes, type and place
+// of the weight, and no memory. Whoever reads or writes its numbers is told by LibTorch what the matter is; what knows
+// such tensors finds the numbers through its storage, as views of it do.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// What the storage of a placeholder holds in the place of memory.
+struct HeldNumbers {
+  std::shared_ptr<const QuantizedWeight> weight;
+  std::string name;  // of the weight in its model
+};
+
+/// By which such a storage is known.
+LORA_SHARED inline void delete_held_numbers(void* held) { delete static_cast<HeldNumbers*>(held); }
+
+/// What the placeholder holds of which `tensor` is a view; null where it is none.
+inline const HeldNumbers* held_numbers(const at::Tensor& tensor) {
+  if (!tensor.defined() || !is_marked(tensor) || !tensor.has_storage()) return nullptr;
+  auto* storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  const auto& memory = storage->_mutable_data_ptr_no_checks();
+  return memory.get_deleter() == &delete_held_numbers ? static_cast<const HeldNumbers*>(memory.get_context()) : nullptr;
+}
+
+/// The quantized weight of which `tensor` is a view; null for one that has its numbers.
+inline const QuantizedWeight* quantized(const at::Tensor& tensor) {
+  const auto* held = held_numbers(tensor);
+  return held == nullptr ? nullptr : held->weight.get();
+}
+inline bool is_quantized(const at::Tensor& tensor) { return held_numbers(tensor) != nullptr; }
+
+/// Whether `tensor` is a placeholder itself and not a part of one, or one seen in another way.
+inline bool is_whole_placeholder(const at::Tensor& tensor) {
+  const auto* weight = quantized(tensor);
+  return weight != nullptr && tensor.sizes() == weight->sizes() && tensor.is_contiguous() &&
+         tensor.storage_offset() == 0;
+}
+
+/// A tensor of the type `dtype` for a weight that is called `name`.
+inline at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at::ScalarType dtype,
+                              const std::string& name) {
+  const auto device = weight->device();
+  int64_t numbers = 1;
+  for (const auto size : weight->sizes()) numbers *= size;
+  const auto bytes = static_cast<size_t>(numbers) * c10::elementSize(dtype);
+  const auto sizes = weight->sizes().vec();
+  const auto text =
+      c10::str("lora: ", name.empty() ? "this weight" : name, " is held in ", weight->bits(), " bits (",
+               weight->scheme(), "), so an operator that takes its numbers finds none. Inside of a scope of adapters, ",
+               "auto active = adapters.activate(), products with it are computed; activate(\"\") is that of the base ",
+               "model alone. lora::dequantize gives the model its numbers back, and lora::save_quantized writes it");
+  auto held = std::make_unique<HeldNumbers>(HeldNumbers{std::move(weight), name});
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, at::DataPtr(nullptr, device), /*allocator=*/nullptr,
+                       /*resizable=*/false);
+  storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(text);
+  storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks() =
+      at::DataPtr(nullptr, held.release(), &delete_held_numbers, device);
+  const c10::DispatchKeySet keys(c10::computeDispatchKey(dtype, at::kStrided, device));
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, c10::scalarTypeToTypeMeta(dtype));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  mark(tensor);
+  return tensor;
+}
+
+/// Rows of a quantized matrix (size(0), everything else), or their transpose.
+struct QuantizedRows {
+  const QuantizedWeight* weight;
+  int64_t first, count, columns;
+  bool is_transposed;
+};
+
+/// What an operand of two dimensions is of a quantized matrix; nothing where it is something else.
+inline std::optional<QuantizedRows> quantized_rows(const at::Tensor& operand) {
+  const auto* weight = quantized(operand);
+  if (weight == nullptr || operand.dim() != 2 || weight->sizes().size() != 2) return std::nullopt;
+  const auto rows = weight->sizes()[0], columns = weight->sizes()[1];
+  const auto block = [&](int64_t row, int64_t column) -> std::optional<std::pair<int64_t, int64_t>> {
+    const auto count = operand.size(row), offset = operand.storage_offset();
+    const bool fits = operand.size(column) == columns && (columns == 1 || operand.stride(column) == 1) &&
+                      (count == 1 || operand.stride(row) == columns);
+    if (!fits || columns == 0 || offset % columns != 0 || offset / columns + count > rows) return std::nullopt;
+    return std::pair(offset / columns, count);
+  };
+  if (const auto own = block(0, 1)) return QuantizedRows{weight, own->first, own->second, columns, false};
+  if (const auto own = block(1, 0)) return QuantizedRows{weight, own->first, own->second, columns, true};
+  return std::nullopt;
+}
+
+/// The rows [first, first + count) of a quantized weight, in the order of memory and a type of floating point.
+inline at::Tensor dequantized_rows(const QuantizedWeight& weight, int64_t first, int64_t count, at::ScalarType type) {
+  auto sizes = weight.sizes().vec();
+  if (weight.device() != at::kCPU || sizes.empty()) {
+    const auto all = weight.dense().to(type);
+    return sizes.empty() || count == sizes.front() ? all : all.narrow(0, first, count);
+  }
+  int64_t columns = 1;
+  for (size_t i = 1; i < sizes.size(); ++i) columns *= sizes[i];
+  sizes.front() = count;
+  auto rows = at::empty(sizes, at::TensorOptions(at::kFloat).device(at::kCPU));
+  weight.unpack(first * columns, count * columns, rows.mutable_data_ptr<float>());
+  return rows.to(type);
+}
+
+/// The numbers of a placeholder, or of a view of one; any other tensor as it is.
+inline at::Tensor dequantized(const at::Tensor& operand) {
+  const auto* weight = quantized(operand);
+  if (weight == nullptr) return operand;
+  const BelowInterception below;
+  at::NoGradGuard no_grad;
+  if (const auto rows = quantized_rows(operand)) {
+    const auto numbers = dequantized_rows(*weight, rows->first, rows->count, operand.scalar_type());
+    return rows->is_transposed ? numbers.t() : numbers;
+  }
+  return weight->dense()
+      .to(operand.scalar_type())
+      .contiguous()
+      .as_strided(operand.sizes(), operand.strides(), operand.storage_offset());
+}
+
+/// `tensor.to(device, type)`, of a placeholder another one; `copies` says whether that is so where nothing changes,
+/// too. Copies share their numbers, which do not change.
+inline at::Tensor moved(const at::Tensor& tensor, at::Device device, at::ScalarType type, bool copies = false) {
+  const auto* held = held_numbers(tensor);
+  if (held == nullptr) return tensor.to(device, type, /*non_blocking=*/false, copies);
+  if (!copies && device == tensor.device() && type == tensor.scalar_type()) return tensor;
+  return placeholder(device == tensor.device() ? held->weight : held->weight->to(device), type, held->name);
+}
+
+/// The memory that the numbers of a tensor take.
+inline int64_t held_bytes(const at::Tensor& tensor) {
+  const auto* weight = quantized(tensor);
+  return weight == nullptr ? static_cast<int64_t>(tensor.nbytes()) : weight->nbytes();
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,177 @@
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <lora/version.hpp>
+#include <lora/weight/key.hpp>
+#include <lora/weight/placeholder.hpp>
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <optional>
+
+// Products with a weight that is held in few bits. Its numbers are there only while they are needed: a panel of them,
+// small enough for the cache, is written out and multiplied with, and then the next one.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// How many numbers of a weight are written out at a time.
+inline constexpr int64_t kPanel = 1 << 17;
+
+/// For so few rows of x each product is computed from the few bits themselves.
+inline constexpr int64_t kFewRows = 2;
+
+/// y (N, count) = x (N, columns) W^T + b for rows W of a weight on the CPU, a panel of rows at a time.
+inline at::Tensor times_transposed_rows(const at::Tensor& x, const QuantizedRows& rows, const at::Tensor& bias) {
+  const auto type = x.scalar_type();
+  auto y = at::empty({x.size(0), rows.count}, x.options());
+  if (x.size(0) <= kFewRows && type == at::kFloat) {
+    const auto in = x.contiguous();
+    for (int64_t i = 0; i < x.size(0); ++i)
+      rows.weight->dot_rows(rows.first, rows.count, in.const_data_ptr<float>() + i * rows.columns,
+                            y.mutable_data_ptr<float>() + i * rows.count);
+    return bias.defined() ? y.add_(bias) : y;
+  }
+  const auto height = std::min(rows.count, std::max<int64_t>(1, kPanel / std::max<int64_t>(1, rows.columns)));
+  const auto numbers = at::empty({height, rows.columns}, x.options().dtype(at::kFloat));
+  for (int64_t row = 0; row < rows.count; row += height) {
+    const auto count = std::min(height, rows.count - row);
+    rows.weight->unpack((rows.first + row) * rows.columns, count * rows.columns, numbers.mutable_data_ptr<float>());
+    const auto panel = numbers.narrow(0, 0, count).to(type).t();
+    auto out = y.narrow(1, row, count);
+    bias.defined() ? at::addmm_out(out, bias.narrow(0, row, count), x, panel) : at::mm_out(out, x, panel);
+  }
+  return y;
+}
+
+/// y (N, columns) = x (N, count) W + b for rows W of a weight on the CPU, a panel of columns at a time, so that each
+/// number of y is written once.
+inline at::Tensor times_rows(const at::Tensor& x, const QuantizedRows& rows, const at::Tensor& bias) {
+  constexpr int64_t kMultiple = 64;  // of what codes share in most schemes
+  const auto type = x.scalar_type();
+  auto y = at::empty({x.size(0), rows.columns}, x.options());
+  const auto fitting = kPanel / std::max<int64_t>(1, rows.count) / kMultiple * kMultiple;
+  const auto width = std::min(rows.columns, std::max(kMultiple, fitting));
+  const auto numbers = at::empty({rows.count * width}, x.options().dtype(at::kFloat));
+  for (int64_t column = 0; column < rows.columns; column += width) {
+    const auto count = std::min(width, rows.columns - column);
+    auto* out = numbers.mutable_data_ptr<float>();
+    at::parallel_for(0, rows.count, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+      for (auto row = begin; row < end; ++row)
+        rows.weight->unpack((rows.first + row) * rows.columns + column, count, out + row * count);
+    });
+    const auto panel = numbers.narrow(0, 0, rows.count * count).view({rows.count, count}).to(type);
+    auto columns_of_y = y.narrow(1, column, count);
+    bias.defined() ? at::addmm_out(columns_of_y, bias.narrow(0, column, count), x, panel)
+                   : at::mm_out(columns_of_y, x, panel);
+  }
+  return y;
+}
+
+/// x M + b for x (N, k) and a view M (k, n) of a quantized weight, in the type of x, without a gradient.
+inline at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias) {
+  const auto rows = x.device() == at::kCPU ? quantized_rows(operand) : std::nullopt;
+  if (!rows) {
+    const auto matrix = dequantized(operand).to(x.scalar_type());
+    return bias.defined() ? at::addmm(bias, x, matrix) : at::mm(x, matrix);
+  }
+  return rows->is_transposed ? times_transposed_rows(x, *rows, bias) : times_rows(x, *rows, bias);
+}
+
+/// The same as a node of autograd, which keeps for backward nothing but the few bits: dx = dy M^T, db = sum of dy.
+class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
+ public:
+  static at::Tensor compute(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias = {}) {
+    const bool has_gradient = x.requires_grad() || (bias.defined() && bias.requires_grad());
+    if (!has_gradient || !at::GradMode::is_enabled()) return quantized_mm_value(x, operand, bias);
+    return apply(x, operand, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+  }
+
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& operand,
+                            const std::optional<at::Tensor>& bias) {
+    context->save_for_backward({operand});
+    context->saved_data["has_bias"] = bias.has_value();
+    return quantized_mm_value(x, operand, bias.value_or(at::Tensor()));
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    const BelowInterception below;
+    const auto& g = gradients[0];
+    const auto operand = context->get_saved_variables()[0];
+    at::Tensor dx, db;
+    if (context->needs_input_grad(0)) dx = compute(g.contiguous(), operand.t());
+    const bool has_bias = context->saved_data["has_bias"].toBool();
+    if (has_bias && context->needs_input_grad(2)) db = g.sum(0);
+    return {dx, at::Tensor(), db};
+  }
+};
+
+/// x M for x (N, k) and any matrix M (k, n), held in few bits or not.
+inline at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix) {
+  return is_quantized(matrix) ? QuantizedMm::compute(x, matrix) : x.mm(matrix);
+}
+
+/// Throws where a weight that has its numbers would not multiply with such an input, either.
+inline void check_type(const at::Tensor& x, const at::Tensor& operand) {
+  if (!is_quantized(operand) || x.scalar_type() == operand.scalar_type()) return;
+  if (!at::isFloatingType(x.scalar_type())) return;  // numbers of entries
+  TORCH_CHECK(at::autocast::is_autocast_enabled(x.device().type()), "lora: the input is of the type ", x.scalar_type(),
+              ", but the weight ", held_numbers(operand)->name,
+              ", which is held in few bits, stands for one of the type ", operand.scalar_type(),
+              "; cast the input, or the model");
+}
+
+/// x M + b for x (..., k), a view M (k, n) of a quantized weight and b (n) or undefined. Under autocast in its type.
+inline at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias) {
+  const auto device = input.device().type();
+  const bool casts = at::autocast::is_autocast_enabled(device) && input.scalar_type() != at::kDouble;
+  const auto type = casts ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
+  const auto x = input.to(type), b = bias.defined() ? bias.to(type) : bias;
+  if (at::isTensorSubclassLike(x) || x._fw_grad(0).defined() || operand.dim() != 2) {
+    const auto y = at::matmul(x, dequantized(operand).to(type));
+    return b.defined() ? y + b : y;
+  }
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.dim() > 0 && x.size(-1) == operand.size(0),
+              "lora: a product of an input of type ", x.scalar_type(), " and shape ", x.sizes(),
+              " and a quantized matrix of shape ", operand.sizes(), ", which do not fit");
+  if (x.dim() == 2) return QuantizedMm::compute(x, operand, b);
+  const auto rows = std::accumulate(x.sizes().begin(), x.sizes().end() - 1, int64_t{1}, std::multiplies<>());
+  auto sizes = x.sizes().vec();
+  sizes.back() = operand.size(1);
+  return QuantizedMm::compute(x.reshape({rows, x.size(-1)}), operand, b).view(sizes);
+}
+
+/// The entries of a quantized table (entries, width) at `indices` (...), shaped (..., width).
+inline at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices) {
+  auto sizes = indices.sizes().vec();
+  sizes.push_back(table.size(1));
+  const auto rows = table.device() == at::kCPU ? quantized_rows(table) : std::nullopt;
+  if (!rows || rows->is_transposed) return dequantized(table).index_select(0, indices.flatten()).view(sizes);
+  const auto wanted = indices.to(at::kLong).contiguous();
+  const auto* numbers = wanted.const_data_ptr<int64_t>();
+  auto entries = at::empty(sizes, table.options().dtype(at::kFloat).requires_grad(false));
+  auto* out = entries.mutable_data_ptr<float>();
+  const auto columns = rows->columns;
+  for (int64_t i = 0; i < wanted.numel(); ++i) {
+    TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < rows->count, "lora: index ", numbers[i],
+                      " is looked up in a table of ", rows->count, " entries");
+    rows->weight->unpack((rows->first + numbers[i]) * columns, columns, out + i * columns);
+  }
+  return entries.to(table.scalar_type());
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

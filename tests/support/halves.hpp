@@ -1,0 +1,48 @@
+// A base of a user's own: weights held in half precision.
+#pragma once
+
+#include "support/testing.hpp"
+
+#include <lora/weight/quantized.hpp>
+
+namespace testing {
+
+class HalvesWeight final : public lora::QuantizedWeight {
+ public:
+  explicit HalvesWeight(torch::Tensor halves) : halves_(std::move(halves)) {}
+
+  std::string_view scheme() const override { return "halves"; }
+  int64_t bits() const override { return 16; }
+  at::IntArrayRef sizes() const override { return halves_.sizes(); }
+  at::Device device() const override { return halves_.device(); }
+  int64_t nbytes() const override { return static_cast<int64_t>(halves_.nbytes()); }
+
+  torch::Tensor dense() const override { return halves_.to(torch::kFloat); }
+  void unpack(int64_t first, int64_t count, float* numbers) const override {
+    const auto* from = halves_.const_data_ptr<at::Half>() + first;
+    std::copy(from, from + count, numbers);
+  }
+  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override {
+    const auto columns = halves_.numel() / halves_.size(0);
+    const auto* row = halves_.const_data_ptr<at::Half>() + first * columns;
+    for (int64_t i = 0; i < count; ++i, row += columns) {
+      y[i] = 0;
+      for (int64_t j = 0; j < columns; ++j) y[i] += static_cast<float>(row[j]) * x[j];
+    }
+  }
+
+  std::shared_ptr<const QuantizedWeight> to(at::Device device) const override {
+    return std::make_shared<HalvesWeight>(halves_.to(device));
+  }
+
+ private:
+  torch::Tensor halves_;
+};
+
+struct Halves {
+  std::shared_ptr<const lora::QuantizedWeight> pack(const torch::Tensor& weight) const {
+    return std::make_shared<HalvesWeight>(weight.to(torch::kHalf).contiguous());
+  }
+};
+
+}  // namespace testing
