@@ -1,4 +1,5 @@
 // Adapters made of others, against arithmetic on the dense updates.
+#include "support/halves.hpp"
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
@@ -202,6 +203,9 @@ Fixture any_fixture() {
 
 TEST_CASE("Every kind, method and layer: the combined update is the arithmetic on the updates") {
   const auto f = any_fixture();
+  if (GENERATE(false, true)) {  // weights that are held in few bits
+    for (const auto& name : f.adapters->names()) f.adapters->quantize(*f.adapters->adapter(name), testing::Halves());
+  }
   struct Row {
     CombineOptions options;
     double tolerance;

@@ -82,15 +82,14 @@ inline QuantizeReport quantize(const Model& model, const Quantization& scheme, c
   const auto config = LoRAConfig(1).target_modules(targets).exclude_modules(options.exclude_modules());
   QuantizeReport report;
   std::vector<std::shared_ptr<Site>> sites;
-  for (auto& layer : detail::Selection(model, config).run()) {
-    const auto& site = layer.site;
+  for (auto& site : detail::Selection(model, config).sites()) {
     if (detail::is_quantized(site->weight())) continue;
     if (targets.is_all_linear() && !site->place().tied_to.empty()) {
       report.shared.push_back(site->name());
       continue;
     }
     site->check_quantizable();
-    sites.push_back(site);
+    sites.push_back(std::move(site));
   }
   detail::RoundingError error;
   for (const auto& site : sites) {

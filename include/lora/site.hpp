@@ -132,6 +132,7 @@ class Site {
     for (auto handle : {handles.member, handles.registered}) {
       handle.requires_grad_(false);
       handle.set_data(put);
+      detail::mark(handle);
     }
     ++merges_;  // what acts on the weight is made anew
   }
@@ -241,6 +242,7 @@ class Site {
     } else if (detail::is_quantized(former.member)) {
       const auto now = weight();
       now.set_data(detail::moved(former.member, now.device(), now.scalar_type()));
+      detail::mark(now);
     } else {
       count_own_writes(weight(), [&] { write(weight(), former.member); });
     }

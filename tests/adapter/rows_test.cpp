@@ -1,4 +1,5 @@
 // A different adapter for each row of a batch: every kind of layer and method against each adapter alone.
+#include "support/halves.hpp"
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
@@ -218,14 +219,17 @@ TEST_CASE("Each row of a batch is computed with its own adapter, and trains it")
   const auto& rows =
       GENERATE(Names{"a", "", "b", "b", "a", "b"}, Names{"a", "a", "a", "b", "b", "b"}, Names{"", "", "b", "", "", ""},
                Names{"a", "a", "a", "a", "a", "a"}, Names{"b", "a", "b", "a", "b", "a"});
-  INFO(kind.name << ", " << method.info().name);
+  const bool is_held = GENERATE(false, true);  // in few bits
+  INFO(kind.name << ", " << method.info().name << (is_held ? ", in few bits" : ""));
   Holder model(kind.make());
   lora::Adapters adapters(model);
   if (!add_adapters(adapters, kind, method)) return;
+  if (is_held) {
+    for (const auto& name : adapters.names()) adapters.quantize(*adapters.adapter(name), testing::Halves());
+  }
 
   const auto x = kind.input();
   auto forward_alone = [&](const std::string& name) {
-    if (name.empty()) return kind.run(model.layer(), x);
     auto active = adapters.activate(name);
     return kind.run(model.layer(), x);
   };

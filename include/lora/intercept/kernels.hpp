@@ -239,10 +239,12 @@ inline void substituting_kernel(const c10::OperatorHandle& op, torch::jit::Stack
 /// A cast that TorchScript writes down where a function switches autocast on: W' is cast in place of W.
 inline void cast_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const BelowInterception below;
-  const auto operand = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();
+  auto& first = torch::jit::peek(*stack, 0, op.schema().arguments().size());
+  const auto operand = first.toTensor();
+  first = dequantized(operand);
   op.callBoxed(stack);
   const auto cast = stack->back().toTensor();
-  if (cast.is_alias_of(operand)) return;  // one that changes nothing is seen in the product
+  if (share_memory(cast, operand)) return;  // one that changes nothing is seen in the product
   const auto* name = op.operator_name().name.c_str();
   const auto updates = find_updates(operand, Use::kProduct, name);
   if (!updates.empty()) stack->back() = stand_in(operand, updates, name).to(cast.scalar_type());

@@ -180,7 +180,7 @@ inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet key
 /// What `tensor.set_data(data)` asks before it gives a weight other data, as moving or casting a module does. Within a
 /// scope these data would have been computed from W', which would so become the frozen weight.
 inline bool replace_data_kernel(c10::DispatchKeySet keys, const at::Tensor& tensor, const at::Tensor& data) {
-  if (!data.is_alias_of(tensor)) check_memory_stays(tensor);
+  if (!share_memory(data, tensor)) check_memory_stays(tensor);
   return at::_ops::_has_compatible_shallow_copy_type::redispatch(
       keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), tensor, data);
 }

@@ -73,7 +73,7 @@ class WeightTable {
     if (found == entries_.end()) return;
     for (const auto* active : found->second) {
       // else moved elsewhere since the set was made
-      if (active->base.weight().is_alias_of(operand)) visit(*active);
+      if (share_memory(active->base.weight(), operand)) visit(*active);
     }
   }
 

@@ -104,7 +104,7 @@ class TakenTables {
                             "\", where the model has one in both places; give the layers tables of their own first");
     for (const auto& adapter : adapters_.names()) {
       for (const auto& part : adapters_.adapter(adapter)->parts) {
-        if (part.site->weight().is_alias_of(own))
+        if (share_memory(part.site->weight(), own))
           throw CheckpointError(file.path(), "has another table \"", name, "\" than the model, where the adapter \"",
                                 adapter, "\" uses it; load this one first");
       }
@@ -133,7 +133,7 @@ class TakenTables {
   }
 
   static bool is_table(const at::Tensor& tensor, const at::Tensor& table) {
-    return tensor.defined() && tensor.is_alias_of(table) && tensor.sizes() == table.sizes() &&
+    return tensor.defined() && share_memory(tensor, table) && tensor.sizes() == table.sizes() &&
            tensor.storage_offset() == table.storage_offset();
   }
 

@@ -87,7 +87,7 @@ class FullSelection {
 
   static bool is_same_memory(const Place& a, const Place& b) {
     const auto mine = a.slot->read(), theirs = b.slot->read();
-    return mine.numel() > 0 && mine.has_storage() && mine.is_alias_of(theirs) &&
+    return mine.numel() > 0 && mine.has_storage() && share_memory(mine, theirs) &&
            mine.storage_offset() == theirs.storage_offset();
   }
 

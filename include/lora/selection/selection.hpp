@@ -40,15 +40,19 @@ class Selection {
 
   std::vector<Layer> run() {
     config_.validate("lora::LoRAConfig");
-    check_request();
-    for (const auto& part : parts_) {
-      if (is_target(part) && !is_excluded(part.name) && saving_entry(config_, part.name).empty()) take(part);
-    }
-    take_parameters();
-    check_entries();
+    find_targets();
     take_parts();
-    check_shared_weights();
+    find_shared_weights(/*adapts=*/true);
     return with_options();
+  }
+
+  /// The weights alone, where they are not to be adapted: who shares them may do with them what their layers do.
+  std::vector<std::shared_ptr<Site>> sites() {
+    find_targets();
+    find_shared_weights(/*adapts=*/false);
+    std::vector<std::shared_ptr<Site>> all;
+    for (const auto& target : targets_) all.push_back(target.site());
+    return all;
   }
 
   /// What is trained in full; for after `run`.
@@ -57,6 +61,15 @@ class Selection {
   }
 
  private:
+  void find_targets() {
+    check_request();
+    for (const auto& part : parts_) {
+      if (is_target(part) && !is_excluded(part.name) && saving_entry(config_, part.name).empty()) take(part);
+    }
+    take_parameters();
+    check_entries();
+  }
+
   /// The names of all that can be adapted.
   std::vector<std::string> adaptable() const {
     std::vector<std::string> names;
@@ -268,8 +281,8 @@ class Selection {
   }
 
   /// Uses of a weight are known by its memory, so those of two layers with one weight can be told apart only where one
-  /// multiplies with it and the other looks entries up.
-  void check_shared_weights() {
+  /// multiplies with it and the other looks entries up. Throws for others, if weights are to be adapted.
+  void find_shared_weights(bool adapts) {
     std::multimap<const void*, const Place*> others;  // by their memory: there are many pairs
     for (const auto& part : parts_)
       part.for_each_place([&](const Place& place) { others.emplace(memory_of(place.slot->read()), &place); });
@@ -277,8 +290,8 @@ class Selection {
     for (auto& target : targets_) {
       const auto weight = target.tensor();
       const auto [first, last] = others.equal_range(memory_of(weight));
-      for (auto it = first; it != last; ++it) check_shared_weight(target, weight, *it->second);
-      for (size_t i = 0; i < weights.size(); ++i) {
+      for (auto it = first; it != last; ++it) note_shared_weight(target, weight, *it->second, adapts);
+      for (size_t i = 0; adapts && i < weights.size(); ++i) {
         TORCH_CHECK(!weight.is_same(weights[i]) || !overlap(target.use(), targets_[i].use()), "lora::attach: \"",
                     targets_[i].name(), "\" and \"", target.name(), "\" are the same weight; adapt one of them");
       }
@@ -288,16 +301,17 @@ class Selection {
 
   /// Equal for tensors that share memory.
   static const void* memory_of(const at::Tensor& tensor) {
-    return tensor.defined() && tensor.has_storage() ? tensor.storage().data() : nullptr;
+    if (!tensor.defined() || !tensor.has_storage()) return nullptr;
+    return is_quantized(tensor) ? tensor.storage().unsafeGetStorageImpl() : tensor.storage().data();
   }
 
-  static void check_shared_weight(Candidate& target, const at::Tensor& mine, const Place& other) {
+  static void note_shared_weight(Candidate& target, const at::Tensor& mine, const Place& other, bool adapts) {
     const auto theirs = other.slot->read();
-    const bool shared = mine.defined() && mine.is_alias_of(theirs) && other.name != target.name() &&
+    const bool shared = mine.defined() && share_memory(mine, theirs) && other.name != target.name() &&
                         mine.stride(0) != 0 && mine.storage_offset() == theirs.storage_offset();
     if (!shared || target.use() == Use::kAny) return;
-    TORCH_CHECK(!overlap(target.use(), other.use), "lora::attach: \"", target.name(), "\" and \"", other.name,
-                "\" share one weight, so products of one cannot be told from those of the other; ",
+    TORCH_CHECK(!adapts || !overlap(target.use(), other.use), "lora::attach: \"", target.name(), "\" and \"",
+                other.name, "\" share one weight, so products of one cannot be told from those of the other; ",
                 "give one of them a copy of it first");
     target.tied_to.push_back(other.name);
   }

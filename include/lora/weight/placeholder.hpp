@@ -120,6 +120,13 @@ inline at::Tensor dequantized_rows(const QuantizedWeight& weight, int64_t first,
   return rows.to(type);
 }
 
+/// Whether two tensors lie in the same memory; of placeholders, whether they are views of the same one.
+inline bool share_memory(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.has_storage() || !b.has_storage()) return false;
+  if (a.storage().unsafeGetStorageImpl() == b.storage().unsafeGetStorageImpl()) return true;
+  return !is_quantized(a) && !is_quantized(b) && a.is_alias_of(b);
+}
+
 /// The numbers of a placeholder, or of a view of one; any other tensor as it is.
 inline at::Tensor dequantized(const at::Tensor& operand) {
   const auto* weight = quantized(operand);

@@ -64,7 +64,7 @@ class ScriptSlot final : public WeightSlot {
     bool all_read = true;
     for (const auto& module : model_.modules()) {
       for (const auto& parameter : module.named_parameters(/*recurse=*/false)) {
-        if (!parameter.value.is_alias_of(weight)) continue;
+        if (!share_memory(parameter.value, weight)) continue;
         ++holders;
         all_read = all_read && is_read(module, parameter.name);
       }

@@ -5,6 +5,7 @@
 #include <ATen/ops/cat.h>
 
 #include <lora/version.hpp>
+#include <lora/weight/placeholder.hpp>
 
 #include <vector>
 
@@ -17,7 +18,7 @@ namespace detail {
 /// Whether `part` begins where `rows` rows of a tensor that begins with `first` end, and is of the same kind.
 inline bool continues(const at::Tensor& first, int64_t rows, const at::Tensor& part) {
   if (!part.defined() || part.requires_grad() || !part.has_storage() || !part.is_contiguous()) return false;
-  return part.is_alias_of(first) && part.scalar_type() == first.scalar_type() &&
+  return share_memory(part, first) && part.scalar_type() == first.scalar_type() &&
          part.sizes().slice(1) == first.sizes().slice(1) &&
          part.storage_offset() == first.storage_offset() + rows * first.stride(0);
 }

@@ -1,0 +1,392 @@
+// Models whose weights are held in few bits, beside the same models with the numbers that these bits hold. What each
+// kind of layer, each use of a weight, rows and combinations make of such weights is a column in the tables of those
+// tests; here is what concerns a model as a whole.
+#include "support/halves.hpp"
+#include "support/models.hpp"
+
+#include <lora/lora.hpp>
+
+#include <sstream>
+
+namespace {
+
+using testing::contains;
+using testing::distance;
+using testing::error_of;
+using torch::Tensor;
+
+/// A table, a convolution and linear layers, two of which share their input.
+struct MixedImpl : torch::nn::Cloneable<MixedImpl> {
+  MixedImpl() { reset(); }
+  void reset() override {
+    tokens = register_module("tokens", torch::nn::Embedding(11, 6));
+    conv = register_module("conv", torch::nn::Conv1d(torch::nn::Conv1dOptions(6, 6, 3).padding(1).groups(2)));
+    up = register_module("up", torch::nn::Linear(6, 9));
+    gate = register_module("gate", torch::nn::Linear(torch::nn::LinearOptions(6, 9).bias(false)));
+    down = register_module("down", torch::nn::Linear(9, 6));
+  }
+  Tensor forward(const Tensor& ids) {
+    auto x = tokens(ids);  // (batch, length, 6)
+    x = x + conv(x.transpose(1, 2)).transpose(1, 2);
+    return x + down(up(x).tanh() * gate(x));
+  }
+  torch::nn::Embedding tokens{nullptr};
+  torch::nn::Conv1d conv{nullptr};
+  torch::nn::Linear up{nullptr}, gate{nullptr}, down{nullptr};
+};
+TORCH_MODULE(Mixed);
+
+const std::vector<std::string> kLayers{"tokens", "conv", "up", "gate", "down"};
+
+Mixed mixed(torch::ScalarType type = torch::kDouble) {
+  torch::manual_seed(0);
+  Mixed model;
+  model->to(testing::device(), type);
+  return model;
+}
+
+/// The weights as half precision holds them.
+template <class Model>
+Model rounded(Model model, const std::vector<std::string>& layers = kLayers) {
+  torch::NoGradGuard no_grad;
+  for (const auto& layer : layers) {
+    auto weight = model->named_parameters()[layer + ".weight"];
+    weight.copy_(weight.to(torch::kHalf));
+  }
+  return model;
+}
+
+Tensor ids() { return torch::arange(10, testing::device()).view({2, 5}); }
+
+lora::QuantizeOptions all_of_them() { return lora::QuantizeOptions().target_modules(kLayers); }
+
+const auto kHeld = contains("is held in 16 bits (halves)");
+
+}  // namespace
+
+TEST_CASE("A model is held in few bits as a whole or in parts, and says what became of it") {
+  auto model = mixed(torch::kFloat), exact = rounded(mixed(torch::kFloat));
+  auto expected = exact->forward(ids());
+  SECTION("all that is asked for") {
+    const auto report = lora::quantize(*model, testing::Halves(), all_of_them());
+    CHECK(report.layers == kLayers);
+    CHECK(report.shared.empty());
+    CHECK(report.bytes_before == 2 * report.bytes_after);
+    CHECK(report.bytes_before == 4 * (11 * 6 + 6 * 3 * 3 + 3 * 6 * 9));
+    CHECK((report.error > 1e-5 && report.error < 1e-3));
+    CHECK(lora::quantize(*model, testing::Halves(), all_of_them()).layers.empty());  // they are so already
+  }
+  SECTION("linear layers, unless they are left out") {
+    const auto report = lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().exclude_modules({"gate"}));
+    CHECK(report.layers == std::vector<std::string>{"up", "down"});
+  }
+  CHECK_THAT(error_of([&] { model->forward(ids()); }), kHeld && contains("activate"));
+  lora::Adapters adapters(*model);
+  {
+    auto base = adapters.activate("");
+    CHECK(distance(model->forward(ids()), expected) < 5e-3);  // of which not all may be rounded
+  }
+  lora::dequantize(*model);
+  CHECK(distance(model->forward(ids()), expected) < 5e-3);
+}
+
+TEST_CASE("What shares its weight with another layer is left as it is, unless it is named") {
+  testing::Tied model;
+  const auto before = model->forward(ids());
+  CHECK(lora::quantize(*model, testing::Halves()).shared == std::vector<std::string>{"head"});
+  CHECK(torch::equal(model->forward(ids()), before));
+  const auto report = lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().target_modules({"head"}));
+  CHECK(report.layers == std::vector<std::string>{"head"});
+  lora::Adapters adapters(*model);
+  auto base = adapters.activate("");
+  CHECK(distance(model->forward(ids()), before) < 1e-2);  // both uses of it
+}
+
+TEST_CASE("What cannot be held in few bits is an error that says why, and changes nothing") {
+  auto model = mixed();
+  const auto before = model->forward(ids());
+  const auto quantize = [&](const char* layer) {
+    return error_of([&] {
+      lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().target_modules({layer, "down"}));
+    });
+  };
+  CHECK_THAT(quantize("upp"), contains("upp") && contains("did you mean \"up\""));
+  {
+    torch::NoGradGuard no_grad;
+    model->up->weight[1][2] = std::numeric_limits<double>::infinity();
+  }
+  CHECK_THAT(quantize("up"), contains("up has numbers that are not finite"));
+  auto config = lora::LoRAConfig(2).target_modules({"up", "down"});
+  CHECK_THAT(error_of([&] { lora::attach(*model, config.quantize(testing::Halves())); }), contains("not finite"));
+  {
+    torch::NoGradGuard no_grad;
+    model->up->weight.copy_(mixed()->up->weight);
+  }
+  CHECK(torch::equal(model->forward(ids()), before));
+  for (const auto& parameter : model->parameters()) CHECK(parameter.requires_grad());
+
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"up"}));
+  adapters.merge();
+  CHECK_THAT(error_of([&] { adapters.quantize(*adapters.adapter("default"), testing::Halves()); }),
+             contains("up is merged"));
+  CHECK_THAT(error_of([&] { auto base = adapters.activate(""); }), contains("\"default\" is merged"));
+}
+
+TEST_CASE("Every method trains on weights that are held in few bits as on their numbers") {
+  const auto method = GENERATE(from_range(lora::all_methods()));
+  INFO(method.info().name);
+  const bool is_for_linear = method.info().name == "VeRA" || method.info().name == "IA3";
+  const auto layers = is_for_linear ? std::vector<std::string>{"up", "gate", "down"} : kLayers;
+  auto model = mixed(), exact = rounded(mixed(), layers);
+  auto config = lora::LoRAConfig(2).alpha(3).target_modules(layers).method(method);
+  auto expected = lora::attach(*exact, config);
+  auto adapters = lora::attach(*model, config.quantize(testing::Halves()));
+  const auto same = [&](double tolerance) {
+    auto active = adapters.activate(), beside = expected.activate();
+    const auto found = model->forward(ids()), wanted = exact->forward(ids());
+    CHECK(distance(found, wanted) < tolerance);
+  };
+  same(1e-12);  // also where first values are taken from the weights
+  torch::NoGradGuard no_grad;
+  testing::randomize(adapters.parameters(), 0.5);
+  const auto tensors = expected.named_parameters();
+  for (const auto& item : adapters.named_parameters()) tensors[item.key()].copy_(item.value());
+  torch::AutoGradMode with_grad(true);
+  same(1e-12);
+  const auto loss = [](Mixed& of, lora::Adapters& attached) {
+    auto active = attached.activate();
+    return of->forward(ids()).sin().sum();
+  };
+  const auto found = torch::autograd::grad({loss(model, adapters)}, adapters.parameters());
+  const auto wanted = torch::autograd::grad({loss(exact, expected)}, expected.parameters());
+  for (size_t i = 0; i < found.size(); ++i) CHECK(distance(found[i], wanted[i]) < 1e-10);
+  const bool has_slope = method.info().name != "DoRA";  // whose gradients leave the norm out
+  if (has_slope) CHECK(testing::gradient_error([&] { return loss(model, adapters); }, adapters.parameters()) < 1e-6);
+
+  testing::TemporaryFolder folder;
+  adapters.save(folder.path());
+  auto other = mixed();
+  lora::quantize(*other, testing::Halves(), lora::QuantizeOptions().target_modules(layers));
+  auto loaded = lora::load_adapter(*other, folder.path());
+  {
+    auto active = loaded.activate(), beside = expected.activate();
+    CHECK(distance(other->forward(ids()), exact->forward(ids())) < 1e-5);  // files hold floats
+  }
+  loaded.detach();
+  CHECK_THAT(error_of([&] { other->forward(ids()); }), kHeld);  // as it was found
+
+  expected.merge();
+  adapters.merge();
+  CHECK(distance(model->forward(ids()), exact->forward(ids())) < 1e-12);
+  adapters.unmerge();
+  CHECK_THAT(error_of([&] { model->forward(ids()); }), kHeld);
+  adapters.save_merged(folder / "merged.safetensors");
+  const auto merged = lora::read_safetensors(folder / "merged.safetensors");
+  CHECK(distance(merged.at("up.weight"), exact->up->weight) < 1e-12);
+  adapters.merge_and_unload();
+  CHECK(distance(model->forward(ids()), exact->forward(ids())) < 1e-12);
+}
+
+TEST_CASE("detach gives numbers back to the weights that were held in few bits for adapters") {
+  auto model = mixed();
+  auto expected = rounded(mixed());
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules(kLayers).quantize(testing::Halves()));
+  CHECK(adapters.report().base_bytes == 2 * (11 * 6 + 6 * 3 * 3 + 3 * 6 * 9) + 8 * (6 + 9 + 6));
+  adapters.add("more", lora::LoRAConfig(2).target_modules({"up"}).quantize(testing::Halves()));
+  adapters.detach();
+  CHECK(torch::equal(model->forward(ids()), expected->forward(ids())));
+  for (const auto& parameter : model->parameters()) CHECK(parameter.requires_grad());
+}
+
+TEST_CASE("Moving, casting and cloning a model leave its weights in few bits") {
+  auto model = mixed(torch::kFloat), exact = rounded(mixed(torch::kFloat));
+  const auto report = lora::quantize(*model, testing::Halves(), all_of_them());
+  CHECK(report.layers == kLayers);
+  const auto bytes = [](Mixed& of) {
+    int64_t sum = 0;
+    for (const auto& parameter : of->parameters()) sum += lora::detail::held_bytes(parameter);
+    return sum;
+  };
+  const auto before = bytes(model);
+  const auto same = [&](Mixed& of, double tolerance) {
+    lora::Adapters adapters(*of);
+    auto base = adapters.activate("");
+    return distance(of->forward(ids()), exact->forward(ids())) < tolerance;
+  };
+  SECTION("to another type") {
+    model->to(torch::kDouble);
+    exact->to(torch::kDouble);
+    CHECK(same(model, 1e-12));
+    CHECK(bytes(model) == before + 4 * (6 + 9 + 6));  // the biases
+  }
+  SECTION("to the device of the suite and back") {
+    model->to(torch::kCPU);
+    CHECK(model->up->weight.device() == torch::kCPU);
+    model->to(testing::device());
+    CHECK(model->up->weight.device() == testing::device());
+    CHECK(same(model, 1e-4));
+  }
+  SECTION("into a copy") {
+    Mixed copy(std::dynamic_pointer_cast<MixedImpl>(model->clone()));
+    CHECK(same(copy, 1e-4));
+    CHECK(same(model, 1e-4));
+    lora::dequantize(*copy);
+    CHECK_THAT(error_of([&] { model->forward(ids()); }), kHeld);
+  }
+  SECTION("a part of a weight is no copy of it") {
+    CHECK_THAT(error_of([&] { model->up->weight.t().clone(); }), kHeld);
+    CHECK_THAT(error_of([&] { model->up->weight.narrow(0, 0, 2).clone(); }), kHeld);
+  }
+  SECTION("in scopes they stay") {
+    lora::Adapters adapters(*model);
+    adapters.add("default", lora::LoRAConfig(2).target_modules(kLayers));
+    auto active = adapters.activate();
+    CHECK_THAT(error_of([&] { model->to(torch::kDouble); }), contains("inside of a scope"));
+  }
+  SECTION("files of LibTorch would need the numbers") {
+    std::ostringstream file;
+    CHECK_THAT(error_of([&] { torch::save(model, file); }), kHeld && contains("save_quantized"));
+  }
+}
+
+TEST_CASE("Second derivatives pass through products with weights in few bits") {
+  auto model = mixed(), exact = rounded(mixed());
+  lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().target_modules({"up", "down"}));
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(3).target_modules({"down"}));
+  testing::randomize(adapters.parameters(), 0.5);
+  const auto second = [&](Mixed& of, const Tensor& x, bool adapted) {
+    auto y = of->down(of->up(x).tanh());
+    if (adapted) y = y + torch::linear(of->up(x).tanh(), adapters.delta("default", "down"));
+    const auto first = torch::autograd::grad({y.sin().sum()}, {x}, {}, true, /*create_graph=*/true)[0];
+    return torch::autograd::grad({first.pow(2).sum()}, {x})[0];
+  };
+  const auto x = torch::randn({4, 6}, testing::on_device(torch::kDouble)).requires_grad_();
+  const auto wanted = second(exact, x, true);
+  auto active = adapters.activate();
+  CHECK(distance(second(model, x, false), wanted) < 1e-11);
+}
+
+TEST_CASE("Products with weights in few bits take any input that those with numbers take") {
+  auto model = mixed(torch::kFloat), exact = rounded(mixed(torch::kFloat));
+  lora::quantize(*model, testing::Halves(), all_of_them());
+  lora::Adapters adapters(*model);
+  auto base = adapters.activate("");
+  const auto floats = testing::on_device(torch::kFloat);
+  for (const auto& sizes :
+       std::vector<std::vector<int64_t>>{{6}, {1, 6}, {2, 6}, {0, 6}, {3, 1, 6}, {2, 0, 6}, {2, 3, 4, 6}}) {
+    CAPTURE(sizes);
+    const auto x = torch::randn(sizes, floats);
+    CHECK(model->up(x).sizes() == exact->up(x).sizes());
+    CHECK(distance(model->up(x), exact->up(x)) < 1e-5);
+    CHECK(distance(model->gate(x), exact->gate(x)) < 1e-5);
+  }
+  const auto x = torch::randn({6, 5}, floats).t();  // not contiguous
+  CHECK(distance(model->up(x), exact->up(x)) < 1e-5);
+  CHECK(distance(x.matmul(model->up->weight.narrow(0, 2, 3).t()), x.matmul(exact->up->weight.narrow(0, 2, 3).t())) <
+        1e-5);
+  CHECK(distance(torch::ones({2, 3}, floats).mm(model->up->weight.narrow(0, 2, 3)),
+                 torch::ones({2, 3}, floats).mm(exact->up->weight.narrow(0, 2, 3))) < 1e-5);
+  CHECK_THAT(error_of([&] { model->up(x.to(torch::kDouble)); }), contains("of the type Double") && contains("up"));
+  CHECK_THAT(error_of([&] { model->up(torch::ones({2, 5}, floats)); }), contains("do not fit"));
+  CHECK_THAT(error_of([&] { model->tokens(torch::tensor({11}, testing::device())); }), contains("index"));
+}
+
+TEST_CASE("Layers of the library hold their weights in few bits, too") {
+  const auto doubles = testing::on_device(torch::kDouble);
+  struct Stack : torch::nn::Module {
+    Stack() {
+      to(testing::device(), torch::kDouble);
+      testing::randomize(lora::trainable_parameters(*this), 0.5);
+    }
+    Tensor forward(const Tensor& x) { return last(attention(x) + conv(x.transpose(1, 2)).transpose(1, 2)); }
+    lora::LoRAAttention<> attention = register_module(
+        "attention", lora::LoRAAttention<>(lora::LoRAAttentionOptions(6, 2, lora::LoRAOptions(2).alpha(3))
+                                               .adapted(lora::Projections().q(true).v(true))));
+    lora::LoRAConv1d<> conv =
+        register_module("conv", lora::LoRAConv1d<>(torch::nn::Conv1d(torch::nn::Conv1dOptions(6, 6, 3).padding(1)),
+                                                   lora::LoRAOptions(2).alpha(3)));
+    lora::LoRALinear<> last =
+        register_module("last", lora::LoRALinear<>(torch::nn::Linear(6, 5), lora::LoRAOptions(2).alpha(3)));
+  };
+  torch::manual_seed(3);
+  Stack model;
+  torch::manual_seed(3);
+  Stack exact;
+  const std::vector<std::string> layers{
+      "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "conv", "last"};
+  rounded(&exact, layers);
+  const auto report = lora::quantize(model, testing::Halves(), lora::QuantizeOptions().target_modules(layers));
+  CHECK(report.layers == layers);
+  const auto x = torch::randn({2, 4, 6}, doubles);
+  const auto adapted = exact.forward(x);
+  CHECK(distance(model.forward(x), adapted) < 1e-12);
+  CHECK(testing::gradient_error([&] { return model.forward(x).sin().sum(); }, lora::trainable_parameters(model)) <
+        1e-6);
+  auto adapters = lora::adapters_of(model), expected = lora::adapters_of(exact);
+  {
+    auto active = adapters.activate(), beside = expected.activate();
+    CHECK(distance(model.forward(x), adapted) < 1e-12);
+  }
+  {
+    auto base = adapters.activate(""), beside = expected.activate("");
+    CHECK(distance(model.forward(x), exact.forward(x)) < 1e-12);
+    CHECK(distance(model.forward(x), adapted) > 1e-3);
+  }
+  model.last->merge();
+  CHECK(distance(model.forward(x), adapted) < 1e-12);
+  model.last->unmerge();
+  lora::LoRALinear<> copy(std::dynamic_pointer_cast<lora::LoRALinearImpl<>>(model.last->clone()));
+  CHECK(distance(copy(x), exact.last(x)) < 1e-12);
+}
+
+TEST_CASE("A TorchScript module is held in few bits as any model") {
+  const auto make = [] {
+    torch::jit::Module model("m");
+    torch::manual_seed(0);
+    model.register_parameter("weight", torch::randn({5, 4}, testing::device()), false);
+    model.define("def forward(self, x):\n  return torch.matmul(x, self.weight.t()).tanh() @ self.weight\n");
+    return model;
+  };
+  auto model = make(), exact = make();
+  {
+    torch::NoGradGuard no_grad;
+    auto weight = exact.attr("weight").toTensor();
+    weight.copy_(weight.to(torch::kHalf));
+  }
+  auto config = lora::LoRAConfig(2).alpha(3).target_parameters({"weight"});
+  auto expected = lora::attach(exact, config);
+  auto adapters = lora::attach(model, config.quantize(testing::Halves()));
+  testing::randomize(adapters.parameters(), 0.5);
+  {
+    torch::NoGradGuard no_grad;
+    for (const auto& item : adapters.named_parameters()) expected.named_parameters()[item.key()].copy_(item.value());
+  }
+  const auto x = torch::randn({3, 4}, testing::device());
+  for (int pass = 0; pass < 3; ++pass) {
+    auto active = adapters.activate(), beside = expected.activate();
+    CHECK(distance(model.forward({x}).toTensor(), exact.forward({x}).toTensor()) < 1e-5);
+  }
+  CHECK_THROWS_WITH(model.forward({x}), kHeld);
+  adapters.detach();
+  expected.detach();
+  CHECK(distance(model.forward({x}).toTensor(), exact.forward({x}).toTensor()) < 1e-6);
+}
+
+TEST_CASE("Under autocast products with weights in few bits are computed in its type") {
+  if (!testing::device().is_cpu()) return;
+  auto model = mixed(torch::kFloat), exact = rounded(mixed(torch::kFloat));
+  lora::quantize(*model, testing::Halves(), all_of_them());
+  lora::Adapters adapters(*model);
+  auto base = adapters.activate("");
+  const auto x = torch::randn({3, 6}).requires_grad_();
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  const auto found = model->up(x), wanted = exact->up(x);
+  const auto slope = torch::autograd::grad({found.sum()}, {x})[0],
+             expected = torch::autograd::grad({wanted.sum()}, {x})[0];
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  CHECK(found.scalar_type() == torch::kBFloat16);
+  CHECK(slope.scalar_type() == torch::kFloat);
+  CHECK(distance(found, wanted) < 0.05);
+  CHECK(distance(slope, expected) < 0.05);
+}
