@@ -20,6 +20,7 @@ set(LORA_PUBLIC_HEADERS
   adapter/merge.hpp
   adapter/report.hpp
   adapter/weighted.hpp
+  files/bitsandbytes.hpp
   files/error.hpp
   files/pickled.hpp
   files/safetensors.hpp
@@ -59,6 +60,8 @@ set(LORA_PUBLIC_HEADERS
   train/optimizer.hpp
   train/schedule.hpp
   weight/base.hpp
+  weight/four_bit.hpp
+  weight/int8.hpp
   weight/packed.hpp
   weight/shape.hpp
   weight/use.hpp
@@ -114,6 +117,12 @@ set(LORA_DETAIL_HEADERS
   train/flat_buffer.hpp
   train/new_graph.hpp
   train/run_state.hpp
+  weight/codec/avx2.hpp
+  weight/codec/avx512.hpp
+  weight/codec/input.hpp
+  weight/codec/kernels.hpp
+  weight/codec/plain.hpp
+  weight/codec/statistics.hpp
   weight/key.hpp
   weight/part.hpp
   weight/slot.hpp

@@ -1,18 +1,15 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/ScalarType.h>
 
 #include <lora/version.hpp>
 
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <string>
 #include <string_view>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -43,10 +40,6 @@ class PackedWeight {
   virtual std::shared_ptr<const PackedWeight> to(at::Device device) const = 0;
   /// Other numbers, of any shape, packed in the same way.
   virtual std::shared_ptr<const PackedWeight> pack(const at::Tensor& weight) const = 0;
-
-  /// What bitsandbytes writes into files for a weight of that type: what is appended to the weight's name, and the
-  /// tensor.
-  virtual std::vector<std::pair<std::string, at::Tensor>> file_tensors(at::ScalarType dtype) const = 0;
 };
 
 /// A way of packing, as a value of a configuration: NF4(), FP4(), Int8() with their options.
