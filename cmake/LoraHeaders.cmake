@@ -21,6 +21,7 @@ set(LORA_PUBLIC_HEADERS
   adapter/merge.hpp
   adapter/report.hpp
   adapter/weighted.hpp
+  files/bitsandbytes.hpp
   files/error.hpp
   files/pickled.hpp
   files/safetensors.hpp
@@ -60,6 +61,8 @@ set(LORA_PUBLIC_HEADERS
   train/optimizer.hpp
   train/schedule.hpp
   weight/base.hpp
+  weight/four_bit.hpp
+  weight/int8.hpp
   weight/quantized.hpp
   weight/shape.hpp
   weight/use.hpp
@@ -115,6 +118,12 @@ set(LORA_DETAIL_HEADERS
   train/flat_buffer.hpp
   train/new_graph.hpp
   train/run_state.hpp
+  weight/codec/avx2.hpp
+  weight/codec/avx512.hpp
+  weight/codec/input.hpp
+  weight/codec/kernels.hpp
+  weight/codec/plain.hpp
+  weight/codec/statistics.hpp
   weight/key.hpp
   weight/part.hpp
   weight/placeholder.hpp

@@ -18,7 +18,7 @@
 
 build=build/cmake
 requirements="torch==2.13.0 numpy==2.4.6 peft==0.21.2 transformers==5.23.0 safetensors==0.8.0 tokenizers==0.23.3
-gguf==0.19.0 accelerate==1.15.0"
+gguf==0.19.0 accelerate==1.15.0 bitsandbytes==0.50.2"
 
 say() { printf '%s\n' "$*"; }
 fail() { printf '%s\n' "$*" >&2; exit 1; }

@@ -30,4 +30,6 @@
 #include <lora/site.hpp>
 #include <lora/torchscript.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/four_bit.hpp>
+#include <lora/weight/int8.hpp>
 #include <lora/weight/view.hpp>

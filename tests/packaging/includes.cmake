@@ -9,6 +9,7 @@ set(lines
   "fwd.hpp options.hpp"
   "files/"
   "weight/"
+  "files/bitsandbytes.hpp"
   "selection/text.hpp selection/patterns.hpp"
   "method/"
   "batch_rows.hpp dropout.hpp low_rank_linear.hpp functional.hpp site.hpp"

@@ -82,14 +82,14 @@ inline at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at:
 }
 
 /// Rows of a quantized matrix (size(0), everything else), or their transpose.
-struct QuantizedRows {
+struct HeldRows {
   const QuantizedWeight* weight;
   int64_t first, count, columns;
   bool is_transposed;
 };
 
 /// What an operand of two dimensions is of a quantized matrix; nothing where it is something else.
-inline std::optional<QuantizedRows> quantized_rows(const at::Tensor& operand) {
+inline std::optional<HeldRows> held_rows(const at::Tensor& operand) {
   const auto* weight = quantized(operand);
   if (weight == nullptr || operand.dim() != 2 || weight->sizes().size() != 2) return std::nullopt;
   const auto rows = weight->sizes()[0], columns = weight->sizes()[1];
@@ -100,8 +100,8 @@ inline std::optional<QuantizedRows> quantized_rows(const at::Tensor& operand) {
     if (!fits || columns == 0 || offset % columns != 0 || offset / columns + count > rows) return std::nullopt;
     return std::pair(offset / columns, count);
   };
-  if (const auto own = block(0, 1)) return QuantizedRows{weight, own->first, own->second, columns, false};
-  if (const auto own = block(1, 0)) return QuantizedRows{weight, own->first, own->second, columns, true};
+  if (const auto own = block(0, 1)) return HeldRows{weight, own->first, own->second, columns, false};
+  if (const auto own = block(1, 0)) return HeldRows{weight, own->first, own->second, columns, true};
   return std::nullopt;
 }
 
@@ -133,7 +133,7 @@ inline at::Tensor dequantized(const at::Tensor& operand) {
   if (weight == nullptr) return operand;
   const BelowInterception below;
   at::NoGradGuard no_grad;
-  if (const auto rows = quantized_rows(operand)) {
+  if (const auto rows = held_rows(operand)) {
     const auto numbers = dequantized_rows(*weight, rows->first, rows->count, operand.scalar_type());
     return rows->is_transposed ? numbers.t() : numbers;
   }

@@ -33,7 +33,7 @@ inline constexpr int64_t kPanel = 1 << 17;
 inline constexpr int64_t kFewRows = 2;
 
 /// y (N, count) = x (N, columns) W^T + b for rows W of a weight on the CPU, a panel of rows at a time.
-inline at::Tensor times_transposed_rows(const at::Tensor& x, const QuantizedRows& rows, const at::Tensor& bias) {
+inline at::Tensor times_transposed_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
   const auto type = x.scalar_type();
   auto y = at::empty({x.size(0), rows.count}, x.options());
   if (x.size(0) <= kFewRows && type == at::kFloat) {
@@ -57,7 +57,7 @@ inline at::Tensor times_transposed_rows(const at::Tensor& x, const QuantizedRows
 
 /// y (N, columns) = x (N, count) W + b for rows W of a weight on the CPU, a panel of columns at a time, so that each
 /// number of y is written once.
-inline at::Tensor times_rows(const at::Tensor& x, const QuantizedRows& rows, const at::Tensor& bias) {
+inline at::Tensor times_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
   constexpr int64_t kMultiple = 64;  // of what codes share in most schemes
   const auto type = x.scalar_type();
   auto y = at::empty({x.size(0), rows.columns}, x.options());
@@ -81,7 +81,7 @@ inline at::Tensor times_rows(const at::Tensor& x, const QuantizedRows& rows, con
 
 /// x M + b for x (N, k) and a view M (k, n) of a quantized weight, in the type of x, without a gradient.
 inline at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias) {
-  const auto rows = x.device() == at::kCPU ? quantized_rows(operand) : std::nullopt;
+  const auto rows = x.device() == at::kCPU ? held_rows(operand) : std::nullopt;
   if (!rows) {
     const auto matrix = dequantized(operand).to(x.scalar_type());
     return bias.defined() ? at::addmm(bias, x, matrix) : at::mm(x, matrix);
@@ -157,7 +157,7 @@ inline at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& op
 inline at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices) {
   auto sizes = indices.sizes().vec();
   sizes.push_back(table.size(1));
-  const auto rows = table.device() == at::kCPU ? quantized_rows(table) : std::nullopt;
+  const auto rows = table.device() == at::kCPU ? held_rows(table) : std::nullopt;
   if (!rows || rows->is_transposed) return dequantized(table).index_select(0, indices.flatten()).view(sizes);
   const auto wanted = indices.to(at::kLong).contiguous();
   const auto* numbers = wanted.const_data_ptr<int64_t>();

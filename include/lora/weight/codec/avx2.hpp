@@ -1,0 +1,195 @@
+#pragma once
+
+#include <lora/weight/codec/plain.hpp>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+
+/// In front of a function whatever the processor is that the program is compiled for; it may run where there is AVX2.
+#define LORA_AVX2 __attribute__((target("avx2,fma")))
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// The functions of `plain`, eight numbers at a time.
+namespace avx2 {
+
+/// Sixteen values by nibble: each half of them is looked up, and the nibble's highest bit says which counts.
+struct Values4 {
+  __m256 low, high;
+};
+
+LORA_AVX2 inline Values4 load_values4(const float* values) {
+  return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)};
+}
+
+/// 8 bytes as 16 nibbles, one a byte.
+LORA_AVX2 inline __m128i nibbles(const std::uint8_t* bytes) {
+  const auto packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  const auto mask = _mm_set1_epi8(15);
+  return _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(packed, 4), mask), _mm_and_si128(packed, mask));
+}
+
+/// The values of the first eight.
+LORA_AVX2 inline __m256 values4(__m128i nibbles, const Values4& values) {
+  const auto index = _mm256_cvtepu8_epi32(nibbles);
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values.low, index), _mm256_permutevar8x32_ps(values.high, index),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+LORA_AVX2 inline float sum_of(__m256 eight) {
+  const auto four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const auto two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+LORA_AVX2 inline void scales(const BlockScales& blocks, std::int64_t first, std::int64_t count, float* out) {
+  std::int64_t b = first;
+  if (blocks.absmax == nullptr && count >= 8) {
+    const auto offset = _mm256_set1_ps(blocks.offset);
+    for (; b + 8 <= first + count; b += 8, out += 8) {
+      const auto codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(blocks.codes + b)));
+      // Eight blocks have one nested scale, or two.
+      const auto changes = static_cast<int>(std::min<std::int64_t>(8, kNestedBlockSize - b % kNestedBlockSize));
+      const float* nested = blocks.nested_absmax + b / kNestedBlockSize;
+      auto product = _mm256_set1_ps(*nested);
+      if (changes < 8) {
+        const auto places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        const auto second = _mm256_castsi256_ps(_mm256_cmpgt_epi32(places, _mm256_set1_epi32(changes - 1)));
+        product = _mm256_blendv_ps(product, _mm256_set1_ps(nested[1]), second);
+      }
+      product = _mm256_mul_ps(_mm256_i32gather_ps(blocks.map, codes, 4), product);
+      __asm__("" : "+x"(product));  // no single instruction with the sum: it rounds in another way
+      _mm256_storeu_ps(out, _mm256_add_ps(product, offset));
+    }
+  }
+  plain::scales(blocks, b, first + count - b, out);
+}
+
+LORA_AVX2 inline void unpack4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
+                              std::int64_t first, std::int64_t last, float* out) {
+  const auto all_values = load_values4(values);
+  for (auto i = first; i < last; ++scales) {
+    const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
+    if (i % 2 != 0) *out++ = plain::value4(codes, values, i++) * *scales;
+    const auto scale = _mm256_set1_ps(*scales);
+    for (; i + 16 <= end; i += 16, out += 16) {
+      const auto sixteen = nibbles(codes + i / 2);
+      _mm256_storeu_ps(out, _mm256_mul_ps(values4(sixteen, all_values), scale));
+      _mm256_storeu_ps(out + 8, _mm256_mul_ps(values4(_mm_srli_si128(sixteen, 8), all_values), scale));
+    }
+    for (; i < end; ++i) *out++ = plain::value4(codes, values, i) * *scales;
+  }
+}
+
+LORA_AVX2 inline float dot4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
+                            std::int64_t first, std::int64_t last, const float* x) {
+  const auto all_values = load_values4(values);
+  auto sum = _mm256_setzero_ps();
+  float rest = 0;
+  for (auto i = first; i < last; ++scales) {
+    const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
+    if (i % 2 != 0) rest += plain::value4(codes, values, i++) * *scales * *x++;
+    auto a = _mm256_setzero_ps(), b = _mm256_setzero_ps();
+    for (; i + 16 <= end; i += 16, x += 16) {
+      const auto sixteen = nibbles(codes + i / 2);
+      a = _mm256_fmadd_ps(values4(sixteen, all_values), _mm256_loadu_ps(x), a);
+      b = _mm256_fmadd_ps(values4(_mm_srli_si128(sixteen, 8), all_values), _mm256_loadu_ps(x + 8), b);
+    }
+    sum = _mm256_fmadd_ps(_mm256_add_ps(a, b), _mm256_set1_ps(*scales), sum);
+    for (; i < end; ++i) rest += plain::value4(codes, values, i) * *scales * *x++;
+  }
+  return sum_of(sum) + rest;
+}
+
+LORA_AVX2 inline std::uint32_t largest(const float* x, std::int64_t count) {
+  const auto no_sign = _mm256_set1_epi32(0x7FFFFFFF);
+  auto most = _mm256_setzero_si256();
+  std::int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const auto bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    most = _mm256_max_epi32(most, _mm256_and_si256(bits, no_sign));
+  }
+  std::uint32_t lanes[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), most);
+  return std::max(*std::max_element(lanes, lanes + 8), plain::largest(x + i, count - i));
+}
+
+/// How many bounds lie below each of eight numbers.
+LORA_AVX2 inline __m256i places4(const FourBitCode& code, const float* x, __m256 factor) {
+  const auto scaled = _mm256_mul_ps(_mm256_loadu_ps(x), factor);
+  const auto limited = _mm256_min_ps(_mm256_max_ps(scaled, _mm256_set1_ps(-1)), _mm256_set1_ps(1));
+  auto places = _mm256_setzero_si256();
+  for (const float bound : code.bounds) {
+    const auto is_below = _mm256_cmp_ps(_mm256_set1_ps(bound), limited, _CMP_LT_OQ);
+    places = _mm256_sub_epi32(places, _mm256_castps_si256(is_below));  // true is -1
+  }
+  return places;
+}
+
+/// Sixteen small integers as bytes.
+LORA_AVX2 inline __m128i as_bytes(__m256i first, __m256i second) {
+  const auto words = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xD8);
+  return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+LORA_AVX2 inline void quantize4(const FourBitCode& code, const float* x, std::int64_t count, float factor,
+                                std::uint8_t* codes) {
+  const auto factors = _mm256_set1_ps(factor);
+  const auto ascending = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code.ascending));
+  const auto high_and_low = _mm_set1_epi16(0x0110);  // pairs of bytes times 16 and 1
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16, codes += 8) {
+    const auto places = as_bytes(places4(code, x + i, factors), places4(code, x + i + 8, factors));
+    const auto bytes = _mm_maddubs_epi16(_mm_shuffle_epi8(ascending, places), high_and_low);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(bytes, bytes));
+  }
+  plain::quantize4(code, x + i, count - i, factor, codes);
+}
+
+LORA_AVX2 inline __m256 values8(const std::int8_t* codes) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+}
+
+LORA_AVX2 inline void unpack8(const std::int8_t* codes, std::int64_t count, float absmax, float* out) {
+  const auto scale = _mm256_set1_ps(absmax), per_int8 = _mm256_set1_ps(kPerInt8);
+  std::int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(values8(codes + i), scale), per_int8));
+  plain::unpack8(codes + i, count - i, absmax, out + i);
+}
+
+LORA_AVX2 inline float dot8(const std::int8_t* codes, std::int64_t count, const float* x) {
+  auto a = _mm256_setzero_ps(), b = a, c = a, d = a;
+  std::int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    a = _mm256_fmadd_ps(values8(codes + i), _mm256_loadu_ps(x + i), a);
+    b = _mm256_fmadd_ps(values8(codes + i + 8), _mm256_loadu_ps(x + i + 8), b);
+    c = _mm256_fmadd_ps(values8(codes + i + 16), _mm256_loadu_ps(x + i + 16), c);
+    d = _mm256_fmadd_ps(values8(codes + i + 24), _mm256_loadu_ps(x + i + 24), d);
+  }
+  for (; i + 8 <= count; i += 8) a = _mm256_fmadd_ps(values8(codes + i), _mm256_loadu_ps(x + i), a);
+  const auto sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+  return sum_of(sum) + plain::dot8(codes + i, count - i, x + i);
+}
+
+LORA_AVX2 inline __m256i rounded8(const float* x, __m256 factor) {
+  return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), factor));
+}
+
+LORA_AVX2 inline void quantize8(const float* x, std::int64_t count, float factor, std::int8_t* codes) {
+  const auto factors = _mm256_set1_ps(factor);
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const auto bytes = as_bytes(rounded8(x + i, factors), rounded8(x + i + 8, factors));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
+  }
+  plain::quantize8(x + i, count - i, factor, codes + i);
+}
+
+}  // namespace avx2
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+#endif

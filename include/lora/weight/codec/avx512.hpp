@@ -1,0 +1,165 @@
+#pragma once
+
+#include <lora/weight/codec/plain.hpp>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+
+/// In front of a function whatever the processor is that the program is compiled for; it may run where there is
+/// AVX-512.
+#define LORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds that in its own header, in most of what is used here
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// The functions of `plain`, sixteen numbers at a time.
+namespace avx512 {
+
+/// The low half of each even place of `bits` in it and the place that follows, as they lie in 8 bytes of nibbles. What
+/// a place has above its lowest four bits, a permutation does not look at.
+LORA_AVX512 inline __m512i nibbles(const std::uint8_t* bytes) {
+  const auto spread = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm512_srlv_epi32(_mm512_shuffle_epi32(spread, _MM_PERM_CCAA), _mm512_set1_epi64(4));
+}
+
+LORA_AVX512 inline __m512 values4(const std::uint8_t* bytes, __m512 values) {
+  return _mm512_permutexvar_ps(nibbles(bytes), values);
+}
+
+LORA_AVX512 inline void scales(const BlockScales& blocks, std::int64_t first, std::int64_t count, float* out) {
+  std::int64_t b = first;
+  if (blocks.absmax == nullptr && count >= 16) {
+    const auto offset = _mm512_set1_ps(blocks.offset);
+    for (; b + 16 <= first + count; b += 16, out += 16) {
+      const auto codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks.codes + b)));
+      // Sixteen blocks have one nested scale, or two.
+      const auto changes = static_cast<int>(std::min<std::int64_t>(16, kNestedBlockSize - b % kNestedBlockSize));
+      const float* nested = blocks.nested_absmax + b / kNestedBlockSize;
+      auto product = _mm512_set1_ps(*nested);
+      if (changes < 16)
+        product = _mm512_mask_mov_ps(product, static_cast<__mmask16>(0xFFFFU << changes), _mm512_set1_ps(nested[1]));
+      product = _mm512_mul_ps(_mm512_i32gather_ps(codes, blocks.map, 4), product);
+      __asm__("" : "+v"(product));  // no single instruction with the sum: it rounds in another way
+      _mm512_storeu_ps(out, _mm512_add_ps(product, offset));
+    }
+  }
+  plain::scales(blocks, b, first + count - b, out);
+}
+
+LORA_AVX512 inline void unpack4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
+                                std::int64_t first, std::int64_t last, float* out) {
+  const auto all_values = _mm512_loadu_ps(values);
+  for (auto i = first; i < last; ++scales) {
+    const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
+    if (i % 2 != 0) *out++ = plain::value4(codes, values, i++) * *scales;
+    const auto scale = _mm512_set1_ps(*scales);
+    for (; i + 16 <= end; i += 16, out += 16)
+      _mm512_storeu_ps(out, _mm512_mul_ps(values4(codes + i / 2, all_values), scale));
+    for (; i < end; ++i) *out++ = plain::value4(codes, values, i) * *scales;
+  }
+}
+
+LORA_AVX512 inline float dot4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
+                              std::int64_t first, std::int64_t last, const float* x) {
+  const auto all_values = _mm512_loadu_ps(values);
+  auto sum = _mm512_setzero_ps();
+  float rest = 0;
+  for (auto i = first; i < last; ++scales) {
+    const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
+    if (i % 2 != 0) rest += plain::value4(codes, values, i++) * *scales * *x++;
+    auto a = _mm512_setzero_ps(), b = _mm512_setzero_ps();
+    for (; i + 32 <= end; i += 32, x += 32) {
+      a = _mm512_fmadd_ps(values4(codes + i / 2, all_values), _mm512_loadu_ps(x), a);
+      b = _mm512_fmadd_ps(values4(codes + i / 2 + 8, all_values), _mm512_loadu_ps(x + 16), b);
+    }
+    if (i + 16 <= end) {
+      a = _mm512_fmadd_ps(values4(codes + i / 2, all_values), _mm512_loadu_ps(x), a);
+      i += 16;
+      x += 16;
+    }
+    sum = _mm512_fmadd_ps(_mm512_add_ps(a, b), _mm512_set1_ps(*scales), sum);
+    for (; i < end; ++i) rest += plain::value4(codes, values, i) * *scales * *x++;
+  }
+  return _mm512_reduce_add_ps(sum) + rest;
+}
+
+LORA_AVX512 inline std::uint32_t largest(const float* x, std::int64_t count) {
+  const auto no_sign = _mm512_set1_epi32(0x7FFFFFFF);
+  auto most = _mm512_setzero_si512();
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_loadu_si512(x + i), no_sign));
+  return std::max(static_cast<std::uint32_t>(_mm512_reduce_max_epi32(most)), plain::largest(x + i, count - i));
+}
+
+LORA_AVX512 inline void quantize4(const FourBitCode& code, const float* x, std::int64_t count, float factor,
+                                  std::uint8_t* codes) {
+  const auto factors = _mm512_set1_ps(factor), most = _mm512_set1_ps(1), least = _mm512_set1_ps(-1);
+  const auto one = _mm512_set1_epi32(1);
+  const auto ascending = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code.ascending));
+  const auto high_and_low = _mm_set1_epi16(0x0110);  // pairs of bytes times 16 and 1
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16, codes += 8) {
+    const auto scaled = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factors), least), most);
+    auto places = _mm512_setzero_si512();
+    for (const float bound : code.bounds)
+      places =
+          _mm512_mask_add_epi32(places, _mm512_cmp_ps_mask(_mm512_set1_ps(bound), scaled, _CMP_LT_OQ), places, one);
+    const auto nibbles = _mm_shuffle_epi8(ascending, _mm512_cvtepi32_epi8(places));
+    const auto bytes = _mm_maddubs_epi16(nibbles, high_and_low);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes), _mm_packus_epi16(bytes, bytes));
+  }
+  plain::quantize4(code, x + i, count - i, factor, codes);
+}
+
+LORA_AVX512 inline __m512 values8(const std::int8_t* codes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+}
+
+LORA_AVX512 inline void unpack8(const std::int8_t* codes, std::int64_t count, float absmax, float* out) {
+  const auto scale = _mm512_set1_ps(absmax), per_int8 = _mm512_set1_ps(kPerInt8);
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(values8(codes + i), scale), per_int8));
+  plain::unpack8(codes + i, count - i, absmax, out + i);
+}
+
+LORA_AVX512 inline float dot8(const std::int8_t* codes, std::int64_t count, const float* x) {
+  auto a = _mm512_setzero_ps(), b = a, c = a, d = a;
+  std::int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    a = _mm512_fmadd_ps(values8(codes + i), _mm512_loadu_ps(x + i), a);
+    b = _mm512_fmadd_ps(values8(codes + i + 16), _mm512_loadu_ps(x + i + 16), b);
+    c = _mm512_fmadd_ps(values8(codes + i + 32), _mm512_loadu_ps(x + i + 32), c);
+    d = _mm512_fmadd_ps(values8(codes + i + 48), _mm512_loadu_ps(x + i + 48), d);
+  }
+  for (; i + 16 <= count; i += 16) a = _mm512_fmadd_ps(values8(codes + i), _mm512_loadu_ps(x + i), a);
+  const auto sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+  return _mm512_reduce_add_ps(sum) + plain::dot8(codes + i, count - i, x + i);
+}
+
+LORA_AVX512 inline void quantize8(const float* x, std::int64_t count, float factor, std::int8_t* codes) {
+  const auto factors = _mm512_set1_ps(factor);
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const auto rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), factors));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(rounded));
+  }
+  plain::quantize8(x + i, count - i, factor, codes + i);
+}
+
+}  // namespace avx512
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <lora/version.hpp>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// How many numbers an operator that works on many of them gives to a thread, at least.
+constexpr int64_t kNumbersPerThread = 32768;
+
+/// Refuses what cannot be packed because of its type.
+inline void check_can_be_packed(const char* who, const at::Tensor& weight) {
+  TORCH_CHECK(weight.defined(), who, ": the weight is undefined");
+  const auto type = weight.scalar_type();
+  TORCH_CHECK_TYPE(weight.layout() == at::kStrided &&
+                       (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16),
+                   who, ": a weight has to be a dense tensor of Float, Double, Half or BFloat16 to be packed, but got ",
+                   weight.layout(), " ", type, " ", weight.sizes());
+  TORCH_CHECK(weight.numel() > 0, who, ": the weight ", weight.sizes(), " has no numbers that could be packed");
+}
+
+/// The numbers of the weight in float, one after the other.
+inline at::Tensor numbers_of(const at::Tensor& weight) {
+  return weight.detach().to(at::kFloat).contiguous().view({-1});
+}
+
+/// Throws for a weight of which not all numbers are finite once they are in float.
+[[noreturn]] inline void refuse_not_finite(const char* who, const at::Tensor& weight) {
+  const auto values = weight.detach().to(at::kCPU);
+  const auto places = at::isfinite(values.to(at::kFloat)).logical_not().nonzero();
+  const auto first = places.select(0, 0).to(at::kLong).contiguous();
+  const std::vector<int64_t> place(first.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>() + first.numel());
+  auto value = values;
+  for (const auto index : place) value = value.select(0, index);
+  TORCH_CHECK_VALUE(false, who, ": ", places.size(0), " of the ", weight.numel(), " numbers of the weight ",
+                    weight.sizes(), " are not finite in float, the first of them ", value.item<double>(), " at ",
+                    at::IntArrayRef(place),
+                    "; only finite numbers can be packed: mend the weight (torch::nan_to_num), or leave it as it is");
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

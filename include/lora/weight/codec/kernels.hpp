@@ -1,0 +1,55 @@
+#pragma once
+
+#include <lora/weight/codec/avx2.hpp>
+#include <lora/weight/codec/avx512.hpp>
+#include <lora/weight/codec/plain.hpp>
+#include <lora/version.hpp>
+
+#include <cstdint>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// The functions of `plain`, or of those beside it that use what some processors have.
+struct CodecKernels {
+  const char* name;
+  decltype(&plain::scales) scales;
+  decltype(&plain::unpack4) unpack4;
+  decltype(&plain::dot4) dot4;
+  decltype(&plain::largest) largest;
+  decltype(&plain::quantize4) quantize4;
+  decltype(&plain::unpack8) unpack8;
+  decltype(&plain::dot8) dot8;
+  decltype(&plain::quantize8) quantize8;
+};
+
+/// All that this processor can run, the fastest first.
+inline std::vector<CodecKernels> runnable_codec_kernels() {
+  std::vector<CodecKernels> kernels;
+#if defined(LORA_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    kernels.push_back({"AVX-512", avx512::scales, avx512::unpack4, avx512::dot4, avx512::largest, avx512::quantize4,
+                       avx512::unpack8, avx512::dot8, avx512::quantize8});
+#endif
+#if defined(LORA_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    kernels.push_back({"AVX2", avx2::scales, avx2::unpack4, avx2::dot4, avx2::largest, avx2::quantize4, avx2::unpack8,
+                       avx2::dot8, avx2::quantize8});
+#endif
+  kernels.push_back({"plain", plain::scales, plain::unpack4, plain::dot4, plain::largest, plain::quantize4,
+                     plain::unpack8, plain::dot8, plain::quantize8});
+  return kernels;
+}
+
+/// The fastest that this processor can run.
+inline const CodecKernels& codec_kernels() {
+  static const CodecKernels fastest = runnable_codec_kernels().front();
+  return fastest;
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,379 @@
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <lora/options.hpp>
+#include <lora/weight/codec/input.hpp>
+#include <lora/weight/codec/kernels.hpp>
+#include <lora/weight/codec/statistics.hpp>
+#include <lora/weight/quantized.hpp>
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// Which sixteen numbers the 4 bits stand for.
+enum class FourBitType {
+  kNF4,  ///< Quantiles of the normal distribution: Dettmers et al. 2023, "QLoRA".
+  kFP4,  ///< Floating point of a sign, two bits of exponent and one of fraction.
+};
+
+/// A tensor in 4 bits a number, as bitsandbytes 0.50 has it on the CPU, bit for bit. The numbers, in the order of a
+/// contiguous tensor, lie in blocks, the last of which may be shorter; in a block
+///
+///   number = value[code] * absmax    code: the nearest of the sixteen values to number / absmax
+///
+/// with the block's largest absolute value. Double quantized, that is held in 8 bits:
+///
+///   absmax = nested_map[code of 8 bits] * nested_absmax + offset    offset: the mean of all absmax
+///
+/// with nested_absmax of 256 blocks together. A number takes 4 + 32 / block_size bits; double quantized
+/// 4 + 8 / block_size + 32 / (256 block_size), that is 4.127 in blocks of 64.
+struct FourBitTensor {
+  FourBitType type = FourBitType::kNF4;
+  std::vector<int64_t> sizes;
+  int64_t block_size = 64;
+  at::Tensor codes;          ///< Byte (ceil(numel / 2)); of two numbers the first in the high half.
+  at::Tensor absmax;         ///< Float (ceil(numel / block_size)); Byte, the codes of 8 bits, when double quantized.
+  at::Tensor nested_absmax;  ///< Float (ceil(blocks / 256)); undefined unless double quantized.
+  at::Tensor nested_map;     ///< Float (256), what the 8 bits stand for; undefined unless double quantized.
+  float offset = 0;          ///< Zero unless double quantized.
+
+  bool double_quantized() const { return nested_absmax.defined(); }
+  int64_t numel() const { return c10::multiply_integers(sizes); }
+};
+
+/// The options that NF4 and FP4 have in common.
+template <class Self>
+class FourBitOptions {
+  /// How many numbers share a scale: 32, 64, ... or 4096, powers of two. Default: 64, as in bitsandbytes.
+  LORA_ARG(int64_t, block_size) = 64;
+  /// Whether the scales are held in 8 bits themselves. Default: true, as in the layers of bitsandbytes (Params4bit,
+  /// Linear4bit: compress_statistics); its functions, and BitsAndBytesConfig of Transformers, leave it out by default.
+  LORA_ARG(bool, double_quantization) = true;
+
+ public:
+  bool is_valid() const { return block_size_ >= 32 && block_size_ <= 4096 && (block_size_ & (block_size_ - 1)) == 0; }
+
+  /// Throws c10::ValueError, with `who` in front, when an option is out of its range.
+  void validate(const char* who) const {
+    TORCH_CHECK_VALUE(is_valid(), who, ": block_size has to be 32, 64, 128, 256, 512, 1024, 2048 or 4096, but got ",
+                      block_size_);
+  }
+};
+
+/// Weights in NF4: `.quantize(lora::NF4().block_size(128))`. For weights that are distributed as a normal distribution,
+/// as trained ones are nearly, it is the better one of the two types.
+class NF4 : public FourBitOptions<NF4> {
+ public:
+  std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const;
+};
+
+/// Weights in FP4: `.quantize(lora::FP4())`.
+class FP4 : public FourBitOptions<FP4> {
+ public:
+  std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const;
+};
+
+namespace detail {
+
+inline const FourBitCode& code_of(FourBitType type) { return type == FourBitType::kNF4 ? kNF4 : kFP4; }
+
+/// The least that a block's largest value is taken for in a division, as in bitsandbytes.
+constexpr float kLeastAbsmax = 1e-38F;
+
+/// Codes and largest values on the CPU; false when a number is not finite.
+inline bool quantize_blocks(const CodecKernels& kernels, const FourBitCode& code, const float* numbers, int64_t count,
+                            int64_t block_size, std::uint8_t* codes, float* absmax) {
+  constexpr std::uint32_t kInfinity = 0x7F800000;
+  std::atomic<bool> finite{true};
+  const auto blocks = (count + block_size - 1) / block_size;
+  at::parallel_for(0, blocks, std::max<int64_t>(1, kNumbersPerThread / block_size), [&](int64_t from, int64_t to) {
+    for (auto block = from; block < to; ++block) {
+      const auto first = block * block_size, size = std::min(block_size, count - first);
+      const auto bits = kernels.largest(numbers + first, size);
+      if (bits >= kInfinity) {
+        finite = false;
+        return;
+      }
+      float most = 0;
+      std::memcpy(&most, &bits, sizeof(most));
+      if (size == block_size) {
+        absmax[block] = most;
+        kernels.quantize4(code, numbers + first, size, 1.0F / std::max(most, kLeastAbsmax), codes + first / 2);
+      } else {  // bitsandbytes divides here, and raises what it keeps
+        absmax[block] = std::max(most, kLeastAbsmax);
+        std::vector<float> scaled(numbers + first, numbers + count);
+        for (auto& number : scaled) number /= absmax[block];
+        kernels.quantize4(code, scaled.data(), size, 1.0F, codes + first / 2);
+      }
+    }
+  });
+  return finite;
+}
+
+/// The same by operators that any device has.
+inline std::pair<at::Tensor, at::Tensor> quantized_blocks(const FourBitCode& code, const at::Tensor& numbers,
+                                                          int64_t block_size) {
+  const auto rest = numbers.numel() % block_size, whole = numbers.numel() - rest;
+  const auto rows = numbers.narrow(0, 0, whole).view({-1, block_size});
+  auto absmax = rows.abs().amax(1);
+  auto scaled = (rows * absmax.clamp_min(kLeastAbsmax).reciprocal().unsqueeze(1)).view({-1});
+  if (rest != 0) {
+    const auto last = numbers.narrow(0, whole, rest);
+    const auto most = last.abs().amax(0, true).clamp_min(kLeastAbsmax);
+    absmax = at::cat({absmax, most});
+    scaled = at::cat({scaled, last / most});
+  }
+  if (numbers.numel() % 2 != 0) scaled = at::constant_pad_nd(scaled, {0, 1});
+  auto bounds = at::empty({15}, at::kFloat), nibbles = at::empty({16}, at::kByte);
+  std::copy_n(code.bounds, 15, bounds.mutable_data_ptr<float>());
+  std::copy_n(code.ascending, 16, nibbles.mutable_data_ptr<std::uint8_t>());
+  const auto places = at::bucketize(scaled.clamp(-1, 1), bounds.to(numbers.device()));
+  const auto pairs = nibbles.to(numbers.device()).index_select(0, places).view({-1, 2});
+  return {pairs.select(1, 0) * 16 + pairs.select(1, 1), absmax};
+}
+
+inline FourBitTensor quantize_four_bit(const char* who, const at::Tensor& weight, FourBitType type, int64_t block_size,
+                                       bool double_quantization) {
+  check_can_be_packed(who, weight);
+  const auto numbers = numbers_of(weight);
+  const auto blocks = (numbers.numel() + block_size - 1) / block_size;
+  FourBitTensor packed;
+  packed.type = type;
+  packed.sizes = weight.sizes().vec();
+  packed.block_size = block_size;
+  bool finite = false;
+  if (numbers.is_cpu()) {
+    packed.codes = at::empty({(numbers.numel() + 1) / 2}, at::kByte);
+    packed.absmax = at::empty({blocks}, at::kFloat);
+    finite =
+        quantize_blocks(codec_kernels(), code_of(type), numbers.const_data_ptr<float>(), numbers.numel(), block_size,
+                        packed.codes.mutable_data_ptr<std::uint8_t>(), packed.absmax.mutable_data_ptr<float>());
+  } else {
+    std::tie(packed.codes, packed.absmax) = quantized_blocks(code_of(type), numbers, block_size);
+    finite = at::isfinite(packed.absmax).all().item<bool>();
+  }
+  if (!finite) refuse_not_finite(who, weight);
+  if (!double_quantization) return packed;
+
+  const auto mean = packed.absmax.mean();
+  const auto differences = packed.absmax - mean;
+  packed.offset = mean.item<float>();
+  TORCH_CHECK_VALUE(std::isfinite(packed.offset), who, ": the weight ", weight.sizes(),
+                    " has numbers of which the largest of each block have a mean that no float holds; it can be packed "
+                    "with double_quantization(false), or scaled down");
+  packed.nested_map = dynamic_map_tensor().to(numbers.device());
+  if (numbers.is_cpu()) {
+    packed.absmax = at::empty({blocks}, at::kByte);
+    packed.nested_absmax = at::empty({(blocks + kNestedBlockSize - 1) / kNestedBlockSize}, at::kFloat);
+    quantize_statistics(differences.const_data_ptr<float>(), blocks, packed.absmax.mutable_data_ptr<std::uint8_t>(),
+                        packed.nested_absmax.mutable_data_ptr<float>());
+  } else {
+    std::tie(packed.absmax, packed.nested_absmax) = quantized_statistics(differences);
+  }
+  return packed;
+}
+
+/// The scales of the blocks, in float.
+inline at::Tensor scales_of(const FourBitTensor& packed) {
+  if (!packed.double_quantized()) return packed.absmax;
+  const auto values = in_rows(packed.nested_map.index_select(0, packed.absmax.to(at::kLong)), kNestedBlockSize);
+  const auto scales = (values * packed.nested_absmax.unsqueeze(1)).view({-1}).narrow(0, 0, packed.absmax.numel());
+  return scales + packed.offset;
+}
+
+/// The numbers by operators that any device has.
+inline at::Tensor dequantized_blocks(const FourBitTensor& packed) {
+  auto values = at::empty({16}, at::kFloat);
+  std::copy_n(code_of(packed.type).values, 16, values.mutable_data_ptr<float>());
+  const auto bytes = packed.codes.to(at::kInt);
+  const auto nibbles = at::stack({bytes.bitwise_right_shift(4), bytes.bitwise_and(15)}, 1).view({-1});
+  const auto numbers = values.to(bytes.device()).index_select(0, nibbles).narrow(0, 0, packed.numel());
+  const auto scaled = in_rows(numbers, packed.block_size) * scales_of(packed).unsqueeze(1);
+  return scaled.view({-1}).narrow(0, 0, packed.numel()).contiguous().view(packed.sizes);
+}
+
+/// The scales of blocks as they are needed, some at a time: double quantized ones are worked out, others are there.
+class ScaleWindow {
+ public:
+  static constexpr int64_t kBlocks = 256;
+
+  /// `end` is behind the last block that is asked for.
+  ScaleWindow(const CodecKernels& kernels, const BlockScales& blocks, int64_t end)
+      : kernels_(kernels), blocks_(blocks), end_(end) {}
+
+  /// Those of the blocks [first, last), which are kBlocks at most.
+  const float* at(int64_t first, int64_t last) {
+    if (blocks_.absmax != nullptr) return blocks_.absmax + first;
+    if (first < from_ || last > to_) {
+      from_ = first;
+      to_ = std::min(end_, first + kBlocks);
+      kernels_.scales(blocks_, from_, to_ - from_, scales_);
+    }
+    return scales_ + (first - from_);
+  }
+
+ private:
+  const CodecKernels& kernels_;
+  const BlockScales blocks_;
+  const int64_t end_;
+  int64_t from_ = 0, to_ = 0;
+  float scales_[kBlocks];
+};
+
+/// A FourBitTensor on the CPU, to read.
+class FourBitReader {
+ public:
+  explicit FourBitReader(const FourBitTensor& packed, const CodecKernels& kernels = codec_kernels())
+      : kernels_(kernels), codes_(packed.codes.const_data_ptr<std::uint8_t>()), values_(code_of(packed.type).values) {
+    while ((int64_t{1} << block_bits_) < packed.block_size) ++block_bits_;
+    if (packed.double_quantized()) {
+      scales_.codes = packed.absmax.const_data_ptr<std::uint8_t>();
+      scales_.map = packed.nested_map.const_data_ptr<float>();
+      scales_.nested_absmax = packed.nested_absmax.const_data_ptr<float>();
+      scales_.offset = packed.offset;
+    } else {
+      scales_.absmax = packed.absmax.const_data_ptr<float>();
+    }
+  }
+
+  /// The numbers [first, first + count).
+  void unpack(int64_t first, int64_t count, float* numbers) const {
+    const auto end = first + count;
+    at::parallel_for(first, end, kNumbersPerThread, [&](int64_t from, int64_t to) {
+      ScaleWindow scales(kernels_, scales_, blocks_until(to));
+      for_parts(from, to, scales, [&](const float* scale, int64_t part_from, int64_t part_to) {
+        kernels_.unpack4(codes_, values_, block_bits_, scale, part_from, part_to, numbers + (part_from - first));
+      });
+    });
+  }
+
+  /// The products of the rows [first, first + count), each of so many numbers, with x.
+  void dot_rows(int64_t columns, int64_t first, int64_t count, const float* x, float* y) const {
+    const auto grain = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, columns));
+    at::parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
+      ScaleWindow scales(kernels_, scales_, blocks_until(to * columns));
+      for (auto row = from; row < to; ++row) {
+        float sum = 0;
+        const auto begin = row * columns;
+        for_parts(begin, begin + columns, scales, [&](const float* scale, int64_t part_from, int64_t part_to) {
+          sum += kernels_.dot4(codes_, values_, block_bits_, scale, part_from, part_to, x + (part_from - begin));
+        });
+        y[row - first] = sum;
+      }
+    });
+  }
+
+ private:
+  int64_t blocks_until(int64_t number) const { return (number + (int64_t{1} << block_bits_) - 1) >> block_bits_; }
+
+  /// Calls `work` with parts of [from, to) and the scales from the first block of a part on.
+  template <class Work>
+  void for_parts(int64_t from, int64_t to, ScaleWindow& scales, Work work) const {
+    while (from < to) {
+      const auto block = from >> block_bits_;
+      const auto part_to = std::min(to, (block + ScaleWindow::kBlocks) << block_bits_);
+      work(scales.at(block, blocks_until(part_to)), from, part_to);
+      from = part_to;
+    }
+  }
+
+  const CodecKernels& kernels_;
+  const std::uint8_t* codes_;
+  const float* values_;
+  int block_bits_ = 0;
+  BlockScales scales_;
+};
+
+}  // namespace detail
+
+/// The weight in NF4: Float, Double, Half or BFloat16 of any shape, which becomes float first. Codes and scales are
+/// those of bitsandbytes 0.50 to the bit. (The mean of very many scales depends on the number of threads, as
+/// at::mean does.)
+///
+/// Throws c10::ValueError for options out of their range and for numbers that are not finite; c10::TypeError for other
+/// types; c10::Error for a weight without numbers.
+inline FourBitTensor quantize_nf4(const at::Tensor& weight, const NF4& options = NF4()) {
+  constexpr auto who = "lora::quantize_nf4";
+  options.validate(who);
+  return detail::quantize_four_bit(who, weight, FourBitType::kNF4, options.block_size(), options.double_quantization());
+}
+
+/// The weight in FP4; see quantize_nf4.
+inline FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options = FP4()) {
+  constexpr auto who = "lora::quantize_fp4";
+  options.validate(who);
+  return detail::quantize_four_bit(who, weight, FourBitType::kFP4, options.block_size(), options.double_quantization());
+}
+
+/// The numbers in float, on the device of the codes.
+inline at::Tensor dequantize(const FourBitTensor& packed) {
+  if (!packed.codes.is_cpu()) return detail::dequantized_blocks(packed);
+  auto numbers = at::empty(packed.sizes, at::kFloat);
+  detail::FourBitReader(packed).unpack(0, packed.numel(), numbers.mutable_data_ptr<float>());
+  return numbers;
+}
+
+/// A weight that is held in NF4 or FP4.
+class FourBitWeight final : public QuantizedWeight {
+ public:
+  explicit FourBitWeight(FourBitTensor packed) : packed_(std::move(packed)) {}
+
+  const FourBitTensor& packed() const { return packed_; }
+
+  std::string_view scheme() const override { return detail::code_of(packed_.type).name; }
+  int64_t bits() const override { return 4; }
+  at::IntArrayRef sizes() const override { return packed_.sizes; }
+  at::Device device() const override { return packed_.codes.device(); }
+  /// What all weights have in common, the 256 numbers of the map, is not counted.
+  int64_t nbytes() const override {
+    size_t bytes = packed_.codes.nbytes() + packed_.absmax.nbytes();
+    if (packed_.double_quantized()) bytes += packed_.nested_absmax.nbytes() + sizeof(packed_.offset);
+    return static_cast<int64_t>(bytes);
+  }
+
+  at::Tensor dense() const override { return dequantize(packed_); }
+  void unpack(int64_t first, int64_t count, float* numbers) const override {
+    detail::FourBitReader(packed_).unpack(first, count, numbers);
+  }
+  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override {
+    const auto rows = packed_.sizes.empty() ? 1 : packed_.sizes.front();
+    detail::FourBitReader(packed_).dot_rows(packed_.numel() / rows, first, count, x, y);
+  }
+
+  std::shared_ptr<const QuantizedWeight> to(at::Device device) const override {
+    auto moved = packed_;
+    for (auto* tensor : {&moved.codes, &moved.absmax, &moved.nested_absmax, &moved.nested_map})
+      if (tensor->defined()) *tensor = tensor->to(device);
+    return std::make_shared<FourBitWeight>(std::move(moved));
+  }
+
+ private:
+  FourBitTensor packed_;
+};
+
+inline std::shared_ptr<const QuantizedWeight> NF4::pack(const at::Tensor& weight) const {
+  return std::make_shared<FourBitWeight>(quantize_nf4(weight, *this));
+}
+
+inline std::shared_ptr<const QuantizedWeight> FP4::pack(const at::Tensor& weight) const {
+  return std::make_shared<FourBitWeight>(quantize_fp4(weight, *this));
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,193 @@
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <lora/weight/codec/input.hpp>
+#include <lora/weight/codec/kernels.hpp>
+#include <lora/weight/quantized.hpp>
+#include <lora/version.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// A tensor in 8 bits a number, as bitsandbytes 0.50 has it (int8_vectorwise_quant without outliers), bit for bit. It
+/// is a matrix (size(0), everything else), each row with its largest absolute value:
+///
+///   number = code * absmax / 127    code: number * (127 / absmax), rounded, halves to the even neighbour
+struct Int8Tensor {
+  at::Tensor codes;   ///< Char, shaped as the weight.
+  at::Tensor absmax;  ///< Float (rows); bitsandbytes calls it SCB.
+};
+
+/// Weights in 8 bits: `.quantize(lora::Int8())`.
+class Int8 {
+ public:
+  std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const;
+};
+
+namespace detail {
+
+/// The rows of a tensor as a matrix; one without dimensions is one row.
+inline int64_t rows_of(at::IntArrayRef sizes) { return sizes.empty() ? 1 : sizes.front(); }
+
+/// 127 / absmax, or nothing where that is more than a float holds: such a row, of zeros or numbers that are nearly that
+/// (below 3.8e-37), has zeros as its codes.
+inline float int8_factor(float absmax) {
+  const float factor = 1.0F / absmax * 127.0F;
+  return factor <= std::numeric_limits<float>::max() ? factor : 0.0F;
+}
+
+/// Codes and largest values on the CPU; false when a number is not finite.
+inline bool quantize_rows(const CodecKernels& kernels, const float* numbers, int64_t rows, int64_t columns,
+                          std::int8_t* codes, float* absmax) {
+  constexpr std::uint32_t kInfinity = 0x7F800000;
+  std::atomic<bool> finite{true};
+  at::parallel_for(0, rows, std::max<int64_t>(1, kNumbersPerThread / columns), [&](int64_t from, int64_t to) {
+    for (auto row = from; row < to; ++row) {
+      const auto bits = kernels.largest(numbers + row * columns, columns);
+      if (bits >= kInfinity) {
+        finite = false;
+        return;
+      }
+      std::memcpy(absmax + row, &bits, sizeof(float));
+      kernels.quantize8(numbers + row * columns, columns, int8_factor(absmax[row]), codes + row * columns);
+    }
+  });
+  return finite;
+}
+
+/// The same by operators that any device has.
+inline std::pair<at::Tensor, at::Tensor> quantized_rows(const at::Tensor& matrix) {
+  auto absmax = matrix.abs().amax(1);
+  auto factors = absmax.reciprocal() * 127.0;
+  factors = at::where(at::isfinite(factors), factors, at::zeros_like(factors));
+  return {(matrix * factors.unsqueeze(1)).round().to(at::kChar), absmax};
+}
+
+}  // namespace detail
+
+/// The weight in 8 bits: Float, Double, Half or BFloat16 of any shape, which becomes float first.
+///
+/// Throws c10::ValueError for numbers that are not finite, c10::TypeError for other types, c10::Error for a weight
+/// without numbers.
+inline Int8Tensor quantize_int8(const at::Tensor& weight) {
+  constexpr auto who = "lora::quantize_int8";
+  detail::check_can_be_packed(who, weight);
+  const auto rows = detail::rows_of(weight.sizes());
+  const auto matrix = detail::numbers_of(weight).view({rows, -1});
+  Int8Tensor packed;
+  bool finite = false;
+  if (matrix.is_cpu()) {
+    packed.codes = at::empty(weight.sizes(), at::kChar);
+    packed.absmax = at::empty({rows}, at::kFloat);
+    finite =
+        detail::quantize_rows(detail::codec_kernels(), matrix.const_data_ptr<float>(), rows, matrix.size(1),
+                              packed.codes.mutable_data_ptr<std::int8_t>(), packed.absmax.mutable_data_ptr<float>());
+  } else {
+    std::tie(packed.codes, packed.absmax) = detail::quantized_rows(matrix);
+    packed.codes = packed.codes.view(weight.sizes());
+    finite = at::isfinite(packed.absmax).all().item<bool>();
+  }
+  if (!finite) detail::refuse_not_finite(who, weight);
+  return packed;
+}
+
+namespace detail {
+
+/// An Int8Tensor on the CPU, to read.
+class Int8Reader {
+ public:
+  explicit Int8Reader(const Int8Tensor& packed, const CodecKernels& kernels = codec_kernels())
+      : kernels_(kernels),
+        codes_(packed.codes.const_data_ptr<std::int8_t>()),
+        absmax_(packed.absmax.const_data_ptr<float>()),
+        columns_(packed.codes.numel() / packed.absmax.numel()) {}
+
+  /// The numbers [first, first + count).
+  void unpack(int64_t first, int64_t count, float* numbers) const {
+    at::parallel_for(first, first + count, kNumbersPerThread, [&](int64_t from, int64_t to) {
+      while (from < to) {
+        const auto row = from / columns_, size = std::min(to, (row + 1) * columns_) - from;
+        kernels_.unpack8(codes_ + from, size, absmax_[row], numbers + (from - first));
+        from += size;
+      }
+    });
+  }
+
+  /// The products of the rows [first, first + count) with x.
+  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const {
+    const auto grain = std::max<int64_t>(1, kNumbersPerThread / columns_);
+    at::parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
+      for (auto row = from; row < to; ++row)
+        y[row - first] = kernels_.dot8(codes_ + row * columns_, columns_, x) * absmax_[row] * kPerInt8;
+    });
+  }
+
+ private:
+  const CodecKernels& kernels_;
+  const std::int8_t* codes_;
+  const float* absmax_;
+  int64_t columns_;
+};
+
+}  // namespace detail
+
+/// The numbers in float, on the device of the codes.
+inline at::Tensor dequantize(const Int8Tensor& packed) {
+  if (packed.codes.is_cpu()) {
+    auto numbers = at::empty(packed.codes.sizes(), at::kFloat);
+    detail::Int8Reader(packed).unpack(0, numbers.numel(), numbers.mutable_data_ptr<float>());
+    return numbers;
+  }
+  const auto matrix = packed.codes.view({packed.absmax.numel(), -1});
+  return (matrix * packed.absmax.unsqueeze(1) * detail::kPerInt8).view(packed.codes.sizes());
+}
+
+/// A weight that is held in 8 bits.
+class Int8Weight final : public QuantizedWeight {
+ public:
+  explicit Int8Weight(Int8Tensor packed) : packed_(std::move(packed)) {}
+
+  const Int8Tensor& packed() const { return packed_; }
+
+  std::string_view scheme() const override { return "int8"; }
+  int64_t bits() const override { return 8; }
+  at::IntArrayRef sizes() const override { return packed_.codes.sizes(); }
+  at::Device device() const override { return packed_.codes.device(); }
+  int64_t nbytes() const override { return static_cast<int64_t>(packed_.codes.nbytes() + packed_.absmax.nbytes()); }
+
+  at::Tensor dense() const override { return dequantize(packed_); }
+  void unpack(int64_t first, int64_t count, float* numbers) const override {
+    detail::Int8Reader(packed_).unpack(first, count, numbers);
+  }
+  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override {
+    detail::Int8Reader(packed_).dot_rows(first, count, x, y);
+  }
+
+  std::shared_ptr<const QuantizedWeight> to(at::Device device) const override {
+    return std::make_shared<Int8Weight>(Int8Tensor{packed_.codes.to(device), packed_.absmax.to(device)});
+  }
+
+ private:
+  Int8Tensor packed_;
+};
+
+inline std::shared_ptr<const QuantizedWeight> Int8::pack(const at::Tensor& weight) const {
+  return std::make_shared<Int8Weight>(quantize_int8(weight));
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora
