@@ -265,6 +265,11 @@ class FourBitReader {
 
   /// The products of the rows [first, first + count), each of so many numbers, with x.
   void dot_rows(int64_t columns, int64_t first, int64_t count, const float* x, float* y) const {
+    // The two halves of a byte meet neighbours in x, which lie far from each other here: no row has to part them.
+    std::vector<float> parted(static_cast<size_t>(columns));
+    float* const even = parted.data();
+    float* const odd = even + (columns + 1) / 2;
+    for (int64_t j = 0; j < columns; ++j) (j % 2 == 0 ? even : odd)[j / 2] = x[j];
     const auto grain = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, columns));
     at::parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
       ScaleWindow scales(kernels_, scales_, blocks_until(to * columns));
@@ -272,7 +277,10 @@ class FourBitReader {
         float sum = 0;
         const auto begin = row * columns;
         for_parts(begin, begin + columns, scales, [&](const float* scale, int64_t part_from, int64_t part_to) {
-          sum += kernels_.dot4(codes_, values_, block_bits_, scale, part_from, part_to, x + (part_from - begin));
+          const auto place = part_from + part_from % 2 - begin;  // of the first whole byte, in x
+          const auto factors = begin % 2 == 0 ? Factors4{even + place / 2, odd + place / 2}
+                                              : Factors4{odd + place / 2, even + (place + 1) / 2};
+          sum += kernels_.dot4(codes_, values_, block_bits_, scale, part_from, part_to, factors);
         });
         y[row - first] = sum;
       }

@@ -81,8 +81,8 @@ inline std::pair<at::Tensor, at::Tensor> quantized_rows(const at::Tensor& matrix
 
 /// The weight in 8 bits: Float, Double, Half or BFloat16 of any shape, which becomes float first.
 ///
-/// Throws c10::ValueError for numbers that are not finite, c10::TypeError for other types, c10::Error for a weight
-/// without numbers.
+/// Throws c10::ValueError for numbers that are not finite, or too large for dequantization in float (2.6e36),
+/// c10::TypeError for other types, c10::Error for a weight without numbers.
 inline Int8Tensor quantize_int8(const at::Tensor& weight) {
   constexpr auto who = "lora::quantize_int8";
   detail::check_can_be_packed(who, weight);
@@ -102,6 +102,9 @@ inline Int8Tensor quantize_int8(const at::Tensor& weight) {
     finite = at::isfinite(packed.absmax).all().item<bool>();
   }
   if (!finite) detail::refuse_not_finite(who, weight);
+  const auto most = packed.absmax.max().item<float>();
+  TORCH_CHECK_VALUE(most <= std::numeric_limits<float>::max() / 127, who, ": a number of the weight ", weight.sizes(),
+                    " is ", most, ", but times 127 it has to be a float: scale the weight down, or leave it as it is");
   return packed;
 }
 

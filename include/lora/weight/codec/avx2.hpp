@@ -31,11 +31,16 @@ LORA_AVX2 inline __m128i nibbles(const std::uint8_t* bytes) {
   return _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(packed, 4), mask), _mm_and_si128(packed, mask));
 }
 
-/// The values of the first eight.
+/// The values of eight nibbles, each in the lowest bits of its place; with its highest bit in that of `choice`.
+LORA_AVX2 inline __m256 values4(__m256i nibbles, __m256i choice, const Values4& values) {
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values.low, nibbles), _mm256_permutevar8x32_ps(values.high, nibbles),
+                          _mm256_castsi256_ps(choice));
+}
+
+/// The values of the first eight nibbles, one a byte.
 LORA_AVX2 inline __m256 values4(__m128i nibbles, const Values4& values) {
-  const auto index = _mm256_cvtepu8_epi32(nibbles);
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values.low, index), _mm256_permutevar8x32_ps(values.high, index),
-                          _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  const auto places = _mm256_cvtepu8_epi32(nibbles);
+  return values4(places, _mm256_slli_epi32(places, 28), values);
 }
 
 LORA_AVX2 inline float sum_of(__m256 eight) {
@@ -83,24 +88,46 @@ LORA_AVX2 inline void unpack4(const std::uint8_t* codes, const float* values, in
   }
 }
 
-LORA_AVX2 inline float dot4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
-                            std::int64_t first, std::int64_t last, const float* x) {
+/// Adds the products of the halves of 8 bytes with what each of them is multiplied by.
+LORA_AVX2 inline void add_products4(const std::uint8_t* codes, const Values4& values, const float* x_high,
+                                    const float* x_low, __m256& high, __m256& low) {
+  const auto bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+  const auto of_high = values4(_mm256_srli_epi32(bytes, 4), _mm256_slli_epi32(bytes, 24), values);
+  const auto of_low = values4(bytes, _mm256_slli_epi32(bytes, 28), values);
+  high = _mm256_fmadd_ps(of_high, _mm256_loadu_ps(x_high), high);
+  low = _mm256_fmadd_ps(of_low, _mm256_loadu_ps(x_low), low);
+}
+
+/// Of numbers inside of one block, without its scale. They are the more, the larger blocks are.
+LORA_AVX2 inline float dot4_in_block(const std::uint8_t* codes, const float* values, std::int64_t first,
+                                     std::int64_t last, Factors4& x) {
   const auto all_values = load_values4(values);
-  auto sum = _mm256_setzero_ps();
+  const float before = plain::dot4_odd(codes, values, first, last, x);
+  auto high = _mm256_setzero_ps(), low = high;
+  for (; first + 16 <= last; first += 16, x.high += 8, x.low += 8)
+    add_products4(codes + first / 2, all_values, x.high, x.low, high, low);
+  return before + sum_of(_mm256_add_ps(high, low)) + plain::dot4_in_block(codes, values, first, last, x);
+}
+
+LORA_AVX2 inline float dot4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
+                            std::int64_t first, std::int64_t last, Factors4 x) {
+  const auto ends = plain::whole_blocks(first, last, block_bits);
   float rest = 0;
-  for (auto i = first; i < last; ++scales) {
-    const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
-    if (i % 2 != 0) rest += plain::value4(codes, values, i++) * *scales * *x++;
-    auto a = _mm256_setzero_ps(), b = _mm256_setzero_ps();
-    for (; i + 16 <= end; i += 16, x += 16) {
-      const auto sixteen = nibbles(codes + i / 2);
-      a = _mm256_fmadd_ps(values4(sixteen, all_values), _mm256_loadu_ps(x), a);
-      b = _mm256_fmadd_ps(values4(_mm_srli_si128(sixteen, 8), all_values), _mm256_loadu_ps(x + 8), b);
-    }
-    sum = _mm256_fmadd_ps(_mm256_add_ps(a, b), _mm256_set1_ps(*scales), sum);
-    for (; i < end; ++i) rest += plain::value4(codes, values, i) * *scales * *x++;
+  if (first < ends.first) rest += dot4_in_block(codes, values, first, ends.first, x) * *scales++;
+  const auto all_values = load_values4(values);
+  const auto bytes_of_block = std::int64_t{1} << (block_bits - 1);
+  auto high_sum = _mm256_setzero_ps(), low_sum = high_sum;
+  for (auto byte = ends.first / 2; byte < ends.last / 2; byte += bytes_of_block, ++scales) {
+    auto high = _mm256_setzero_ps(), low = high;
+    for (std::int64_t k = 0; k < bytes_of_block; k += 8)
+      add_products4(codes + byte + k, all_values, x.high + k, x.low + k, high, low);
+    x.high += bytes_of_block;
+    x.low += bytes_of_block;
+    high_sum = _mm256_fmadd_ps(high, _mm256_set1_ps(*scales), high_sum);
+    low_sum = _mm256_fmadd_ps(low, _mm256_set1_ps(*scales), low_sum);
   }
-  return sum_of(sum) + rest;
+  if (ends.last < last) rest += dot4_in_block(codes, values, ends.last, last, x) * *scales;
+  return sum_of(_mm256_add_ps(high_sum, low_sum)) + rest;
 }
 
 LORA_AVX2 inline std::uint32_t largest(const float* x, std::int64_t count) {

@@ -22,8 +22,7 @@ namespace detail {
 /// The functions of `plain`, sixteen numbers at a time.
 namespace avx512 {
 
-/// The low half of each even place of `bits` in it and the place that follows, as they lie in 8 bytes of nibbles. What
-/// a place has above its lowest four bits, a permutation does not look at.
+/// 8 bytes as 16 nibbles, in the lowest four bits of each place; a permutation does not look at what is above them.
 LORA_AVX512 inline __m512i nibbles(const std::uint8_t* bytes) {
   const auto spread = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
   return _mm512_srlv_epi32(_mm512_shuffle_epi32(spread, _MM_PERM_CCAA), _mm512_set1_epi64(4));
@@ -66,28 +65,44 @@ LORA_AVX512 inline void unpack4(const std::uint8_t* codes, const float* values, 
   }
 }
 
-LORA_AVX512 inline float dot4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
-                              std::int64_t first, std::int64_t last, const float* x) {
+/// Adds the products of the halves of 16 bytes with what each of them is multiplied by.
+LORA_AVX512 inline void add_products4(const std::uint8_t* codes, __m512 values, const float* x_high, const float* x_low,
+                                      __m512& high, __m512& low) {
+  const auto bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  high = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values), _mm512_loadu_ps(x_high), high);
+  low = _mm512_fmadd_ps(_mm512_permutexvar_ps(bytes, values), _mm512_loadu_ps(x_low), low);
+}
+
+/// Of numbers inside of one block, without its scale. They are the more, the larger blocks are.
+LORA_AVX512 inline float dot4_in_block(const std::uint8_t* codes, const float* values, std::int64_t first,
+                                       std::int64_t last, Factors4& x) {
   const auto all_values = _mm512_loadu_ps(values);
-  auto sum = _mm512_setzero_ps();
+  const float before = plain::dot4_odd(codes, values, first, last, x);
+  auto high = _mm512_setzero_ps(), low = high;
+  for (; first + 32 <= last; first += 32, x.high += 16, x.low += 16)
+    add_products4(codes + first / 2, all_values, x.high, x.low, high, low);
+  return before + _mm512_reduce_add_ps(_mm512_add_ps(high, low)) + plain::dot4_in_block(codes, values, first, last, x);
+}
+
+LORA_AVX512 inline float dot4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
+                              std::int64_t first, std::int64_t last, Factors4 x) {
+  const auto ends = plain::whole_blocks(first, last, block_bits);
   float rest = 0;
-  for (auto i = first; i < last; ++scales) {
-    const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
-    if (i % 2 != 0) rest += plain::value4(codes, values, i++) * *scales * *x++;
-    auto a = _mm512_setzero_ps(), b = _mm512_setzero_ps();
-    for (; i + 32 <= end; i += 32, x += 32) {
-      a = _mm512_fmadd_ps(values4(codes + i / 2, all_values), _mm512_loadu_ps(x), a);
-      b = _mm512_fmadd_ps(values4(codes + i / 2 + 8, all_values), _mm512_loadu_ps(x + 16), b);
-    }
-    if (i + 16 <= end) {
-      a = _mm512_fmadd_ps(values4(codes + i / 2, all_values), _mm512_loadu_ps(x), a);
-      i += 16;
-      x += 16;
-    }
-    sum = _mm512_fmadd_ps(_mm512_add_ps(a, b), _mm512_set1_ps(*scales), sum);
-    for (; i < end; ++i) rest += plain::value4(codes, values, i) * *scales * *x++;
+  if (first < ends.first) rest += dot4_in_block(codes, values, first, ends.first, x) * *scales++;
+  const auto all_values = _mm512_loadu_ps(values);
+  const auto bytes_of_block = std::int64_t{1} << (block_bits - 1);
+  auto high_sum = _mm512_setzero_ps(), low_sum = high_sum;
+  for (auto byte = ends.first / 2; byte < ends.last / 2; byte += bytes_of_block, ++scales) {
+    auto high = _mm512_setzero_ps(), low = high;
+    for (std::int64_t k = 0; k < bytes_of_block; k += 16)
+      add_products4(codes + byte + k, all_values, x.high + k, x.low + k, high, low);
+    x.high += bytes_of_block;
+    x.low += bytes_of_block;
+    high_sum = _mm512_fmadd_ps(high, _mm512_set1_ps(*scales), high_sum);
+    low_sum = _mm512_fmadd_ps(low, _mm512_set1_ps(*scales), low_sum);
   }
-  return _mm512_reduce_add_ps(sum) + rest;
+  if (ends.last < last) rest += dot4_in_block(codes, values, ends.last, last, x) * *scales;
+  return _mm512_reduce_add_ps(_mm512_add_ps(high_sum, low_sum)) + rest;
 }
 
 LORA_AVX512 inline std::uint32_t largest(const float* x, std::int64_t count) {

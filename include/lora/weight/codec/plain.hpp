@@ -60,6 +60,19 @@ struct BlockScales {
 /// 1 / 127 as bitsandbytes has it: a number of 8 bits is code * absmax * this.
 constexpr float kPerInt8 = 7.874015718698502e-3F;
 
+/// Numbers to multiply with: high[k] and low[k] with those in the halves of the k-th byte, counted from the first whole
+/// one. Where the numbers start in the middle of a byte, low[-1] belongs to the first.
+struct Factors4 {
+  const float* high;
+  const float* low;
+};
+
+/// The numbers of [first, last) that are in whole blocks; others lie before them, in one block, and behind, in one.
+struct WholeBlocks {
+  std::int64_t first;
+  std::int64_t last;
+};
+
 /// The work on numbers of few bits without instructions that not every processor has. What uses some has the same
 /// results to the bit, but for the sums of products.
 namespace plain {
@@ -98,22 +111,40 @@ inline void unpack4(const std::uint8_t* codes, const float* values, int block_bi
   }
 }
 
+/// The product of a first number that is the second half of a byte; steps over it.
+inline float dot4_odd(const std::uint8_t* codes, const float* values, std::int64_t& first, std::int64_t last,
+                      const Factors4& x) {
+  if (first % 2 == 0 || first == last) return 0;
+  return value4(codes, values, first++) * x.low[-1];
+}
+
+/// Sum of the products of numbers inside of one block with x, without its scale; x steps over whole bytes.
+inline float dot4_in_block(const std::uint8_t* codes, const float* values, std::int64_t first, std::int64_t last,
+                           Factors4& x) {
+  float low = dot4_odd(codes, values, first, last, x), high = 0;
+  for (; first + 1 < last; first += 2) {
+    const int byte = codes[first / 2];
+    high += values[byte >> 4] * *x.high++;
+    low += values[byte & 15] * *x.low++;
+  }
+  if (first < last) high += value4(codes, values, first) * *x.high;
+  return high + low;
+}
+
+inline WholeBlocks whole_blocks(std::int64_t first, std::int64_t last, int block_bits) {
+  const auto size = std::int64_t{1} << block_bits;
+  const auto from = std::min(last, (first + size - 1) & -size);
+  return {from, std::max(from, last & -size)};
+}
+
 /// Sum of the products of the numbers [first, last) with x.
 inline float dot4(const std::uint8_t* codes, const float* values, int block_bits, const float* scales,
-                  std::int64_t first, std::int64_t last, const float* x) {
+                  std::int64_t first, std::int64_t last, Factors4 x) {
   float sum = 0;
   for (auto i = first; i < last; ++scales) {
     const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
-    float block = 0;
-    if (i % 2 != 0) block += value4(codes, values, i++) * *x++;
-    float odd = 0;
-    for (; i + 1 < end; i += 2, x += 2) {
-      const int byte = codes[i / 2];
-      block += values[byte >> 4] * x[0];
-      odd += values[byte & 15] * x[1];
-    }
-    if (i < end) block += value4(codes, values, i++) * *x++;
-    sum += (block + odd) * *scales;
+    sum += dot4_in_block(codes, values, i, end, x) * *scales;
+    i = end;
   }
   return sum;
 }
