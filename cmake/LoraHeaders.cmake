@@ -18,6 +18,7 @@ set(LORA_PUBLIC_HEADERS
   adapter/combine_options.hpp
   extract.hpp
   quantize.hpp
+  quantized_checkpoint.hpp
   adapter/merge.hpp
   adapter/report.hpp
   adapter/weighted.hpp

@@ -27,6 +27,7 @@
 #include <lora/peft/convert.hpp>
 #include <lora/pool.hpp>
 #include <lora/quantize.hpp>
+#include <lora/quantized_checkpoint.hpp>
 #include <lora/site.hpp>
 #include <lora/torchscript.hpp>
 #include <lora/version.hpp>

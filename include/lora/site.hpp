@@ -127,13 +127,7 @@ class Site {
     at::NoGradGuard no_grad;
     auto weight = place_.slot->read();
     if (detail::is_quantized(weight)) return;
-    const auto handles = place_.slot->handles();
-    const auto put = detail::placeholder(scheme.pack(weight.detach()), weight.scalar_type(), name());
-    for (auto handle : {handles.member, handles.registered}) {
-      handle.requires_grad_(false);
-      handle.set_data(put);
-      detail::mark(handle);
-    }
+    detail::hold(place_.slot->handles(), scheme.pack(weight.detach()), weight.scalar_type(), name());
     ++merges_;  // what acts on the weight is made anew
   }
 
@@ -144,11 +138,7 @@ class Site {
     TORCH_CHECK(!is_merged(), "lora::dequantize: ", name(), " is merged; unmerge it first");
     const auto handles = place_.slot->handles();
     if (!detail::is_quantized(handles.member)) return;
-    const auto numbers = detail::dequantized(handles.member);
-    for (auto handle : {handles.member, handles.registered}) {
-      handle.set_data(numbers);
-      detail::mark(handle);
-    }
+    detail::release(handles, detail::dequantized(handles.member));
     ++merges_;
   }
 

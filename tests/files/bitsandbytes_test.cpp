@@ -89,7 +89,7 @@ TEST_CASE("what was written is read, also through a file") {
                                        {NF4().block_size(32), {301, 33}}};
   const testing::TemporaryFolder folder;
   Tensors all = {{"other.weight", torch::ones({2})}};
-  std::vector<std::shared_ptr<const lora::PackedWeight>> weights;
+  std::vector<std::shared_ptr<const lora::QuantizedWeight>> weights;
   for (const auto& [quantization, sizes] : cases) {
     weights.push_back(quantization.pack(torch::randn(sizes).to(device())));
     const auto name = std::to_string(weights.size()) + ".weight";
@@ -214,7 +214,7 @@ TEST_CASE("tensors that are missing or do not fit are named") {
 }
 
 TEST_CASE("weights that bitsandbytes does not know are refused") {
-  struct Other final : lora::PackedWeight {
+  struct Other final : lora::QuantizedWeight {
     std::string_view scheme() const override { return "ternary"; }
     int64_t bits() const override { return 2; }
     at::IntArrayRef sizes() const override { return {}; }
@@ -223,8 +223,7 @@ TEST_CASE("weights that bitsandbytes does not know are refused") {
     at::Tensor dense() const override { return {}; }
     void unpack(int64_t, int64_t, float*) const override {}
     void dot_rows(int64_t, int64_t, const float*, float*) const override {}
-    std::shared_ptr<const PackedWeight> to(at::Device) const override { return nullptr; }
-    std::shared_ptr<const PackedWeight> pack(const at::Tensor&) const override { return nullptr; }
+    std::shared_ptr<const QuantizedWeight> to(at::Device) const override { return nullptr; }
   };
   CHECK_THAT(
       error_of([] { bitsandbytes_tensors("a.weight", Other(), torch::kFloat); }),

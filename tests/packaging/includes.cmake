@@ -22,6 +22,7 @@ set(lines
   "adapters.hpp"
   "modules/"
   "attach.hpp combine.hpp extract.hpp quantize.hpp"
+  "quantized_checkpoint.hpp"
   "train/"
   "peft/"
   "pool.hpp torchscript.hpp"

@@ -26,8 +26,10 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// How many numbers of a weight are written out at a time.
-inline constexpr int64_t kPanel = 1 << 17;
+/// How many numbers of a weight are written out at a time: few enough to stay in a cache, and so many that products
+/// with them are as fast as those with all (768 x 768, 512 rows: 1.21 of the time in panels of 2^16, 1.06 of 2^18, 1.04
+/// here).
+inline constexpr int64_t kPanel = 1 << 20;
 
 /// For so few rows of x each product is computed from the few bits themselves.
 inline constexpr int64_t kFewRows = 2;
@@ -67,10 +69,14 @@ inline at::Tensor times_rows(const at::Tensor& x, const HeldRows& rows, const at
   for (int64_t column = 0; column < rows.columns; column += width) {
     const auto count = std::min(width, rows.columns - column);
     auto* out = numbers.mutable_data_ptr<float>();
-    at::parallel_for(0, rows.count, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
-      for (auto row = begin; row < end; ++row)
-        rows.weight->unpack((rows.first + row) * rows.columns + column, count, out + row * count);
-    });
+    if (count == rows.columns) {
+      rows.weight->unpack(rows.first * rows.columns, rows.count * count, out);
+    } else {
+      at::parallel_for(0, rows.count, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+        for (auto row = begin; row < end; ++row)
+          rows.weight->unpack((rows.first + row) * rows.columns + column, count, out + row * count);
+      });
+    }
     const auto panel = numbers.narrow(0, 0, rows.count * count).view({rows.count, count}).to(type);
     auto columns_of_y = y.narrow(1, column, count);
     bias.defined() ? at::addmm_out(columns_of_y, bias.narrow(0, column, count), x, panel)

@@ -3,6 +3,8 @@
 #include <torch/nn/module.h>
 
 #include <lora/version.hpp>
+#include <lora/weight/key.hpp>
+#include <lora/weight/placeholder.hpp>
 
 #include <memory>
 #include <string>
@@ -45,6 +47,25 @@ class WeightSlot {
   /// Throws when forward passes would not see what is put here; `layer` is for the error.
   virtual void check_replaceable(const std::string& /*layer*/) const {}
 };
+
+/// Puts a weight that is held in few bits in a place, for one of that type. Both handles stay the tensors that they
+/// are.
+inline void hold(const WeightSlot::Handles& handles, std::shared_ptr<const QuantizedWeight> weight, at::ScalarType type,
+                 const std::string& name) {
+  const auto put = placeholder(std::move(weight), type, name);
+  for (auto handle : {handles.member, handles.registered}) {
+    handle.requires_grad_(false);
+    handle.set_data(put);
+  }
+}
+
+/// Gives a place numbers.
+inline void release(const WeightSlot::Handles& handles, const at::Tensor& numbers) {
+  for (auto handle : {handles.member, handles.registered}) {
+    handle.set_data(numbers);
+    mark(handle);
+  }
+}
 
 /// A weight that is a member of its layer. The member and the parameter registered under a name are two handles: after
 /// `head->weight = tokens->weight` the registry of `head` still holds the tensor it was born with. So both are written,

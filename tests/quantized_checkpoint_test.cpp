@@ -1,0 +1,131 @@
+// Files of models whose weights are held in 4 and 8 bits. That Python reads them, and the other way, is a live test.
+#include "support/models.hpp"
+
+#include <lora/lora.hpp>
+
+#include <fstream>
+
+namespace {
+
+using testing::contains;
+using testing::distance;
+using testing::error_of;
+using torch::Tensor;
+
+struct SmallImpl : torch::nn::Module {
+  SmallImpl() { to(testing::device()); }
+  Tensor forward(const Tensor& ids) { return head(norm(up(tokens(ids)).tanh() * gate(tokens(ids)))); }
+  torch::nn::Embedding tokens = register_module("tokens", torch::nn::Embedding(12, 64));
+  torch::nn::Linear up = register_module("up", torch::nn::Linear(64, 32));
+  torch::nn::Linear gate = register_module("gate", torch::nn::Linear(torch::nn::LinearOptions(64, 32).bias(false)));
+  torch::nn::BatchNorm1d norm = register_module("norm", torch::nn::BatchNorm1d(32));
+  torch::nn::Linear head = register_module("head", torch::nn::Linear(32, 12));
+};
+TORCH_MODULE(Small);
+
+Small small(int seed) {
+  torch::manual_seed(seed);
+  Small model;
+  model->eval();
+  return model;
+}
+
+Tensor base_of(Small& model) {
+  torch::NoGradGuard no_grad;
+  lora::Adapters adapters(*model);
+  auto base = adapters.activate("");
+  return model->forward(torch::arange(12, testing::device()));
+}
+
+struct Scheme {
+  const char* name;
+  lora::Quantization scheme;
+};
+
+const std::vector<Scheme>& schemes() {
+  static const std::vector<Scheme> all{{"NF4", lora::NF4()},
+                                       {"NF4, scales in float", lora::NF4().block_size(32).double_quantization(false)},
+                                       {"FP4", lora::FP4().block_size(128)},
+                                       {"int8", lora::Int8()}};
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("A model in few bits is written and read as it is, whatever the other one was") {
+  const auto& scheme = GENERATE(from_range(schemes()));
+  INFO(scheme.name);
+  testing::TemporaryFolder folder;
+  auto model = small(1);
+  lora::quantize(*model, scheme.scheme, lora::QuantizeOptions().target_modules({"up", "gate", "tokens"}));
+  const auto before = base_of(model);
+  lora::save_quantized(*model, folder / "model.safetensors");
+
+  const bool other_is_held = GENERATE(false, true);
+  auto other = small(2);
+  if (other_is_held)  // in another way, and in other places
+    lora::quantize(*other, lora::NF4().block_size(256), lora::QuantizeOptions().target_modules({"up", "head"}));
+  const auto report = lora::load_quantized(*other, folder / "model.safetensors");
+  CHECK(report.layers == std::vector<std::string>{"tokens", "up", "gate"});
+  CHECK(report.bytes_after < report.bytes_before / 3);
+  CHECK(torch::equal(base_of(other), before));
+  lora::dequantize(*model);
+  lora::dequantize(*other);
+  const auto numbers = other->named_parameters();
+  for (const auto& item : model->named_parameters()) CHECK(torch::equal(item.value(), numbers[item.key()]));
+}
+
+TEST_CASE("What is tied is in the file once, and stays tied") {
+  testing::TemporaryFolder folder;
+  testing::Tied model;
+  lora::quantize(*model, lora::NF4().block_size(32), lora::QuantizeOptions().target_modules({"head"}));
+  lora::save_quantized(*model, folder / "model.safetensors");
+  testing::Tied other;
+  lora::load_quantized(*other, folder / "model.safetensors");
+  CHECK(lora::detail::is_quantized(other->head->weight));
+  CHECK(other->head->weight.is_same(other->tokens->weight));
+}
+
+TEST_CASE("A file that does not fit is an error that names what is wrong, and changes nothing") {
+  testing::TemporaryFolder folder;
+  auto model = small(1);
+  const auto before = base_of(model);
+  auto written = small(2);
+  lora::quantize(*written, lora::NF4(), lora::QuantizeOptions().target_modules({"up"}));
+  lora::save_quantized(*written, folder / "model.safetensors");
+  auto tensors = lora::read_safetensors(folder / "model.safetensors");
+  struct Row {
+    std::function<void(std::map<std::string, Tensor>&)> spoil;
+    std::vector<std::string> text;
+  };
+  const std::vector<Row> rows{
+      {[](auto& all) { all.erase("gate.weight"); }, {"no tensors for", "gate.weight"}},
+      {[](auto& all) { all["gate.scale"] = torch::ones({2}); }, {"does not have", "gate.scale"}},
+      {[](auto& all) {
+         all["gate.weight"] = torch::ones({3, 2});
+       },
+       {"gate.weight", "[3, 2]", "[32, 64]"}},
+      {[](auto& all) {
+         all["gate.weight"] = torch::ones({32, 64}, torch::kLong);
+       },
+       {"gate.weight", "Long"}},
+      {[](auto& all) { all.erase("up.weight.absmax"); }, {"up.weight.absmax", "missing"}},
+      {[](auto& all) {
+         all["up.weight"] = torch::ones({5, 1}, torch::kByte);
+       },
+       {"up.weight", "5"}},
+  };
+  for (size_t i = 0; i < rows.size(); ++i) {
+    CAPTURE(i);
+    auto spoiled = tensors;
+    rows[i].spoil(spoiled);
+    lora::write_safetensors(folder / "spoiled.safetensors", spoiled);
+    const auto error = error_of([&] { lora::load_quantized(*model, folder / "spoiled.safetensors"); });
+    for (const auto& part : rows[i].text) CHECK_THAT(error, contains(part));
+    CHECK(torch::equal(base_of(model), before));
+  }
+  CHECK_THAT(error_of([&] { lora::load_quantized(*model, folder / "none.safetensors"); }),
+             contains("none.safetensors"));
+  written->to(torch::kDouble);
+  CHECK_THAT(error_of([&] { lora::save_quantized(*written, folder / "double.safetensors"); }), contains("Double"));
+}
