@@ -73,6 +73,7 @@ set(LORA_DETAIL_HEADERS
   method/bias_update.hpp
   adapter/combined_update.hpp
   adapter/factors.hpp
+  adapter/loftq.hpp
   adapter/plan.hpp
   adapter/pruning.hpp
   adapter/registry.hpp
@@ -129,6 +130,7 @@ set(LORA_DETAIL_HEADERS
   weight/part.hpp
   weight/placeholder.hpp
   weight/quantized_product.hpp
+  weight/rounding_error.hpp
   weight/slot.hpp
   weight/stamp.hpp
 )

@@ -187,6 +187,73 @@ TEST_CASE("Every method trains on weights that are held in few bits as on their 
   CHECK(distance(model->forward(ids()), exact->forward(ids())) < 1e-12);
 }
 
+TEST_CASE("A merged weight is held in few bits again, and what that loses is told") {
+  auto model = mixed(), exact = mixed();
+  const auto scheme = lora::NF4().block_size(32);
+  auto config = lora::LoRAConfig(2).alpha(3).target_modules({"up", "conv"}).bias(lora::Bias::kAll);
+  auto adapters = lora::attach(*model, config), expected = lora::attach(*exact, config);
+  testing::randomize(adapters.parameters(), 0.5);
+  {
+    torch::NoGradGuard no_grad;
+    for (const auto& item : adapters.named_parameters()) expected.named_parameters()[item.key()].copy_(item.value());
+  }
+  const bool is_merged_before = GENERATE(false, true);
+  if (is_merged_before) adapters.merge();
+  const auto lost = adapters.merge_and_unload("default", scheme);
+  expected.merge_and_unload();
+  const auto report = lora::quantize(*exact, scheme, lora::QuantizeOptions().target_modules({"up", "conv"}));
+  CHECK(lost == testing::Approx(report.error));
+  CHECK((lost > 0.01 && lost < 0.2));
+  CHECK(adapters.names().empty());
+  lora::Adapters held(*model), beside(*exact);
+  auto base = held.activate(""), other_base = beside.activate("");
+  CHECK(distance(model->forward(ids()), exact->forward(ids())) < 1e-12);
+}
+
+TEST_CASE("LoftQ starts A and B with what the few bits lose, whatever alpha is") {
+  const std::vector<std::string> layers{"tokens", "conv", "up"};
+  const auto weights = [](Mixed& of) {
+    return std::vector<Tensor>{of->tokens->weight, of->conv->weight, of->up->weight};
+  };
+  std::vector<Tensor> exact;
+  auto original = mixed();
+  for (const auto& weight : weights(original)) exact.push_back(weight.detach().clone());
+  const auto scheme = lora::NF4().block_size(32);
+  std::vector<std::vector<double>> losses;  // of each number of steps, for each layer
+  for (int64_t steps : {0, 1, 5}) {
+    auto model = mixed();
+    auto config = lora::LoRAConfig(2).alpha(5).target_modules(layers).quantize(scheme).loftq(steps);
+    auto adapters = lora::attach(*model, config);
+    losses.emplace_back();
+    const auto held = weights(model);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const auto near = lora::detail::dequantized(held[i]) + adapters.delta("default", layers[i]);
+      losses.back().push_back((near - exact[i]).norm().item<double>());
+      if (steps != 1) continue;  // the largest singular values are gone, the others are left
+      const auto& view = adapters.sites()[i]->view();
+      const auto lost = lora::dequantize(lora::quantize_nf4(exact[i], scheme)).to(testing::device(), torch::kDouble);
+      const auto rank = adapters.adapter("default")->parts[i].method->tensors()[0].tensor->size(-2);
+      const auto values = torch::linalg_svdvals(view.matrix(exact[i] - lost));
+      const auto rest = values.narrow(-1, rank, values.size(-1) - rank);
+      CHECK(losses.back().back() == testing::Approx(rest.norm().item<double>()).margin(1e-9));
+    }
+  }
+  for (size_t i = 0; i < layers.size(); ++i) {
+    INFO(layers[i]);
+    CHECK(losses[1][i] < losses[0][i]);
+    CHECK(losses[2][i] < losses[0][i]);
+  }
+
+  auto model = mixed();
+  auto config = lora::LoRAConfig(2).target_modules({"up"}).quantize(scheme).loftq(1);
+  CHECK_THAT(error_of([&] { lora::attach(*model, config.method(lora::DoRA())); }),
+             contains("loftq") && contains("DoRA"));
+  CHECK_THAT(error_of([&] { lora::attach(*model, config.method(lora::LowRank()).loftq(-1)); }), contains("but got -1"));
+  model->forward(ids());  // has its numbers still
+  lora::quantize(*model, scheme, lora::QuantizeOptions().target_modules({"up"}));
+  CHECK_THAT(error_of([&] { lora::attach(*model, config.loftq(1)); }), contains("\"up\" are held in few bits already"));
+}
+
 TEST_CASE("detach gives numbers back to the weights that were held in few bits for adapters") {
   auto model = mixed();
   auto expected = rounded(mixed());

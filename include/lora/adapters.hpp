@@ -2,6 +2,7 @@
 
 #include <lora/adapter/activation.hpp>
 #include <lora/adapter/fingerprint.hpp>
+#include <lora/adapter/loftq.hpp>
 #include <lora/adapter/merge.hpp>
 #include <lora/adapter/plan.hpp>
 #include <lora/adapter/registry.hpp>
@@ -12,6 +13,7 @@
 #include <lora/model/frozen_parameters.hpp>
 #include <lora/model/module_model.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/rounding_error.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -60,8 +62,11 @@ class Adapters {
   /// in the model.
   void add(const std::string& name, const LoRAConfig& config) {
     auto planned = plan(config);
-    if (config.quantize()) quantize(name, planned, *config.quantize());
-    planned.initialize();
+    if (config.quantize()) check_quantizable(name, planned);
+    const bool starts_anew = config.loftq() > 0;
+    if (starts_anew) planned.initialize();
+    if (config.quantize()) quantize_layers(planned, *config.quantize(), config.loftq());
+    if (!starts_anew) planned.initialize();  // from the numbers that the few bits hold
     add(name, std::move(planned));
   }
 
@@ -79,7 +84,7 @@ class Adapters {
   /// Holds the weights that an adapter of the model is going to change in few bits, as `LoRAConfig::quantize` asks for
   /// it. Throws, with nothing changed, where one has no matrix, is merged, or has numbers that are not finite.
   void quantize(const Adapter& adapter, const Quantization& scheme) {
-    std::lock_guard<std::mutex> lock(state_->writing);
+    check_quantizable(adapter);
     quantize_layers(adapter, scheme);
   }
 
@@ -330,20 +335,10 @@ class Adapters {
   /// gradients as they did before, and no adapter is left in this object. Weights that were held in few bits for its
   /// adapters are there in their own type again.
   void merge_and_unload() { merge_and_unload(only()); }
-  void merge_and_unload(const std::string& name) {
-    TORCH_CHECK(!is_merged() || merged_ == std::vector<std::string>{name}, "lora::merge: ", quoted(merged_),
-                " is merged already; unmerge it first");
-    const auto all = mergings({name});
-    if (!is_merged()) detail::check_mergeable(all);
-    thaw();  // first, since merged tensors take over whether the weights they replace are trainable
-    if (!is_merged()) detail::merge_for_good(all);
-    for (const auto& [site, methods] : all) {
-      if (site->is_merged()) site->keep_merged();
-      if (site->own() && own_ == name) site->set_own(nullptr);  // it is in the weight now
-    }
-    dequantize();
-    clear();
-  }
+  void merge_and_unload(const std::string& name) { unload(name, nullptr); }
+  /// The same, but the merged weights are held in few bits at once, so that the model never has them all as numbers:
+  /// those of the adapter's layers. Returns what that loses of them, ||W_q - W'|| / ||W'||.
+  double merge_and_unload(const std::string& name, const Quantization& scheme) { return unload(name, &scheme); }
 
   /// Gives the model back as it was before the first adapter: weights unmerged, parameters trainable where they were.
   /// Weights that were held in few bits for adapters get numbers again, as far as these held them.
@@ -501,23 +496,62 @@ class Adapters {
     check_addable(name, adapter);
   }
 
-  void quantize(const std::string& name, const Adapter& adapter, const Quantization& scheme) {
-    std::lock_guard<std::mutex> lock(state_->writing);
-    check_new(*list(), name, adapter);
-    quantize_layers(adapter, scheme);
+  double unload(const std::string& name, const Quantization* scheme) {
+    TORCH_CHECK(!is_merged() || merged_ == std::vector<std::string>{name}, "lora::merge: ", quoted(merged_),
+                " is merged already; unmerge it first");
+    const auto all = mergings({name});
+    if (!is_merged()) detail::check_mergeable(all);
+    thaw();  // first, since merged tensors take over whether the weights they replace are trainable
+    detail::RoundingError error;
+    for (const auto& merging : all) {
+      const auto& site = merging.site;
+      if (!site->is_merged()) detail::merge_for_good({merging});
+      if (site->is_merged()) site->keep_merged();
+      if (site->own() && own_ == name) site->set_own(nullptr);  // it is in the weight now
+      if (scheme == nullptr || site->kind().empty() || detail::is_quantized(site->weight())) continue;
+      const auto exact = site->weight().detach();
+      site->quantize(*scheme);
+      error.add(exact, *detail::quantized(site->weight()));
+    }
+    if (scheme == nullptr) dequantize();
+    state_->quantized.clear();
+    clear();
+    return error.relative();
   }
 
-  void quantize_layers(const Adapter& adapter, const Quantization& scheme) {
-    const auto is_layer = [](const AdapterPart& part) {
-      return part.role == AdapterPart::Role::kLayer && !detail::is_quantized(part.site->weight());
-    };
+  static bool is_to_be_held(const AdapterPart& part) {
+    return part.role == AdapterPart::Role::kLayer && !detail::is_quantized(part.site->weight());
+  }
+
+  void check_quantizable(const std::string& name, const Adapter& adapter) const {
+    const auto& config = adapter.config;
+    TORCH_CHECK_VALUE(config.loftq() >= 0, "lora::LoRAConfig: loftq has to be at least 0, but got ", config.loftq());
+    check_new(*list(), name, adapter);
+    check_quantizable(adapter);
     for (const auto& part : adapter.parts) {
-      if (is_layer(part)) part.site->check_quantizable();
+      if (config.loftq() == 0 || part.role != AdapterPart::Role::kLayer) continue;
+      detail::loftq_method(part);
+      TORCH_CHECK(is_to_be_held(part),
+                  "lora::LoRAConfig: loftq starts with the numbers of the weights, but those of \"", part.site->name(),
+                  "\" are held in few bits already");
     }
+  }
+  static void check_quantizable(const Adapter& adapter) {
+    for (const auto& part : adapter.parts) {
+      if (is_to_be_held(part)) part.site->check_quantizable();
+    }
+  }
+
+  void quantize_layers(const Adapter& adapter, const Quantization& scheme, int64_t loftq_steps = 0) {
+    std::lock_guard<std::mutex> lock(state_->writing);
     freeze();
     for (const auto& part : adapter.parts) {
-      if (!is_layer(part)) continue;
-      part.site->quantize(scheme);
+      if (!is_to_be_held(part)) continue;
+      if (loftq_steps > 0) {
+        part.site->hold(detail::loftq(*part.site, detail::loftq_method(part), scheme, loftq_steps));
+      } else {
+        part.site->quantize(scheme);
+      }
       state_->quantized.push_back(part.site);
     }
   }

@@ -112,6 +112,9 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   /// Holds the weights of the adapted layers in few bits from then on (QLoRA): NF4(), FP4() or Int8(), with their
   /// options. The model then computes inside of scopes only. Default: as they are. Not written to files.
   LORA_ARG(std::optional<Quantization>, quantize);
+  /// Starts A and B with what the few bits lose of the weights, in so many alternating steps (LoftQ, Li et al. 2023);
+  /// for LowRank, with `quantize`. 1 is PEFT's default; more are slower and often nearer. Default: 0, as `init` says.
+  LORA_ARG(int64_t, loftq) = 0;
   /// Tells Python that its layers keep their weights as (in, out), as GPT-2's do. A torch::nn::Linear is (out, in) here
   /// in any case, and the adapter's tensors are the same either way. Default: false.
   LORA_ARG(bool, fan_in_fan_out) = false;

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/linalg_vector_norm.h>
 
 #include <lora/adapter/report.hpp>
 #include <lora/config.hpp>
@@ -11,10 +10,8 @@
 #include <lora/version.hpp>
 #include <lora/weight/placeholder.hpp>
 #include <lora/weight/quantized.hpp>
-#include <lora/weight/quantized_product.hpp>
+#include <lora/weight/rounding_error.hpp>
 
-#include <algorithm>
-#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,31 +34,6 @@ struct QuantizeReport {
   int64_t bytes_before = 0, bytes_after = 0;  ///< memory of these weights
   double error = 0;                           ///< ||W_q - W|| / ||W|| over all of them
 };
-
-namespace detail {
-
-/// ||W_q - W|| / ||W|| over several weights, each of which is written out a piece at a time.
-class RoundingError {
- public:
-  void add(const at::Tensor& weight, const QuantizedWeight& held) {
-    const auto rows = std::max<int64_t>(1, weight.size(0) * kPanel / std::max<int64_t>(1, weight.numel()));
-    for (int64_t row = 0; row < weight.size(0); row += rows) {
-      const auto count = std::min(rows, weight.size(0) - row);
-      const auto exact = weight.narrow(0, row, count).to(at::kFloat);
-      whole_ += square(exact);
-      lost_ += square(dequantized_rows(held, row, count, at::kFloat).sub_(exact));
-    }
-  }
-
-  double relative() const { return whole_ > 0 ? std::sqrt(lost_ / whole_) : 0; }
-
- private:
-  static double square(const at::Tensor& tensor) { return std::pow(at::linalg_vector_norm(tensor).item<double>(), 2); }
-
-  double lost_ = 0, whole_ = 0;
-};
-
-}  // namespace detail
 
 /// Holds weights of a model in few bits (QLoRA), in the place where they are: a weight becomes a tensor of the same
 /// sizes without memory, whose numbers are found inside of scopes of `Adapters` and by the layers of this library, and

@@ -125,9 +125,14 @@ class Site {
   void quantize(const Quantization& scheme) {
     const detail::BelowInterception below;
     at::NoGradGuard no_grad;
-    auto weight = place_.slot->read();
+    const auto weight = place_.slot->read();
     if (detail::is_quantized(weight)) return;
-    detail::hold(place_.slot->handles(), scheme.pack(weight.detach()), weight.scalar_type(), name());
+    hold(scheme.pack(weight.detach()));
+  }
+  /// The same with numbers that are packed already.
+  void hold(std::shared_ptr<const QuantizedWeight> packed) {
+    const detail::BelowInterception below;
+    detail::hold(place_.slot->handles(), std::move(packed), weight().scalar_type(), name());
     ++merges_;  // what acts on the weight is made anew
   }
 

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/linalg_vector_norm.h>
 
 #include <lora/method/low_rank.hpp>
 #include <lora/version.hpp>
@@ -61,9 +60,9 @@ struct DoRA : Method {
   at::Tensor norms(const Base& base) const {
     at::NoGradGuard no_grad;
     const auto type = adapter_dtype(lora_A.scalar_type());
-    const auto W = base.dense().to(type), A = lora_A.detach().to(type), B_t = lora_B.detach().to(type).mT();
-    const auto changes = A.matmul(W.mT()).mul_(2 * scaling).add_(A.matmul(A.mT()).matmul(B_t), scaling * scaling);
-    const auto squares = at::linalg_vector_norm(W, 2, {-1}).square_().add_(changes.mul_(B_t).sum(-2));
+    const auto A = lora_A.detach().to(type), B_t = lora_B.detach().to(type).mT();
+    const auto changes = base.product(A).mul_(2 * scaling).add_(A.matmul(A.mT()).matmul(B_t), scaling * scaling);
+    const auto squares = base.row_squares(type).add(changes.mul_(B_t).sum(-2));
     return squares.clamp_min_(0).sqrt_();
   }
 };

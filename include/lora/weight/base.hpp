@@ -1,9 +1,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/matmul.h>
 
 #include <lora/version.hpp>
 #include <lora/weight/placeholder.hpp>
+#include <lora/weight/quantized_product.hpp>
 #include <lora/weight/view.hpp>
 
 #include <memory>
@@ -20,6 +23,12 @@ class Base {
   virtual at::ScalarType dtype() const = 0;
   /// W (out, in) or (batch, out, in).
   virtual at::Tensor dense() const = 0;
+  /// x W^T (..., rows, out) for x (..., rows, in), in the type of x; without a gradient.
+  virtual at::Tensor product(const at::Tensor& x) const { return at::matmul(x, dense().to(x.scalar_type()).mT()); }
+  /// The sum of the squares of each row of W (out) or (batch, out), in that type.
+  virtual at::Tensor row_squares(at::ScalarType type) const {
+    return at::linalg_vector_norm(dense().to(type), 2, {-1}).square();
+  }
   /// A tensor in the layout of the layer's weight as such a matrix, and the other way.
   virtual at::Tensor matrix(const at::Tensor& weight) const = 0;
   virtual at::Tensor layout(const at::Tensor& matrix) const = 0;
@@ -42,6 +51,12 @@ class WeightBase final : public Base {
   const MatrixShape& shape() const override { return view_->shape(); }
   at::ScalarType dtype() const override { return weight_.scalar_type(); }
   at::Tensor dense() const override { return view_->matrix(detail::dequantized(is_merged() ? pristine_ : weight_)); }
+  at::Tensor product(const at::Tensor& x) const override {
+    return is_held_matrix() && x.dim() == 2 ? detail::quantized_mm_value(x, weight_.t(), {}) : Base::product(x);
+  }
+  at::Tensor row_squares(at::ScalarType type) const override {
+    return is_held_matrix() ? detail::held_numbers(weight_)->row_squares().to(type) : Base::row_squares(type);
+  }
   at::Tensor matrix(const at::Tensor& weight) const override { return view_->matrix(weight); }
   at::Tensor layout(const at::Tensor& matrix) const override { return view_->weight(matrix); }
   int64_t nbytes() const override { return detail::held_bytes(weight_); }
@@ -52,6 +67,10 @@ class WeightBase final : public Base {
   const MatrixView& view() const { return *view_; }
 
  private:
+  bool is_held_matrix() const {
+    return !is_merged() && weight_.dim() == 2 && view_->is_plain() && detail::is_quantized(weight_);
+  }
+
   at::Tensor weight_, pristine_;
   std::shared_ptr<const MatrixView> view_;
 };

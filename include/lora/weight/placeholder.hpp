@@ -2,19 +2,25 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/TensorOperators.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
+#include <c10/util/accumulate.h>
 
 #include <lora/system/attributes.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/quantized.hpp>
 
+#include <algorithm>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 // What stands in a model for a weight whose numbers are held in few bits: a tensor that has the sizes, type and place
 // of the weight, and no memory. Whoever reads or writes its numbers is told by LibTorch what the matter is; what knows
@@ -26,8 +32,18 @@ namespace detail {
 
 /// What the storage of a placeholder holds in the place of memory.
 struct HeldNumbers {
+  HeldNumbers(std::shared_ptr<const QuantizedWeight> held, std::string of)
+      : weight(std::move(held)), name(std::move(of)) {}
+
   std::shared_ptr<const QuantizedWeight> weight;
   std::string name;  // of the weight in its model
+
+  /// The sum of the squares of each row (size(0)), in double; worked out once, since the numbers do not change.
+  const at::Tensor& row_squares() const;
+
+ private:
+  mutable std::once_flag squares_flag_;
+  mutable at::Tensor squares_;
 };
 
 /// By which such a storage is known.
@@ -68,7 +84,7 @@ inline at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at:
                weight->scheme(), "), so an operator that takes its numbers finds none. Inside of a scope of adapters, ",
                "auto active = adapters.activate(), products with it are computed; activate(\"\") is that of the base ",
                "model alone. lora::dequantize gives the model its numbers back, and lora::save_quantized writes it");
-  auto held = std::make_unique<HeldNumbers>(HeldNumbers{std::move(weight), name});
+  auto held = std::make_unique<HeldNumbers>(std::move(weight), name);
   c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, at::DataPtr(nullptr, device), /*allocator=*/nullptr,
                        /*resizable=*/false);
   storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(text);
@@ -125,6 +141,34 @@ inline bool share_memory(const at::Tensor& a, const at::Tensor& b) {
   if (!a.has_storage() || !b.has_storage()) return false;
   if (a.storage().unsafeGetStorageImpl() == b.storage().unsafeGetStorageImpl()) return true;
   return !is_quantized(a) && !is_quantized(b) && a.is_alias_of(b);
+}
+
+/// How many numbers of a weight are written out at a time: few enough to stay in a cache, and so many that products
+/// with them are as fast as those with all (768 x 768, 512 rows: 1.21 of the time in panels of 2^16, 1.06 of 2^18, 1.04
+/// here).
+inline constexpr int64_t kPanel = 1 << 20;
+
+/// Calls `visit(first, numbers)` for one panel of rows after the other.
+template <class Visit>
+void for_each_panel(const QuantizedWeight& weight, at::ScalarType type, const Visit& visit) {
+  const auto sizes = weight.sizes();
+  const auto rows = sizes.empty() ? 1 : sizes[0];
+  const auto columns = c10::multiply_integers(sizes) / std::max<int64_t>(1, rows);
+  const auto height = std::max<int64_t>(1, kPanel / std::max<int64_t>(1, columns));
+  for (int64_t row = 0; row < rows; row += height)
+    visit(row, dequantized_rows(weight, row, std::min(height, rows - row), type));
+}
+
+inline const at::Tensor& HeldNumbers::row_squares() const {
+  std::call_once(squares_flag_, [&] {
+    const BelowInterception below;
+    at::NoGradGuard no_grad;
+    std::vector<at::Tensor> squares;
+    for_each_panel(*weight, at::kDouble,
+                   [&](int64_t, const at::Tensor& numbers) { squares.push_back(numbers.flatten(1).square().sum(1)); });
+    squares_ = at::cat(squares);
+  });
+  return squares_;
 }
 
 /// The numbers of a placeholder, or of a view of one; any other tensor as it is.

@@ -26,11 +26,6 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// How many numbers of a weight are written out at a time: few enough to stay in a cache, and so many that products
-/// with them are as fast as those with all (768 x 768, 512 rows: 1.21 of the time in panels of 2^16, 1.06 of 2^18, 1.04
-/// here).
-inline constexpr int64_t kPanel = 1 << 20;
-
 /// For so few rows of x each product is computed from the few bits themselves.
 inline constexpr int64_t kFewRows = 2;
 

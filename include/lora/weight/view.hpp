@@ -78,6 +78,8 @@ class MatrixView {
   const std::vector<int64_t>& part_rows() const { return rows_; }
   const std::vector<bool>& chosen_parts() const { return chosen_; }
 
+  /// Whether the matrix is the weight as it is.
+  bool is_plain() const { return is_plain_; }
   /// What a method sees.
   const MatrixShape& shape() const { return shape_; }
 
