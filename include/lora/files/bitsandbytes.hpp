@@ -268,6 +268,15 @@ inline std::map<std::string, at::Tensor> bitsandbytes_tensors(const std::string&
   return tensors;
 }
 
+/// All names under which parts of a weight of that name may be in a checkpoint, its own first.
+inline std::vector<std::string> bitsandbytes_names(const std::string& name) {
+  std::vector<std::string> names = {name, detail::scale_name(name), detail::format_name(name)};
+  for (const auto* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})
+    names.push_back(name + part);
+  for (const auto type : detail::kFourBitTypes) names.push_back(detail::state_name(name, type));
+  return names;
+}
+
 /// Whether there is a weight of that name in 4 or 8 bits among the tensors of a checkpoint.
 inline bool is_bitsandbytes_weight(const std::string& name, const std::map<std::string, at::Tensor>& tensors) {
   if (tensors.count(name) == 0) return false;
