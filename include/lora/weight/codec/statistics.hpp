@@ -1,7 +1,10 @@
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/nan_to_num.h>
 
 #include <lora/weight/codec/plain.hpp>
 #include <lora/version.hpp>
@@ -51,9 +54,9 @@ inline const std::array<float, 256>& dynamic_map() {
 /// The same as a tensor, which all weights have in common.
 inline const at::Tensor& dynamic_map_tensor() {
   static const auto tensor = [] {
-    auto tensor = at::empty({256}, at::kFloat);
-    std::copy(dynamic_map().begin(), dynamic_map().end(), tensor.mutable_data_ptr<float>());
-    return tensor;
+    auto numbers = at::empty({256}, at::kFloat);
+    std::copy(dynamic_map().begin(), dynamic_map().end(), numbers.mutable_data_ptr<float>());
+    return numbers;
   }();
   return tensor;
 }
