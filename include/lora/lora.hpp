@@ -12,6 +12,7 @@
 #include <lora/batch_rows.hpp>
 #include <lora/combine.hpp>
 #include <lora/config.hpp>
+#include <lora/files/bitsandbytes.hpp>
 #include <lora/files/safetensors.hpp>
 #include <lora/functional.hpp>
 #include <lora/method/all.hpp>

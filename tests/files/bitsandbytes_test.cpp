@@ -110,6 +110,10 @@ TEST_CASE("what was written is read, also through a file") {
       CHECK(torch::equal(weight->dense().cpu(), weights[i]->dense().cpu()));
     }
   }
+  auto left = all;
+  for (size_t i = 0; i < weights.size(); ++i)
+    for (const auto& part : lora::bitsandbytes_names(std::to_string(i + 1) + ".weight")) left.erase(part);
+  CHECK(names_of(left) == std::vector<std::string>{"other.weight"});
   CHECK_FALSE(lora::is_bitsandbytes_weight("other.weight", read));
   CHECK_FALSE(lora::is_bitsandbytes_weight("none", read));
 }

@@ -1,7 +1,10 @@
 #pragma once
 
-#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/allclose.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <nlohmann/json.hpp>
@@ -266,6 +269,15 @@ inline std::map<std::string, at::Tensor> bitsandbytes_tensors(const std::string&
   }
   tensors[detail::state_name(name, packed.type)] = detail::bytes_of(state.dump());
   return tensors;
+}
+
+/// All names under which parts of a weight of that name may be in a checkpoint, its own first.
+inline std::vector<std::string> bitsandbytes_names(const std::string& name) {
+  std::vector<std::string> names = {name, detail::scale_name(name), detail::format_name(name)};
+  for (const auto* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})
+    names.push_back(name + part);
+  for (const auto type : detail::kFourBitTypes) names.push_back(detail::state_name(name, type));
+  return names;
 }
 
 /// Whether there is a weight of that name in 4 or 8 bits among the tensors of a checkpoint.

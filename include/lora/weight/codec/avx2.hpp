@@ -79,10 +79,11 @@ LORA_AVX2 inline void unpack4(const std::uint8_t* codes, const float* values, in
     const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
     if (i % 2 != 0) *out++ = plain::value4(codes, values, i++) * *scales;
     const auto scale = _mm256_set1_ps(*scales);
+    const Values4 scaled{_mm256_mul_ps(all_values.low, scale), _mm256_mul_ps(all_values.high, scale)};
     for (; i + 16 <= end; i += 16, out += 16) {
       const auto sixteen = nibbles(codes + i / 2);
-      _mm256_storeu_ps(out, _mm256_mul_ps(values4(sixteen, all_values), scale));
-      _mm256_storeu_ps(out + 8, _mm256_mul_ps(values4(_mm_srli_si128(sixteen, 8), all_values), scale));
+      _mm256_storeu_ps(out, values4(sixteen, scaled));
+      _mm256_storeu_ps(out + 8, values4(_mm_srli_si128(sixteen, 8), scaled));
     }
     for (; i < end; ++i) *out++ = plain::value4(codes, values, i) * *scales;
   }
@@ -98,7 +99,7 @@ LORA_AVX2 inline void add_products4(const std::uint8_t* codes, const Values4& va
   low = _mm256_fmadd_ps(of_low, _mm256_loadu_ps(x_low), low);
 }
 
-/// Of numbers inside of one block, without its scale. They are the more, the larger blocks are.
+/// Of numbers inside of one block, without its scale. In blocks of 4096 these may be most of a row.
 LORA_AVX2 inline float dot4_in_block(const std::uint8_t* codes, const float* values, std::int64_t first,
                                      std::int64_t last, Factors4& x) {
   const auto all_values = load_values4(values);

@@ -13,6 +13,7 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds that in its own header, in most of what is used here
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wsign-conversion"  // without optimization some of its functions are macros
 #endif
 
 namespace lora {
@@ -26,10 +27,6 @@ namespace avx512 {
 LORA_AVX512 inline __m512i nibbles(const std::uint8_t* bytes) {
   const auto spread = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
   return _mm512_srlv_epi32(_mm512_shuffle_epi32(spread, _MM_PERM_CCAA), _mm512_set1_epi64(4));
-}
-
-LORA_AVX512 inline __m512 values4(const std::uint8_t* bytes, __m512 values) {
-  return _mm512_permutexvar_ps(nibbles(bytes), values);
 }
 
 LORA_AVX512 inline void scales(const BlockScales& blocks, std::int64_t first, std::int64_t count, float* out) {
@@ -58,9 +55,9 @@ LORA_AVX512 inline void unpack4(const std::uint8_t* codes, const float* values, 
   for (auto i = first; i < last; ++scales) {
     const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
     if (i % 2 != 0) *out++ = plain::value4(codes, values, i++) * *scales;
-    const auto scale = _mm512_set1_ps(*scales);
+    const auto scaled = _mm512_mul_ps(all_values, _mm512_set1_ps(*scales));
     for (; i + 16 <= end; i += 16, out += 16)
-      _mm512_storeu_ps(out, _mm512_mul_ps(values4(codes + i / 2, all_values), scale));
+      _mm512_storeu_ps(out, _mm512_permutexvar_ps(nibbles(codes + i / 2), scaled));
     for (; i < end; ++i) *out++ = plain::value4(codes, values, i) * *scales;
   }
 }
@@ -73,7 +70,7 @@ LORA_AVX512 inline void add_products4(const std::uint8_t* codes, __m512 values, 
   low = _mm512_fmadd_ps(_mm512_permutexvar_ps(bytes, values), _mm512_loadu_ps(x_low), low);
 }
 
-/// Of numbers inside of one block, without its scale. They are the more, the larger blocks are.
+/// Of numbers inside of one block, without its scale. In blocks of 4096 these may be most of a row.
 LORA_AVX512 inline float dot4_in_block(const std::uint8_t* codes, const float* values, std::int64_t first,
                                        std::int64_t last, Factors4& x) {
   const auto all_values = _mm512_loadu_ps(values);

@@ -100,14 +100,15 @@ inline void unpack4(const std::uint8_t* codes, const float* values, int block_bi
                     std::int64_t first, std::int64_t last, float* out) {
   for (auto i = first; i < last; ++scales) {
     const auto end = std::min(last, ((i >> block_bits) + 1) << block_bits);
-    const float scale = *scales;
-    if (i % 2 != 0) *out++ = value4(codes, values, i++) * scale;
+    float scaled[16];
+    for (int code = 0; code < 16; ++code) scaled[code] = values[code] * *scales;
+    if (i % 2 != 0) *out++ = value4(codes, scaled, i++);
     for (; i + 1 < end; i += 2) {
       const int byte = codes[i / 2];
-      *out++ = values[byte >> 4] * scale;
-      *out++ = values[byte & 15] * scale;
+      *out++ = scaled[byte >> 4];
+      *out++ = scaled[byte & 15];
     }
-    if (i < end) *out++ = value4(codes, values, i++) * scale;
+    if (i < end) *out++ = value4(codes, scaled, i++);
   }
 }
 

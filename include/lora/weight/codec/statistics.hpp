@@ -1,15 +1,18 @@
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/nan_to_num.h>
 
 #include <lora/weight/codec/plain.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 
 // Double quantization: the scales of blocks, in 8 bits each.
@@ -51,9 +54,9 @@ inline const std::array<float, 256>& dynamic_map() {
 /// The same as a tensor, which all weights have in common.
 inline const at::Tensor& dynamic_map_tensor() {
   static const auto tensor = [] {
-    auto tensor = at::empty({256}, at::kFloat);
-    std::copy(dynamic_map().begin(), dynamic_map().end(), tensor.mutable_data_ptr<float>());
-    return tensor;
+    auto numbers = at::empty({256}, at::kFloat);
+    std::copy(dynamic_map().begin(), dynamic_map().end(), numbers.mutable_data_ptr<float>());
+    return numbers;
   }();
   return tensor;
 }
@@ -76,7 +79,7 @@ inline const std::array<std::uint8_t, 65536>& dynamic_codes() {
   return codes;
 }
 
-/// Quantizes numbers in blocks of 256 into codes, and the largest absolute value of each block.
+/// Quantizes finite numbers in blocks of 256 into codes, and the largest absolute value of each block.
 inline void quantize_statistics(const float* numbers, std::int64_t count, std::uint8_t* codes, float* absmax) {
   for (std::int64_t first = 0; first < count; first += kNestedBlockSize) {
     const auto last = std::min(count, first + kNestedBlockSize);
@@ -85,14 +88,12 @@ inline void quantize_statistics(const float* numbers, std::int64_t count, std::u
     *absmax++ = most;
     const float factor = 1.0F / most;
     for (auto i = first; i < last; ++i) {
-      // Where all are zero, and where the factor is infinite and a number is zero, the product is no number: code 0.
+      // No number where all are zero, or where the factor is infinite and this one is zero: that counts as -1.
       const float scaled = numbers[i] * factor;
-      int place = 0;
-      if (most > 0 && scaled == scaled) {
-        const float from_zero = (std::min(std::max(scaled, -1.0F), 1.0F) + 1.0F) * 0.5F;
-        place = static_cast<int>(static_cast<float>(static_cast<double>(from_zero) * 65535.0 + 0.5));  // rounded once
-      }
-      codes[i] = most > 0 ? dynamic_codes()[static_cast<size_t>(place)] : std::uint8_t{0};
+      const float limited = std::isnan(scaled) ? -1.0F : std::min(std::max(scaled, -1.0F), 1.0F);
+      const double from_zero = (limited + 1.0F) * 0.5F;
+      const auto place = static_cast<float>(from_zero * 65535.0 + 0.5);  // exact until here, so it is rounded once
+      codes[i] = dynamic_codes()[static_cast<size_t>(place)];
     }
   }
 }
