@@ -210,6 +210,30 @@ TEST_CASE("A merged weight is held in few bits again, and what that loses is tol
   CHECK(distance(model->forward(ids()), exact->forward(ids())) < 1e-12);
 }
 
+TEST_CASE(
+    "Backward says that a weight in few bits was merged since the forward pass, and goes on after unmerging anew") {
+  auto model = mixed();
+  auto config = lora::LoRAConfig(2).target_modules({"up", "down"}).method(lora::DoRA());
+  auto adapters = lora::attach(*model, config.quantize(testing::Halves()));
+  testing::randomize(adapters.parameters(), 0.5);
+  testing::Warnings warnings;
+  const auto forward = [&] {
+    auto active = adapters.activate();
+    return model->forward(ids()).sum();
+  };
+  const auto before = forward();
+  const auto x = torch::randn({2, 6}, testing::on_device(torch::kDouble)).requires_grad_();
+  const auto alone = [&] {
+    auto active = adapters.activate();
+    return torch::linear(x, model->up->weight).sum();
+  }();
+  adapters.merge();
+  CHECK_THAT(error_of([&] { alone.backward(); }), contains("modified by an inplace operation"));
+  adapters.unmerge();
+  CHECK(torch::equal(forward(), before));
+  CHECK(warnings.texts.empty());  // nobody else wrote to the weights
+}
+
 TEST_CASE("LoftQ starts A and B with what the few bits lose, whatever alpha is") {
   const std::vector<std::string> layers{"tokens", "conv", "up"};
   const auto weights = [](Mixed& of) {

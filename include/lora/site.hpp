@@ -116,8 +116,9 @@ class Site {
 
   /// By which is seen whether somebody wrote to the weight; what merging writes does not count.
   detail::Stamp stamp() const {
-    const bool is_aside = merged_ && (merged_->is_apart || detail::is_quantized(merged_->former.member));
-    return is_aside ? detail::Stamp(merged_->former.member) : detail::Stamp(weight(), own_writes_);
+    if (merged_ && merged_->is_apart) return detail::Stamp(merged_->former.member);
+    const bool was_held = merged_ && detail::is_quantized(merged_->former.member);
+    return detail::Stamp(was_held ? merged_->former.member : weight(), own_writes_);
   }
 
   /// Holds the weight in few bits from now on; its numbers are given up, and it is not trained. `check_quantizable` is
@@ -198,9 +199,8 @@ class Site {
       return;
     }
     if (detail::is_quantized(weight)) {
-      const auto former = weight.detach();
-      weight.set_data(values);
-      detail::mark(weight);
+      const auto former = weight.detach();  // which counts the writes to the weight, too
+      count_own_writes(weight, [&] { detail::exchange_data(weight, values); });
       merged_ = Merged{{former, former}, weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods)};
       return;
     }
@@ -236,8 +236,8 @@ class Site {
       place_.slot->set(former);
     } else if (detail::is_quantized(former.member)) {
       const auto now = weight();
-      now.set_data(detail::moved(former.member, now.device(), now.scalar_type()));
-      detail::mark(now);
+      const auto held = detail::moved(former.member, now.device(), now.scalar_type());
+      count_own_writes(now, [&] { detail::exchange_data(now, held); });
     } else {
       count_own_writes(weight(), [&] { write(weight(), former.member); });
     }

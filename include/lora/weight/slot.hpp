@@ -48,6 +48,13 @@ class WeightSlot {
   virtual void check_replaceable(const std::string& /*layer*/) const {}
 };
 
+/// `tensor.set_data(data)` for a weight of which a graph may need the former data, and is to say so.
+inline void exchange_data(at::Tensor tensor, const at::Tensor& data) {
+  tensor.set_data(data);
+  mark(tensor);
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
 /// Puts a weight that is held in few bits in a place, for one of that type. Both handles stay the tensors that they
 /// are.
 inline void hold(const WeightSlot::Handles& handles, std::shared_ptr<const QuantizedWeight> weight, at::ScalarType type,
@@ -55,16 +62,13 @@ inline void hold(const WeightSlot::Handles& handles, std::shared_ptr<const Quant
   const auto put = placeholder(std::move(weight), type, name);
   for (auto handle : {handles.member, handles.registered}) {
     handle.requires_grad_(false);
-    handle.set_data(put);
+    exchange_data(handle, put);
   }
 }
 
 /// Gives a place numbers.
 inline void release(const WeightSlot::Handles& handles, const at::Tensor& numbers) {
-  for (auto handle : {handles.member, handles.registered}) {
-    handle.set_data(numbers);
-    mark(handle);
-  }
+  for (const auto& handle : {handles.member, handles.registered}) exchange_data(handle, numbers);
 }
 
 /// A weight that is a member of its layer. The member and the parameter registered under a name are two handles: after
