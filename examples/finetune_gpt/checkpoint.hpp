@@ -15,6 +15,7 @@
 
 #include "config.hpp"
 #include "model.hpp"
+#include "weight_format.hpp"
 
 namespace gpt {
 
@@ -30,6 +31,13 @@ inline TensorMap read_weights(const std::filesystem::path& dir) {
   if (std::filesystem::exists(single)) return lora::read_safetensors(single);
   if (std::filesystem::exists(index)) return lora::read_safetensors_index(index);
   throw lora::CheckpointError(dir, "holds neither ", kWeights, " nor ", kWeightsIndex);
+}
+
+/// The same tensors, to be read one at a time, which leaves nothing of the files in memory.
+inline lora::SafetensorsReader weight_reader(const std::filesystem::path& dir) {
+  const auto single = dir / kWeights;
+  if (std::filesystem::exists(single)) return lora::SafetensorsReader(single);
+  return lora::SafetensorsReader::of_index(dir / kWeightsIndex);
 }
 
 namespace detail {
@@ -61,16 +69,6 @@ inline bool is_redundant(const ModelConfig& config, const std::string& name) {
   return ends_with(name, ".attn.bias") || ends_with(name, ".attn.masked_bias");
 }
 
-// The parameters that a checkpoint of the model holds, by name: all but a tied head.
-inline TensorMap stored_parameters(const LanguageModelImpl& model) {
-  TensorMap parameters;
-  for (const auto& item : model.named_parameters()) {
-    if (item.key() == "lm_head.weight" && model.is_tied()) continue;
-    parameters.emplace(item.key(), item.value());
-  }
-  return parameters;
-}
-
 // The two tables of a file that config.json may tie, where they are there.
 inline std::pair<torch::Tensor, torch::Tensor> embedding_and_head(const ModelConfig& config, const TensorMap& weights) {
   std::pair<torch::Tensor, torch::Tensor> found;
@@ -82,18 +80,33 @@ inline std::pair<torch::Tensor, torch::Tensor> embedding_and_head(const ModelCon
   return found;
 }
 
-// The tensors of a file as the model wants them: its names, (out, in), nothing redundant. Views, no copies.
-inline TensorMap as_parameters(const ModelConfig& config, const TensorMap& weights) {
-  TensorMap parameters;
+// Where the numbers of a parameter are.
+struct StoredParameter {
+  std::string name;  // of the tensor in its file
+  bool transposed;
+
+  torch::Tensor of(const torch::Tensor& tensor) const { return transposed ? tensor.t() : tensor; }
+};
+
+// The tensors of a file by the names that the model has for them, nothing redundant.
+inline std::map<std::string, StoredParameter> as_stored(const ModelConfig& config, const TensorMap& weights) {
+  std::map<std::string, StoredParameter> parameters;
   for (const auto& [stored_name, tensor] : weights) {
     const auto name = parameter_name(config, stored_name);
     if (is_redundant(config, name)) continue;
-    const bool transposed = is_stored_transposed(config, name) && tensor.dim() == 2;
-    parameters.emplace(name, transposed ? tensor.t() : tensor);
+    parameters.emplace(name, StoredParameter{stored_name, is_stored_transposed(config, name) && tensor.dim() == 2});
   }
   const auto [embedding, head] = embedding_and_head(config, weights);
   if (config.tie_word_embeddings && !embedding.defined() && head.defined())  // the one table under its other name
-    parameters.emplace(embedding_name(config), head);
+    parameters.emplace(embedding_name(config), StoredParameter{"lm_head.weight", false});
+  return parameters;
+}
+
+// The tensors of a file as the model wants them: its names, (out, in), nothing redundant. Views, no copies.
+inline TensorMap as_parameters(const ModelConfig& config, const TensorMap& weights) {
+  TensorMap parameters;
+  for (const auto& [name, stored] : as_stored(config, weights))
+    parameters.emplace(name, stored.of(weights.at(stored.name)));
   return parameters;
 }
 
@@ -176,21 +189,30 @@ inline ModelConfig read_config(const std::filesystem::path& dir, const TensorMap
 
 /// Loads a Hugging Face directory for use or for adapters: in eval mode and frozen.
 ///
-/// Where dtype and device are those of the file, the parameters are the mapped file itself: nothing is copied or read
-/// until it is used. Otherwise one tensor after the other is converted.
+/// Where type and device are those of the file, the parameters are the mapped file itself: nothing is copied or read
+/// until it is used. Otherwise one tensor after the other is converted. Where weights are held in few bits, tensors are
+/// read from the file and not mapped, so that beside the result one of them is in memory at a time.
 /// Throws lora::CheckpointError for an unsupported config.json, and for tensors that are missing, misshapen or not part
 /// of the model, naming them with their shapes.
-inline LanguageModel load_model(const std::filesystem::path& dir, torch::ScalarType dtype, torch::Device device) {
-  const auto weights = read_weights(dir);
-  auto model = make_model(read_config(dir, weights));
-  auto parameters = detail::stored_parameters(*model);
-  const auto found = detail::as_parameters(model->config, weights);
-  detail::check_fit(dir, model->config, parameters, found);
-  for (auto& [name, parameter] : parameters) {
-    parameter.set_data(found.at(name).to(device, dtype));
-    parameter.requires_grad_(false);
+inline LanguageModel load_model(const std::filesystem::path& dir, const WeightFormat& format, torch::Device device) {
+  LanguageModel model;
+  std::map<std::string, detail::StoredParameter> stored;
+  {
+    const auto weights = read_weights(dir);
+    model = make_model(read_config(dir, weights));
+    const auto found = detail::as_parameters(model->config, weights);
+    detail::check_fit(dir, model->config, detail::stored_parameters(*model), found);
+    if (!format.is_quantized()) {
+      fill_weights(*model, format, [&](const std::string& name) { return found.at(name).to(device, format.dtype); });
+      return model;
+    }
+    stored = detail::as_stored(model->config, weights);
   }
-  model->eval();
+  const auto reader = weight_reader(dir);
+  fill_weights(*model, format, [&](const std::string& name) {
+    const auto& place = stored.at(name);
+    return place.of(reader.read(place.name)).to(device, format.dtype);
+  });
   return model;
 }
 

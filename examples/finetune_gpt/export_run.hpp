@@ -54,6 +54,8 @@ inline nlohmann::ordered_json run_description(const Options& options) {
           {"clip", training.clip},
           {"dropout", options.dropout},
           {"dtype", options.dtype},
+          {"quantize", options.quantize},
+          {"quantize_embedding", options.quantize_embedding},
           {"eval_every", options.eval_every}};
 }
 

@@ -23,6 +23,7 @@
 #include "export_run.hpp"
 #include "generation_config.hpp"
 #include "interrupt.hpp"
+#include "merge_files.hpp"
 #include "metrics.hpp"
 #include "model.hpp"
 #include "options.hpp"
@@ -153,7 +154,9 @@ nlohmann::json settings_of(const Options& options, const Dataset& data, const lo
           {"adapted layers", adapters.targets()},
           {"--device", parse_device(options.device).str()},
           {"--threads", torch::get_num_threads()},  // another number of them rounds sums in another way
-          {"--dtype", options.dtype}};
+          {"--dtype", options.dtype},
+          {"--quantize", options.quantize},
+          {"--quantize-embedding", options.quantize_embedding}};
 }
 
 /// The checkpoint to go on from, if any. Throws c10::ValueError when --resume finds none, and when a new run would mix
@@ -170,12 +173,18 @@ std::optional<Checkpoint> former_checkpoint(const Options& options) {
   return options.resume ? std::make_optional(checkpoints.back()) : std::nullopt;
 }
 
+/// `loading` is the memory that the process took at most to load the model.
 void print_setup(const Options& options, const LanguageModelImpl& model, const lora::Adapters& adapters,
-                 const Dataset& data) {
+                 const Dataset& data, int64_t loading) {
   const auto report = adapters.report();
   fmt::print("model     {}, {}, {:.1f} million parameters, {} on {}, {} thread{}\n", options.model.string(),
              architecture_name(model.config.architecture), static_cast<double>(report.base) / 1e6, options.dtype,
              parse_device(options.device).str(), torch::get_num_threads(), torch::get_num_threads() == 1 ? "" : "s");
+  if (options.quantize != "none") fmt::print("          linear layers but the head in {}\n", options.quantize);
+  if (options.quantize_embedding != "none")
+    fmt::print("          embedding and head in {}\n", options.quantize_embedding);
+  fmt::print("memory    the model takes {}; {:.3f} GB at most while it was loaded\n", weight_memory(report),
+             static_cast<double>(loading) / 1e9);
   fmt::print("adapters  {}, rank {}, alpha {:g}, on {} layers: {} trainable parameters ({:.3f} %)\n", options.method,
              options.rank, options.alpha, adapters.targets().size(), report.trainable, 100 * report.share());
   fmt::print("data      {} rows of up to {} tokens to learn from, {} for validation\n", data.train.size(),
@@ -286,14 +295,25 @@ double allowed_difference(const Options& options, const LogitDifferences& differ
   return 0.1 * difference.adapted_base + 0.5;
 }
 
+/// Folds the adapter that was saved into the weights of the files, of which the model has but few bits.
+void merge_into_files(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
+  const auto batch = in_batches(data.validation, options.batch).front().to(adapters.parameters().front().device());
+  const auto speeds = measure_speeds(model, adapters, batch, /*merges=*/false);
+  fmt::print("forward   {:.0f} tokens/s base, {:.0f} adapted (medians of {} passes in turn)\n", speeds.base,
+             speeds.adapted, kSpeedPasses);
+  merge_files(options.model, options.out / "adapter", options.out / "merged");
+  fmt::print("merge     into the weights as they are in {}, not in {}\n", options.model.string(),
+             options.quantize != "none" ? options.quantize : options.quantize_embedding);
+}
+
 /// Compares speed and results of the base model, with adapters, and merged; then merges for good. Throws c10::Error,
 /// with nothing written, when the merged model is not the adapted one.
 void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
   const auto device = adapters.parameters().front().device();
   const auto batch = in_batches(data.validation, options.batch).front().to(device);
-  const auto speeds = measure_speeds(model, adapters, batch);
+  const auto speeds = measure_speeds(model, adapters, batch, /*merges=*/true);
   fmt::print("forward   {:.0f} tokens/s base, {:.0f} adapted, {:.0f} merged (medians of {} passes in turn)\n",
-             speeds.base, speeds.adapted, speeds.merged, kSpeedPasses);
+             speeds.base, speeds.adapted, *speeds.merged, kSpeedPasses);
   const auto difference = compare_merged(model, adapters, batch.inputs);
   fmt::print(
       "merge     logits differ by at most {:.3g} from the adapted model's, and those by up to {:.3g} from the base "
@@ -311,7 +331,6 @@ void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& ada
 /// where the model knows others only: nobody who loads the result would stop there.
 void save_ends(const Options& options, const Dataset& data, const Texts& texts) {
   const std::vector<int64_t> ends(data.ends.begin(), data.ends.end());
-  std::filesystem::remove(options.out / "adapter" / kGenerationConfig);  // of an earlier run
   write_ends(texts.generation, ends, options.out / "adapter");
   if (!options.no_merge) write_ends(texts.generation, ends, options.out / "merged");
 }
@@ -340,7 +359,9 @@ int run(const Options& options) {
   const auto former = former_checkpoint(options);
 
   // The model as it was published. Nothing in it knows of adapters.
-  auto model = load_model(options.model, parse_dtype(options.dtype), device);
+  const auto memory_before = memory_in_use(device);
+  auto model = load_model(options.model, options.format(), device);
+  const auto loading = peak_memory(device) - memory_before;
   const Texts texts(options.model);
   check_ends(texts.generation, model->config.vocab_size);
   const auto data = read_data(options, texts, model->config);
@@ -351,7 +372,7 @@ int run(const Options& options) {
   torch::manual_seed(options.seed);
   auto adapters = attach_adapter(options, *model);
   Trainer trainer(*model, adapters, options.training);
-  print_setup(options, *model, adapters, data);
+  print_setup(options, *model, adapters, data, loading);
   if (!options.export_run.empty()) export_run(options.export_run, options, data, adapters);
 
   // From where an interrupted run was, or from the start.
@@ -373,9 +394,12 @@ int run(const Options& options) {
   }
 
   // What stays: the adapter by itself, and a model that needs no adapter.
+  fmt::print("memory    {:.3f} GB at most so far, of the whole process\n",
+             static_cast<double>(peak_memory(device)) / 1e9);
   adapters.save(options.out / "adapter");
+  std::filesystem::remove(options.out / "adapter" / kGenerationConfig);  // of an earlier run
   print_sample("after", options, *model, adapters, texts, data, prompt);
-  if (!options.no_merge) merge(options, *model, adapters, data);
+  if (!options.no_merge) (options.format().is_quantized() ? merge_into_files : merge)(options, *model, adapters, data);
   save_ends(options, data, texts);
   print_summary(options, metrics);
   return 0;

@@ -22,6 +22,7 @@
 #include "checkpoint.hpp"
 #include "common.hpp"
 #include "generation_config.hpp"
+#include "progress.hpp"
 #include "sampling.hpp"
 #include "special_tokens.hpp"
 #include "tokenizer.hpp"
@@ -40,6 +41,10 @@ struct Options {
   uint64_t seed = 0;
   std::string device = "auto";
   std::string dtype = "float32";
+  std::string quantize = "none";
+  std::string quantize_embedding = "none";
+
+  WeightFormat format() const { return {parse_dtype(dtype), quantize, quantize_embedding}; }
 };
 
 void add_options(CLI::App& app, Options& options) {
@@ -74,6 +79,10 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--seed", options.seed, "the same seed gives the same text");
   app.add_option("--device", options.device, "auto, cpu, cuda or cuda:N");
   app.add_option("--dtype", options.dtype, "float32 or bfloat16");
+  app.add_option("--quantize", options.quantize, "hold the linear layers but the head in few bits")
+      ->check(CLI::IsMember(quantization_names()));
+  app.add_option("--quantize-embedding", options.quantize_embedding, "the same for the embedding and the head")
+      ->check(CLI::IsMember(quantization_names()));
 }
 
 /// What the command line says, and for the rest what the model's generation_config.json does, as in transformers.
@@ -124,8 +133,14 @@ void print_token(const Tokenizer& tokenizer, int64_t token) {
   std::fflush(stdout);
 }
 
+/// Calls `call` where the model computes what was asked for.
 template <class Call>
-auto with_adapter(const Options& options, LanguageModelImpl& model, const Call& call) {
+auto in_scope(const Options& options, LanguageModelImpl& model, const Call& call) {
+  if (options.adapter.empty()) {
+    const lora::Adapters none(model);
+    auto active = none.activate("");  // in which weights of few bits are found
+    return call();
+  }
   auto adapters = lora::load_adapter(model, options.adapter);
   if (options.merge) {
     adapters.merge_and_unload();
@@ -135,11 +150,21 @@ auto with_adapter(const Options& options, LanguageModelImpl& model, const Call& 
   return call();
 }
 
+void print_memory(LanguageModelImpl& model, torch::Device device) {
+  lora::Adapters adapters(model);
+  adapters.prepare();
+  fmt::print(stderr, "the model takes {}, the process took {:.3f} GB at most\n", weight_memory(adapters.report()),
+             static_cast<double>(peak_memory(device)) / 1e9);
+}
+
 void run(const Options& options) {
+  TORCH_CHECK_VALUE(!options.merge || !options.format().is_quantized(),
+                    "--merge would give merged weights their full size again; merge_checkpoint writes a merged model, "
+                    "which can be held in few bits");
   const auto device = parse_device(options.device);
   const auto config = read_generation_config(options.model, options.adapter);
   const auto sampling = sampling_options(options, config);
-  const auto model = load_model(options.model, parse_dtype(options.dtype), device);
+  const auto model = load_model(options.model, options.format(), device);
   const Tokenizer tokenizer(options.model / "tokenizer.json");
   const auto prompt = prompt_tokens(options, tokenizer);
   check_ends(config, model->config.vocab_size);
@@ -154,11 +179,12 @@ void run(const Options& options) {
     return generate(*model, prompt, sampling, config.eos_token_ids,
                     [&](int64_t token) { print_token(tokenizer, token); });
   };
-  const auto tokens = options.adapter.empty() ? write() : with_adapter(options, *model, write);
+  const auto tokens = in_scope(options, *model, write);
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   fmt::print("\n");
   fmt::print(stderr, "{} tokens after a prompt of {} in {:.1f} s: {:.1f} tokens/s; {}\n", tokens.size(), prompt.size(),
              time.count(), static_cast<double>(tokens.size()) / time.count(), describe(sampling));
+  print_memory(*model, device);
 }
 
 }  // namespace

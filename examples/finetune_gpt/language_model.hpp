@@ -6,8 +6,10 @@
 
 #include <cmath>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -123,6 +125,16 @@ inline torch::Tensor causal_attention(const torch::Tensor& q, torch::Tensor k, t
 inline torch::Tensor positions(const torch::Tensor& ids, const KeyValueCache* cache) {
   return cache == nullptr ? torch::arange(ids.size(1), ids.options())
                           : cache->next_positions(ids.size(1), ids.device());
+}
+
+// The parameters that a checkpoint of the model holds, by name: all but a tied head.
+inline std::map<std::string, torch::Tensor> stored_parameters(const LanguageModelImpl& model) {
+  std::map<std::string, torch::Tensor> parameters;
+  for (const auto& item : model.named_parameters()) {
+    if (item.key() == "lm_head.weight" && model.is_tied()) continue;
+    parameters.emplace(item.key(), item.value());
+  }
+  return parameters;
 }
 
 inline torch::Tensor padding_of(const KeyValueCache* cache) {

@@ -16,6 +16,7 @@
 
 #include "common.hpp"
 #include "trainer.hpp"
+#include "weight_format.hpp"
 
 namespace gpt {
 
@@ -47,6 +48,8 @@ struct Options {
 
   std::string device = "auto";
   std::string dtype = "float32";
+  std::string quantize = "none";
+  std::string quantize_embedding = "none";
   int64_t threads = 0;
 
   std::string prompt;
@@ -54,6 +57,8 @@ struct Options {
   double sample_temperature = 0.8;
   bool no_merge = false;
   std::filesystem::path export_run;
+
+  WeightFormat format() const { return {parse_dtype(dtype), quantize, quantize_embedding}; }
 };
 
 namespace detail {
@@ -147,6 +152,12 @@ inline void add_run_options(CLI::App& app, Options& o) {
   app.add_option("--device", o.device, "auto, cpu, cuda or cuda:N")->group(group);
   app.add_option("--dtype", o.dtype, "Numbers of the frozen model; adapters are always float32")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->group(group);
+  app.add_option("--quantize", o.quantize, "Hold the frozen linear layers but the head in few bits")
+      ->check(CLI::IsMember(quantization_names()))
+      ->group(group);
+  app.add_option("--quantize-embedding", o.quantize_embedding, "The same for the embedding of the tokens and the head")
+      ->check(CLI::IsMember(quantization_names()))
       ->group(group);
   app.add_option("--threads", o.threads, "CPU threads; 0: LibTorch's choice")->check(between(0, 4096))->group(group);
 }

@@ -29,6 +29,20 @@ inline int64_t memory_in_use(torch::Device device) {
   return resident * sysconf(_SC_PAGESIZE);
 }
 
+/// The most that it ever was.
+inline int64_t peak_memory(torch::Device device) {
+  if (!device.is_cpu()) {
+    const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+    return stats.allocated_bytes[0].peak;
+  }
+  std::ifstream status("/proc/self/status");
+  int64_t kibibytes = 0;
+  for (std::string key; status >> key;) {
+    if (key == "VmHWM:" && status >> kibibytes) break;
+  }
+  return kibibytes * 1024;
+}
+
 /// Seconds as h:mm:ss, or m:ss below an hour.
 inline std::string format_duration(double seconds) {
   const auto s = static_cast<int64_t>(std::lround(seconds));

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include <lora/lora.hpp>
@@ -27,9 +28,10 @@ class Stopwatch {
 
 inline constexpr int kSpeedPasses = 5;
 
-/// Tokens per second of a forward pass.
+/// Tokens per second of a forward pass; `merged` where adapters were merged.
 struct Speeds {
-  double base, adapted, merged;
+  double base, adapted;
+  std::optional<double> merged;
 };
 
 namespace detail {
@@ -49,23 +51,31 @@ inline double median(std::vector<double> values) {
 }  // namespace detail
 
 /// Medians over kSpeedPasses rounds of one pass each, after one round that does not count, so that whatever else the
-/// machine does meets all three alike. The adapters are unmerged afterwards, as before.
-inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters, const Batch& batch) {
+/// machine does meets all alike. The adapters are unmerged afterwards, as before. Without `merges` the model is not
+/// measured with merged adapters, and its weights may be held in few bits.
+inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters, const Batch& batch, bool merges) {
   torch::NoGradGuard no_grad;
   model.eval();
   std::vector<double> base, adapted, merged;
   for (int pass = -1; pass < kSpeedPasses; ++pass) {
-    base.push_back(detail::timed_forward(model, batch.inputs));
+    if (merges) base.push_back(detail::timed_forward(model, batch.inputs));
+    if (!merges) {
+      auto active = adapters.activate("");
+      base.push_back(detail::timed_forward(model, batch.inputs));
+    }
     {
       auto active = adapters.activate();
       adapted.push_back(detail::timed_forward(model, batch.inputs));
     }
-    lora::MergeGuard guard(adapters);
-    merged.push_back(detail::timed_forward(model, batch.inputs));
+    if (merges) {
+      lora::MergeGuard guard(adapters);
+      merged.push_back(detail::timed_forward(model, batch.inputs));
+    }
     if (pass < 0) base.clear(), adapted.clear(), merged.clear();
   }
   const auto tokens = static_cast<double>(batch.inputs.numel());
-  return {tokens / detail::median(base), tokens / detail::median(adapted), tokens / detail::median(merged)};
+  return {tokens / detail::median(base), tokens / detail::median(adapted),
+          merges ? std::make_optional(tokens / detail::median(merged)) : std::nullopt};
 }
 
 /// Largest absolute differences between logits, and the largest absolute logit of the adapted model.

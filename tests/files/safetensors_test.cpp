@@ -146,6 +146,39 @@ TEST_CASE("values that are not aligned are copied", "[safetensors]") {
   CHECK(tensors.at("b").item<int>() == 7);
 }
 
+TEST_CASE("SafetensorsReader reads one tensor at a time into memory of its own", "[safetensors]") {
+  testing::TemporaryFolder folder;
+  const auto path = folder / "x", other = folder / "y", index = folder / "index.json";
+  const std::map<std::string, torch::Tensor> written{{"v", torch::arange(6.0).view({2, 3})},
+                                                     {"w", torch::ones({4}, torch::kBFloat16)},
+                                                     {"none", torch::empty({0, 5})}};
+  write_safetensors(path, written);
+  write_safetensors(other, {{"z", torch::full({2}, 3, torch::kLong)}, {"unlisted", torch::ones({1})}});
+  write_bytes(index, R"({"weight_map":{"v":"x","w":"x","z":"y"}})");
+
+  SECTION("of one file") {
+    const lora::SafetensorsReader reader(path);
+    std::vector<std::string> names;
+    for (const auto& info : reader.tensors()) names.push_back(info.name);
+    CHECK(names == std::vector<std::string>{"none", "v", "w"});
+    for (const auto& [name, tensor] : written) CHECK(same_bytes(reader.read(name), tensor));
+    CHECK(reader.read("v").storage().resizable());  // no part of a mapping
+    CHECK_THROWS_WITH(reader.read("u"), contains("x: has no tensor \"u\""));
+    std::filesystem::resize_file(path, std::filesystem::file_size(path) - 1);
+    CHECK_THROWS_WITH(reader.read("w"), contains("x: tensor \"w\" cannot be read: Input/output error"));
+    CHECK_THROWS_WITH(lora::SafetensorsReader(path), contains("x: is cut short"));
+  }
+  SECTION("of several") {
+    const auto reader = lora::SafetensorsReader::of_index(index);
+    CHECK(reader.tensors().size() == 3);
+    CHECK(reader.read("z")[1].item<int>() == 3);
+    CHECK(same_bytes(reader.read("w"), written.at("w")));
+    CHECK_THROWS_WITH(reader.read("unlisted"), contains("has no tensor \"unlisted\""));
+    write_bytes(index, R"({"weight_map":{"v":"y"}})");
+    CHECK_THROWS_WITH(lora::SafetensorsReader::of_index(index), contains("y: has no tensor \"v\", which "));
+  }
+}
+
 TEST_CASE("tensors are written whatever their strides and graph", "[safetensors]") {
   testing::TemporaryFolder folder;
   const auto w = torch::arange(6.0).view({2, 3}).to(testing::device()).requires_grad_();

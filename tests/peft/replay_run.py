@@ -1,7 +1,7 @@
 """Replays an exported run in peft: python replay_run.py RUN_DIR METRICS_CSV [options]
 
 RUN_DIR holds run.json (model, steps, accumulate, lr of each step, betas, eps, weight_decay, clip, dropout, dtype,
-eval_every), batches.safetensors (train_inputs and train_targets, int64 (steps, accumulate, B, T), and
+quantize, quantize_embedding, eval_every), batches.safetensors (train_inputs and train_targets, int64 (steps, accumulate, B, T), and
 validation_inputs and validation_targets, (n, T); targets are shifted already and -100 does not count) and
 initial_adapter, the PEFT directory from before the first step. The same batches go through transformers, peft and
 torch.optim.AdamW; the losses of METRICS_CSV are printed beside peft's. Exits with 1 when one is out of tolerance.
@@ -50,6 +50,8 @@ class Replay:
     def __init__(self, run_dir, options):
         self.run = json.loads((run_dir / "run.json").read_text())
         self.batches = load_file(run_dir / "batches.safetensors")
+        if {self.run.get("quantize", "none"), self.run.get("quantize_embedding", "none")} != {"none"}:
+            fail("the base of the run was held in few bits; runs on weights as they are in the files can be replayed")
         if self.run["dropout"] != 0 and not options.allow_dropout:
             fail(f"the run drops out {self.run['dropout']} of its inputs; masks differ, see --allow-dropout")
         base = load_base(options.model or self.run["model"], self.run["dtype"], options.attention)

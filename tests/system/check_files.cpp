@@ -63,6 +63,9 @@ void check_mapping(const std::filesystem::path& folder) {
   const auto file = open_file(path, Access::kRead);
   FileStatus status;
   expect(read_status(file, status) && status.names == 2, "it has two names");
+  char part[3] = {};
+  expect(read_file(file, 2, part, 3) && std::string_view(part, 3) == "cde", "a part of it is read");
+  expect(!read_file(file, 5, part, 3) && last_error(), "what is behind its end is not");
   close_file(file);
   expect(remove_file(folder / "twin"), "a name is removed");
   const bool is_gone = open_file(folder / "twin", Access::kRead) == kNoFile;

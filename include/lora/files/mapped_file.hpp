@@ -18,8 +18,9 @@ namespace detail {
 /// cuts short ends the process with SIGBUS when the missing part is touched, as with every mapping.
 class MappedFile {
  public:
-  explicit MappedFile(const std::filesystem::path& path) {
-    const auto file = open_existing(path, Access::kRead);
+  explicit MappedFile(const std::filesystem::path& path) : MappedFile(path, open_existing(path, Access::kRead)) {}
+  /// `file` is open, and `path` its name for errors.
+  MappedFile(const std::filesystem::path& path, const Descriptor& file) {
     FileStatus status;
     if (!read_status(file.file(), status)) throw CheckpointError(path, "cannot be read: ", last_error().message());
     if (!status.is_regular) throw CheckpointError(path, "is not a regular file");

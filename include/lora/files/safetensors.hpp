@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,7 +17,9 @@
 
 #include <lora/files/atomic_pair.hpp>
 #include <lora/files/safetensors/header.hpp>
+#include <lora/files/descriptor.hpp>
 #include <lora/files/error.hpp>
+#include <lora/files/mapped_file.hpp>
 #include <lora/version.hpp>
 
 namespace lora {
@@ -111,6 +114,80 @@ inline std::map<std::string, torch::Tensor> read_safetensors_index(const std::fi
   }
   return tensors;
 }
+
+/// Reads safetensors one tensor at a time, each into memory of its own, so that no more than one has to be in memory.
+/// (What is used of the tensors of `read_safetensors` counts as memory of the process until the last of them is gone.)
+///
+/// Errors: CheckpointError that names the file, and the tensor or the reason of the operating system.
+class SafetensorsReader {
+ public:
+  /// The tensors of one file.
+  explicit SafetensorsReader(const std::filesystem::path& path) { add(path, nullptr); }
+  /// Those of a model that is split over several files, as `read_safetensors_index` finds them.
+  static SafetensorsReader of_index(const std::filesystem::path& index_json) {
+    SafetensorsReader reader;
+    for (const auto& [shard, names] : detail::read_weight_map(index_json)) {
+      const auto path = index_json.parent_path() / shard;
+      const std::set<std::string> wanted(names.begin(), names.end());
+      const auto found = reader.add(path, &wanted);
+      for (const auto& name : names) {
+        if (found.count(name) == 0)
+          throw CheckpointError(path, "has no tensor \"", name, "\", which ", index_json.string(), " says it has");
+      }
+    }
+    return reader;
+  }
+
+  /// What there is, sorted by name.
+  std::vector<TensorInfo> tensors() const {
+    std::vector<TensorInfo> infos;
+    for (const auto& item : places_) infos.push_back(item.second.stored.info);
+    return infos;
+  }
+
+  torch::Tensor read(const std::string& name) const {
+    const auto found = places_.find(name);
+    if (found == places_.end()) throw CheckpointError(files_.front().path, "has no tensor \"", name, "\"");
+    const auto& [stored, number] = found->second;
+    const auto& file = files_[number];
+    auto tensor = at::empty(stored.info.shape, stored.info.dtype);
+    auto* bytes = static_cast<char*>(tensor.mutable_data_ptr());
+    if (!detail::read_file(file.descriptor.file(), file.data + stored.begin, bytes, tensor.nbytes()))
+      throw CheckpointError(file.path, "tensor \"", name, "\" cannot be read: ", detail::last_error().message());
+    return tensor;
+  }
+
+ private:
+  struct File {
+    std::filesystem::path path;
+    detail::Descriptor descriptor;
+    int64_t data = 0;  // where the values start in it
+  };
+  struct Place {
+    detail::StoredTensor stored;
+    size_t file;
+  };
+
+  SafetensorsReader() = default;
+
+  /// Adds the tensors of a file, or those of these names; returns the names.
+  std::set<std::string> add(const std::filesystem::path& path, const std::set<std::string>* wanted) {
+    files_.push_back({path, detail::open_existing(path, detail::Access::kRead)});
+    auto& file = files_.back();
+    const detail::MappedFile content(path, file.descriptor);  // of which no more than the header is touched
+    std::set<std::string> names;
+    for (auto& stored : detail::SafetensorsHeaderReader(path).read(content.text(), file.data).tensors) {
+      const auto name = stored.info.name;
+      if (wanted != nullptr && wanted->count(name) == 0) continue;
+      names.insert(name);
+      places_.emplace(name, Place{std::move(stored), files_.size() - 1});
+    }
+    return names;
+  }
+
+  std::vector<File> files_;
+  std::map<std::string, Place> places_;
+};
 
 /// Writes a safetensors file one tensor at a time, so that no more than one has to be in memory.
 ///

@@ -85,6 +85,23 @@ inline bool read_status(FileHandle file, FileStatus& status) {
   return true;
 }
 
+/// Exactly so many bytes from `offset` on; false, too, where the file ends before.
+inline bool read_file(FileHandle file, int64_t offset, char* bytes, size_t size) {
+  constexpr size_t kMost = size_t{1} << 30U;
+  while (size > 0) {
+    OVERLAPPED place{};
+    place.Offset = static_cast<DWORD>(static_cast<uint64_t>(offset) & 0xffffffffU);
+    place.OffsetHigh = static_cast<DWORD>(static_cast<uint64_t>(offset) >> 32U);
+    DWORD count = 0;
+    const auto length = static_cast<DWORD>(size < kMost ? size : kMost);
+    if (::ReadFile(file, bytes, length, &count, &place) == 0) return false;  // also at the end of the file
+    bytes += count;
+    size -= count;
+    offset += static_cast<int64_t>(count);
+  }
+  return true;
+}
+
 inline bool write_file(FileHandle file, int64_t offset, std::string_view bytes) {
   constexpr size_t kMost = size_t{1} << 30U;
   while (!bytes.empty()) {
@@ -181,6 +198,20 @@ inline bool read_status(FileHandle file, FileStatus& status) {
   status.is_regular = S_ISREG(found.st_mode);
   status.size = static_cast<uint64_t>(found.st_size);
   status.names = static_cast<uint64_t>(found.st_nlink);
+  return true;
+}
+
+/// Exactly so many bytes from `offset` on; false, too, where the file ends before.
+inline bool read_file(FileHandle file, int64_t offset, char* bytes, size_t size) {
+  while (size > 0) {
+    const auto count = ::pread(file, bytes, size, static_cast<off_t>(offset));
+    if (count < 0 && errno == EINTR) continue;
+    if (count == 0) errno = EIO;
+    if (count <= 0) return false;
+    bytes += count;
+    size -= static_cast<size_t>(count);
+    offset += count;
+  }
   return true;
 }
 

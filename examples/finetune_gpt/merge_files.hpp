@@ -1,0 +1,208 @@
+// Folds an adapter into the model it was trained on: base directory + PEFT directory -> Hugging Face directory.
+//
+// The weights go from the mapped files of the base to the files of the result, one tensor in memory at a time, so a
+// model that is larger than the memory can be merged. The arithmetic is the library's: float, rounded once.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <lora/lora.hpp>
+#include <lora/peft/checkpoint.hpp>
+
+#include "checkpoint.hpp"
+#include "generation_config.hpp"
+
+namespace gpt {
+
+namespace detail {
+
+/// Tensors by the name of the file that holds them; the result has the same files.
+using Shards = std::map<std::string, TensorMap>;
+
+inline Shards read_shards(const std::filesystem::path& base) {
+  if (std::filesystem::exists(base / kWeights)) return {{kWeights, read_weights(base)}};
+  Shards shards;
+  const auto tensors = read_weights(base);
+  const auto index = read_json(base / kWeightsIndex);
+  for (const auto& [name, tensor] : tensors) shards[index["weight_map"][name].get<std::string>()][name] = tensor;
+  return shards;
+}
+
+/// The merged tensors of a model, computed when they are asked for.
+class MergedWeights {
+ public:
+  /// `found` are the tensors of the base under the names of the model.
+  MergedWeights(const std::filesystem::path& base, const ModelConfig& model_config, const TensorMap& found,
+                const std::filesystem::path& adapter)
+      : model_(make_model(model_config)), adapters_(load_adapter(base, found, adapter)) {
+    for (const auto& part : adapter_->parts) {
+      for (const auto& name : parameters_of(part)) parts_[name] = part;
+    }
+  }
+
+  const ModelConfig& config() const { return model_->config; }
+  size_t count() const { return adapters_.targets().size(); }
+
+  /// A head that is adapted or trained apart from the embedding, or not together with it, cannot stay tied: it gets a
+  /// tensor of its own, made from the embedding's.
+  bool separates_head() const {
+    if (!config().tie_word_embeddings) return false;
+    for (const auto& item : model_->named_parameters()) {
+      if (item.value().is_same(model_->embedding().weight) && changes_alone(item.key())) return true;
+    }
+    return false;
+  }
+  bool is_embedding(const std::string& stored_name) const {
+    const auto parameters = model_->named_parameters();
+    const auto* weight = parameters.find(parameter_name(config(), stored_name));
+    return weight != nullptr && weight->is_same(model_->embedding().weight);
+  }
+
+  /// The tensor as it is in the merged model, in the layout and type of the file.
+  torch::Tensor at(const std::string& stored_name, const torch::Tensor& tensor) const {
+    const auto name = parameter_name(config(), stored_name);
+    const bool transposed = is_stored_transposed(config(), name);
+    const auto part = parts_.find(name);
+    if (part == parts_.end()) return tensor;
+    const auto& [site, method] = std::tie(part->second.site, part->second.method);
+    const auto merged = site->merged(transposed ? tensor.t() : tensor, {{adapters_.names().front(), method}});
+    return transposed ? merged.t() : merged;
+  }
+
+  static constexpr const char* kHead = "lm_head.weight";
+
+ private:
+  /// Gives the model the mapped tensors, of which nothing is read before it is used, and adapts it.
+  lora::Adapters load_adapter(const std::filesystem::path& base, const TensorMap& found,
+                              const std::filesystem::path& adapter) {
+    auto parameters = stored_parameters(*model_);
+    check_fit(base, config(), parameters, found);
+    for (auto& [name, parameter] : parameters) parameter.set_data(found.at(name));
+    return lora::load_adapter(*model_, adapter);
+  }
+
+  /// The names of what a merged tensor stands for: its layer's own, or, for a parameter, all that are tied.
+  std::vector<std::string> parameters_of(const lora::AdapterPart& part) const {
+    const auto& name = part.changed();
+    if (!is_parameter(part)) return {part.role == lora::AdapterPart::Role::kLayer ? name + ".weight" : name};
+    std::vector<std::string> names;
+    for (const auto& item : model_->named_parameters()) {
+      if (item.value().is_same(part.site->weight())) names.push_back(item.key());
+    }
+    return names;
+  }
+
+  static bool is_parameter(const lora::AdapterPart& part) { return part.site->kind() == "Parameter"; }
+
+  bool changes_alone(const std::string& parameter) const {
+    const auto part = parts_.find(parameter);
+    return part != parts_.end() && !is_parameter(part->second);
+  }
+
+  LanguageModel model_;
+  lora::Adapters adapters_;
+  std::shared_ptr<const lora::Adapter> adapter_ = adapters_.adapter(adapters_.names().front());
+  std::map<std::string, lora::AdapterPart> parts_;
+};
+
+/// Gives the embedding its own name where the one table that it shares with the head is in the file under the head's.
+inline void name_embedding(const ModelConfig& config, const TensorMap& weights, Shards& shards) {
+  const auto [embedding, head] = embedding_and_head(config, weights);
+  if (!config.tie_word_embeddings || embedding.defined()) return;
+  for (auto& [file, tensors] : shards) {
+    auto table = tensors.extract(MergedWeights::kHead);
+    if (table.empty()) continue;
+    table.key() = embedding_name(config);
+    tensors.insert(std::move(table));
+  }
+}
+
+/// Adds a head of its own beside the embedding, and drops a redundant copy of the tied one.
+inline void separate_head(const MergedWeights& merged, Shards& shards) {
+  for (auto& [file, tensors] : shards) tensors.erase(MergedWeights::kHead);
+  for (auto& [file, tensors] : shards) {
+    for (const auto& [name, tensor] : tensors) {
+      if (!merged.is_embedding(name)) continue;
+      tensors.emplace(MergedWeights::kHead, tensor);
+      return;
+    }
+  }
+}
+
+inline std::unique_ptr<lora::SafetensorsWriter> write_shard(const std::filesystem::path& file, const TensorMap& tensors,
+                                                            const MergedWeights& merged) {
+  std::vector<lora::TensorInfo> infos;
+  for (const auto& [name, tensor] : tensors) infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  std::filesystem::create_directories(file.parent_path());
+  auto writer = std::make_unique<lora::SafetensorsWriter>(file, std::move(infos));
+  for (const auto& [name, tensor] : tensors) writer->write(name, merged.at(name, tensor));
+  return writer;
+}
+
+inline nlohmann::json make_index(const std::filesystem::path& base, const Shards& shards) {
+  nlohmann::json index = read_json(base / kWeightsIndex);
+  int64_t size = 0;
+  index["weight_map"].clear();
+  for (const auto& [file, tensors] : shards) {
+    for (const auto& [name, tensor] : tensors) {
+      index["weight_map"][name] = file;
+      size += static_cast<int64_t>(tensor.nbytes());
+    }
+  }
+  index["metadata"]["total_size"] = size;
+  return index;
+}
+
+inline void write_index(const std::filesystem::path& out, const nlohmann::json& index) {
+  std::ofstream stream(out / kWeightsIndex);
+  stream << index.dump(2) << "\n";
+  if (!stream.flush()) throw lora::CheckpointError(out / kWeightsIndex, "cannot be written");
+}
+
+}  // namespace detail
+
+/// Writes the model of `base` with the adapter of a PEFT directory folded in to `out`, file by file with one tensor in
+/// memory at a time, and returns how many layers were adapted. A model that was in `out` is replaced.
+///
+/// Errors: lora::CheckpointError and what lora::load_adapter throws, with the earlier model of `out` as it was, also
+/// where an update is not finite.
+inline size_t merge_files(const std::filesystem::path& base, const std::filesystem::path& adapter,
+                          const std::filesystem::path& out) {
+  auto shards = detail::read_shards(base);
+  TensorMap weights;
+  for (const auto& [file, tensors] : shards) weights.insert(tensors.begin(), tensors.end());
+  const auto model_config = read_config(base, weights);
+  detail::name_embedding(model_config, weights, shards);
+  const detail::MergedWeights merged(base, model_config, detail::as_parameters(model_config, weights), adapter);
+  if (merged.separates_head()) detail::separate_head(merged, shards);
+
+  // No file appears under its name before all are written: an update that is not finite leaves nothing behind.
+  prepare_target(base, out);
+  std::vector<std::unique_ptr<lora::SafetensorsWriter>> writers;
+  for (const auto& [file, tensors] : shards) writers.push_back(detail::write_shard(out / file, tensors, merged));
+  const bool is_sharded = shards.count(kWeights) == 0;
+  const auto index = is_sharded ? detail::make_index(base, shards) : nlohmann::json();
+  remove_earlier_model(out);
+  for (const auto& writer : writers) writer->finish();
+  if (is_sharded) detail::write_index(out, index);
+  ConfigChanges changes;
+  const bool is_wrong = read_config(base).tie_word_embeddings && !model_config.tie_word_embeddings;
+  if (merged.separates_head() || is_wrong) changes.tie_word_embeddings = false;
+  copy_model_files(base, out, changes);
+  const auto generation = adapter / kGenerationConfig;  // of an adapter that ends its texts in its own way
+  if (std::filesystem::exists(generation)) {
+    std::filesystem::copy_file(generation, out / kGenerationConfig, std::filesystem::copy_options::overwrite_existing);
+  }
+  return merged.count();
+}
+
+}  // namespace gpt
