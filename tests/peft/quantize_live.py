@@ -61,7 +61,7 @@ def tensor_of(rng, scheme, block_size, dtype):
         beside = torch.cat([middle, *(torch.nextafter(middle, torch.tensor(far)) for far in (-2.0, 2.0))])
         numbers.copy_(beside[torch.randint(len(beside), (len(numbers),), generator=generator)])
         numbers[:: max(1, block_size // 4)] = rng.choice([-1.0, 1.0])
-        x *= 2.0 ** rng.randrange(-20, 10)
+        x *= rng.choice([2.0 ** rng.randrange(-20, 10), rng.randrange(1, 3000)])
     elif kind == "grid":
         x.round_()
     elif kind == "constant":

@@ -115,8 +115,11 @@ TEST_CASE("each block has its scale, also the last one with what is left") {
       {{{32, 1e-44F}}, {1e-44F}, {0x77, 0x77}},  // times 1e38, not divided by 1e-44
       {{{32, 5e-39F}}, {5e-39F}, {0xCC, 0xCC}},  // 0.5
       {{{32, 1e-38F}, {1, -5e-39F}}, {1e-38F, tiny}, {0xFF, 0x27}},
+      {{{31, 1701}, {1, 346.18967F}, {1, 1701}, {1, 346.18967F}}, {1701, 1701}, {0xF9, 0xFA}},
       {{{32, 3e38F}, {32, -3e38F}}, {3e38F, 3e38F}, {0, 0}},
   }));
+  // A last, shorter block is divided by its largest number, the others are multiplied by its inverse: 1701 and
+  // 346.18967 lie on either side of a bound then.
   std::vector<float> weight;
   for (const auto& [count, value] : filled) weight.insert(weight.end(), static_cast<size_t>(count), value);
   const auto packed = lora::quantize_nf4(numbers(weight), NF4().block_size(32).double_quantization(false));
@@ -272,7 +275,7 @@ TEST_CASE("a part of the numbers, and rows times a vector") {
   const auto type = GENERATE(FourBitType::kNF4, FourBitType::kFP4);
   const auto block_size = GENERATE(32, 64, 256, 4096);
   const auto double_quantization = GENERATE(false, true);
-  const auto columns = GENERATE(1, 2, 7, 64, 97, 300, 768);
+  const auto columns = GENERATE(1, 2, 7, 64, 95, 97, 300, 768);
   const int64_t rows = 40;
   const auto packed = quantize(type, torch::randn({rows, columns}), block_size, double_quantization);
   const auto dense = lora::detail::dequantized_blocks(packed);  // by ATen's operators

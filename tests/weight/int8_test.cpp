@@ -18,7 +18,8 @@ TEST_CASE("a row is rounded to 127ths of its largest number") {
   };
   const auto cases = std::vector<Case>{
       {{127, -127, 63.5F, 0.5F}, 127, {127, -127, 64, 0}},
-      {{127, 1.5F, 2.5F, -0.5F}, 127, {127, 2, 2, 0}},  // halves to the even neighbour
+      {{127, 1.5F, 2.5F, -0.5F}, 127, {127, 2, 2, 0}},   // halves to the even neighbour
+      {{1533, 416.4449F, 0, 0}, 1533, {127, 35, 0, 0}},  // times 1 / absmax, times 127: 127 / absmax would give 34
       {{0, 0, -0.0F, 0}, 0, {0, 0, 0, 0}},
       {{1, -0.25F, 0.3F, 0.1F}, 1, {127, -32, 38, 13}},
       {{1e-3F, -2e-3F, 0, 2e-3F}, 2e-3F, {64, -127, 0, 127}},
@@ -104,7 +105,7 @@ TEST_CASE("a weight in 8 bits knows what it is") {
 
 TEST_CASE("every kernel has the codes, numbers and products of the plain one") {
   torch::manual_seed(3);
-  const auto columns = GENERATE(1, 2, 15, 16, 17, 33, 64, 97, 768);
+  const auto columns = GENERATE(1, 2, 15, 16, 17, 33, 64, 95, 97, 768);
   const int64_t rows = 30;
   auto weight = torch::randn({rows, columns});
   weight[3].mul_(1e-37);
