@@ -75,6 +75,43 @@ TEST_CASE("A model in few bits is written and read as it is, whatever the other 
   for (const auto& item : model->named_parameters()) CHECK(torch::equal(item.value(), numbers[item.key()]));
 }
 
+TEST_CASE("Weights of which a file has the numbers are held in few bits as they are read") {
+  const auto& scheme = GENERATE(from_range(schemes()));
+  INFO(scheme.name);
+  testing::TemporaryFolder folder;
+  auto original = small(1), model = small(2), expected = small(1);
+  lora::save_quantized(*original, folder / "model.safetensors");  // of which nothing is
+  const auto options = lora::QuantizeOptions().target_modules({"up", "tokens"});
+  const auto wanted = lora::quantize(*expected, scheme.scheme, options);
+  const auto report = lora::load_quantized(*model, folder / "model.safetensors", scheme.scheme, options);
+  CHECK(report.layers == wanted.layers);
+  CHECK(report.bytes_before == wanted.bytes_before);
+  CHECK(report.bytes_after == wanted.bytes_after);
+  CHECK(report.error == testing::Approx(wanted.error));
+  CHECK(torch::equal(base_of(model), base_of(expected)));
+  CHECK(torch::equal(model->gate->weight, original->gate->weight));
+
+  lora::save_quantized(*model, folder / "held.safetensors");
+  auto again = small(3);  // what the file has in few bits stays so; the rest is held as is asked for
+  const auto rest = lora::load_quantized(*again, folder / "held.safetensors", lora::Int8());
+  CHECK(rest.layers == std::vector<std::string>{"tokens", "up", "gate", "head"});
+  testing::Tied tied;
+  lora::save_quantized(*tied, folder / "tied.safetensors");
+  const auto left = lora::load_quantized(*tied, folder / "tied.safetensors", scheme.scheme);
+  CHECK((left.layers.empty() && left.shared == std::vector<std::string>{"head"}));
+
+  const auto before = model->gate->weight.detach().clone();
+  {
+    torch::NoGradGuard no_grad;
+    original->head->weight[0][0] = std::numeric_limits<float>::quiet_NaN();
+    original->gate->weight.zero_();
+  }
+  lora::save_quantized(*original, folder / "broken.safetensors");
+  CHECK_THAT(error_of([&] { lora::load_quantized(*model, folder / "broken.safetensors", scheme.scheme); }),
+             contains("not finite"));
+  CHECK(torch::equal(model->gate->weight, before));
+}
+
 TEST_CASE("What is tied is in the file once, and stays tied") {
   testing::TemporaryFolder folder;
   testing::Tied model;

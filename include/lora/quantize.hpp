@@ -12,6 +12,7 @@
 #include <lora/weight/quantized.hpp>
 #include <lora/weight/rounding_error.hpp>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,6 +36,26 @@ struct QuantizeReport {
   double error = 0;                           ///< ||W_q - W|| / ||W|| over all of them
 };
 
+namespace detail {
+
+/// The weights that the options mean; notes in the report what is left out.
+inline std::vector<std::shared_ptr<Site>> quantizable(const Model& model, const QuantizeOptions& options,
+                                                      QuantizeReport& report) {
+  const auto& targets = options.target_modules();
+  const auto config = LoRAConfig(1).target_modules(targets).exclude_modules(options.exclude_modules());
+  auto sites = Selection(model, config).sites();
+  if (!targets.is_all_linear()) return sites;
+  const auto is_shared = [&](const std::shared_ptr<Site>& site) {
+    if (site->place().tied_to.empty()) return false;
+    report.shared.push_back(site->name());
+    return true;
+  };
+  sites.erase(std::remove_if(sites.begin(), sites.end(), is_shared), sites.end());
+  return sites;
+}
+
+}  // namespace detail
+
 /// Holds weights of a model in few bits (QLoRA), in the place where they are: a weight becomes a tensor of the same
 /// sizes without memory, whose numbers are found inside of scopes of `Adapters` and by the layers of this library, and
 /// nowhere else; whatever else touches them throws a text that names the weight. Adapters are attached before or after.
@@ -50,16 +71,10 @@ inline QuantizeReport quantize(const Model& model, const Quantization& scheme, c
   detail::register_kernels();
   const detail::BelowInterception below;
   at::NoGradGuard no_grad;
-  const auto& targets = options.target_modules();
-  const auto config = LoRAConfig(1).target_modules(targets).exclude_modules(options.exclude_modules());
   QuantizeReport report;
   std::vector<std::shared_ptr<Site>> sites;
-  for (auto& site : detail::Selection(model, config).sites()) {
+  for (auto& site : detail::quantizable(model, options, report)) {
     if (detail::is_quantized(site->weight())) continue;
-    if (targets.is_all_linear() && !site->place().tied_to.empty()) {
-      report.shared.push_back(site->name());
-      continue;
-    }
     site->check_quantizable();
     sites.push_back(std::move(site));
   }

@@ -10,6 +10,7 @@
 
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <utility>
@@ -20,53 +21,39 @@ inline namespace LORA_ABI {
 
 namespace detail {
 
-/// Puts the tensors of a file into a model, weights of 4 and 8 bits as such. Everything is checked before anything is
-/// changed.
+/// Puts the tensors of a file into a model, weights of 4 and 8 bits as such. Everything is read and packed that is held
+/// in few bits, and everything else is checked, before anything is changed; what is not packed is read one at a time.
 class QuantizedLoading {
  public:
-  QuantizedLoading(const Model& model, std::filesystem::path file, const std::map<std::string, at::Tensor>& tensors)
-      : file_(std::move(file)), tensors_(tensors), places_(model.tensors()) {}
-
-  void check() {
-    std::set<std::string> taken;
-    std::set<const void*> filled;
-    std::vector<std::string> missing;
-    for (const auto& tensor : places_) {
-      const auto& name = tensor.place.name;
-      const auto value = tensor.place.slot->read();
-      if (!value.defined()) continue;
-      if (is_bitsandbytes_weight(name, tensors_)) {
-        auto read = read_bitsandbytes_weight(name, tensors_).weight;
-        check_sizes(name, read->sizes(), value);
-        for (const auto& item : bitsandbytes_tensors(name, *read, at::kFloat)) taken.insert(item.first);
-        held_.emplace(name, std::move(read));
-      } else if (const auto found = tensors_.find(name); found != tensors_.end()) {
-        check_sizes(name, found->second.sizes(), value);
-        if (found->second.is_floating_point() != value.is_floating_point())
-          throw CheckpointError(file_, "\"", name, "\" is ", found->second.scalar_type(), ", but ", value.scalar_type(),
-                                " in the model");
-        taken.insert(name);
-      } else {
-        continue;
-      }
-      filled.insert(tensor.place.slot->place());
-      filled.insert(value.unsafeGetTensorImpl());
-    }
-    for (const auto& tensor : places_) {  // of what is tied the file has one
-      const auto value = tensor.place.slot->read();
-      const bool is_filled = filled.count(value.unsafeGetTensorImpl()) + filled.count(tensor.place.slot->place()) > 0;
-      if (value.defined() && !is_filled) missing.push_back(tensor.place.name);
-    }
-    if (!missing.empty()) throw CheckpointError(file_, "has no tensors for ", list(missing), " of the model");
-    std::vector<std::string> unknown;
-    for (const auto& item : tensors_) {
-      if (taken.count(item.first) == 0) unknown.push_back(item.first);
-    }
-    if (!unknown.empty()) throw CheckpointError(file_, "has tensors that the model does not have: ", list(unknown));
+  /// The layers of `sites` are held by `scheme`, where the file has their numbers.
+  QuantizedLoading(const Model& model, const std::filesystem::path& file, const Quantization* scheme,
+                   const std::vector<std::shared_ptr<Site>>& sites)
+      : file_(file), reader_(file), places_(model.tensors()), scheme_(scheme) {
+    for (const auto& info : reader_.tensors()) stored_.emplace(info.name, info);
+    for (const auto& site : sites) to_pack_.insert(site->slot().place());
+    for (const auto& name : packed_names()) read_parts(name);
   }
 
-  QuantizeReport put() const {
+  void prepare() {
+    for (const auto& tensor : places_) {
+      const auto value = tensor.place.slot->read();
+      if (value.defined()) prepare(tensor.place, value);
+    }
+    std::vector<std::string> missing, unknown;
+    for (const auto& tensor : places_) {  // of what is tied the file has one
+      const auto value = tensor.place.slot->read();
+      if (value.defined() && filled_.count(value.unsafeGetTensorImpl()) == 0) missing.push_back(tensor.place.name);
+    }
+    check(missing.empty(), "has no tensors for ", list(missing), " of the model");
+    for (const auto& item : stored_) {
+      if (taken_.count(item.first) == 0) unknown.push_back(item.first);
+    }
+    check(unknown.empty(), "has tensors that the model does not have: ", list(unknown));
+  }
+
+  QuantizeReport put() {
     QuantizeReport report;
+    report.error = error_.relative();
     for (const auto& tensor : places_) {
       const auto& place = tensor.place;
       const auto value = place.slot->read();
@@ -74,14 +61,13 @@ class QuantizedLoading {
         report.layers.push_back(owner_of(place.name));
         report.bytes_before += static_cast<int64_t>(value.nbytes());
         report.bytes_after += found->second->nbytes();
-        auto weight = found->second;
-        if (weight->device() != value.device()) weight = weight->to(value.device());
-        hold(place.slot->handles(), std::move(weight), value.scalar_type(), owner_of(place.name));
-      } else if (const auto numbers = tensors_.find(place.name); numbers != tensors_.end()) {
+        hold(place.slot->handles(), std::move(found->second), value.scalar_type(), owner_of(place.name));
+      } else if (value.defined() && stored_.count(place.name) > 0) {
+        const auto numbers = reader_.read(place.name);
         if (is_quantized(value)) {
-          release(place.slot->handles(), numbers->second.to(value.device(), value.scalar_type(), false, /*copy=*/true));
+          release(place.slot->handles(), numbers.to(value.device(), value.scalar_type()));
         } else {
-          value.detach().copy_(numbers->second);
+          value.detach().copy_(numbers);
         }
       }
     }
@@ -89,16 +75,91 @@ class QuantizedLoading {
   }
 
  private:
+  /// The weights that the file has in few bits.
+  std::set<std::string> packed_names() const {
+    std::set<std::string> names;
+    for (const auto& item : stored_) {
+      const auto& name = item.first;
+      const bool has_scale = stored_.count(scale_name(name)) > 0;
+      const bool has_state = stored_.count(state_name(name, FourBitType::kNF4)) > 0 ||
+                             stored_.count(state_name(name, FourBitType::kFP4)) > 0;
+      if (has_scale || has_state) names.insert(name);
+    }
+    return names;
+  }
+
+  void read_parts(const std::string& name) {
+    const auto prefix = name + ".";
+    for (auto item = stored_.lower_bound(prefix); item != stored_.end() && item->first.rfind(prefix, 0) == 0; ++item)
+      parts_.emplace(item->first, reader_.read(item->first));
+    for (const auto& other : {name, scale_name(name), format_name(name)}) {
+      if (stored_.count(other) > 0) parts_.emplace(other, reader_.read(other));
+    }
+  }
+
+  void prepare(const Place& place, const at::Tensor& value) {
+    const auto& name = place.name;
+    if (is_bitsandbytes_weight(name, parts_)) {
+      auto read = read_bitsandbytes_weight(name, parts_).weight;
+      check_sizes(name, read->sizes(), value);
+      for (const auto& item : bitsandbytes_tensors(name, *read, at::kFloat)) taken_.insert(item.first);
+      keep(name, std::move(read), value);
+    } else if (const auto found = stored_.find(name); found != stored_.end()) {
+      check_sizes(name, found->second.shape, value);
+      const bool is_float = at::isFloatingType(found->second.dtype);
+      check(is_float == value.is_floating_point(), "\"", name, "\" is ", found->second.dtype, ", but ",
+            value.scalar_type(), " in the model");
+      taken_.insert(name);
+      if (is_float && to_pack_.count(place.slot->place()) > 0) {
+        const auto numbers = reader_.read(name);
+        auto packed = scheme_->pack(numbers);
+        error_.add(numbers, *packed);
+        keep(name, std::move(packed), value);
+      }
+    } else {
+      return;
+    }
+    filled_.insert(value.unsafeGetTensorImpl());
+  }
+
+  void keep(const std::string& name, std::shared_ptr<const QuantizedWeight> weight, const at::Tensor& value) {
+    held_.emplace(name, weight->device() == value.device() ? std::move(weight) : weight->to(value.device()));
+  }
+
   void check_sizes(const std::string& name, at::IntArrayRef sizes, const at::Tensor& value) const {
-    if (sizes != value.sizes())
-      throw CheckpointError(file_, "\"", name, "\" is ", sizes, ", but ", value.sizes(), " in the model");
+    check(sizes == value.sizes(), "\"", name, "\" is ", sizes, ", but ", value.sizes(), " in the model");
+  }
+
+  template <class... Reason>
+  void check(bool holds, const Reason&... reason) const {
+    if (!holds) throw CheckpointError(file_, reason...);
   }
 
   std::filesystem::path file_;
-  const std::map<std::string, at::Tensor>& tensors_;
+  SafetensorsReader reader_;
+  std::map<std::string, TensorInfo> stored_;
+  std::map<std::string, at::Tensor> parts_;  // of weights that the file has in few bits
   LayerWeights places_;
+  const Quantization* scheme_;
+  std::set<const void*> to_pack_, filled_;
+  std::set<std::string> taken_;
   std::map<std::string, std::shared_ptr<const QuantizedWeight>> held_;
+  RoundingError error_;
 };
+
+inline QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file, const Quantization* scheme,
+                                     const QuantizeOptions& options) {
+  register_kernels();
+  const BelowInterception below;
+  at::NoGradGuard no_grad;
+  QuantizeReport chosen;
+  const auto sites = scheme == nullptr ? std::vector<std::shared_ptr<Site>>() : quantizable(model, options, chosen);
+  QuantizedLoading loading(model, file, scheme, sites);
+  loading.prepare();
+  auto report = loading.put();
+  report.shared = std::move(chosen.shared);
+  return report;
+}
 
 }  // namespace detail
 
@@ -129,21 +190,28 @@ inline void save_quantized(torch::nn::Module& model, const std::filesystem::path
 }
 
 /// Reads such a file, or one that bitsandbytes wrote, into a model: weights in 4 or 8 bits take the place of the
-/// model's, whatever these are, and stand for weights of their type; everything else is copied. The file stays mapped
-/// while a weight of it lives. It has to have each tensor of the model, and no other.
+/// model's, whatever these are, and stand for weights of their type; everything else is copied. The file has to have
+/// each tensor of the model, and no other. With a scheme, weights of which the file has the numbers are held in few
+/// bits as by `quantize`, without ever being numbers in the model: beside what the model ends with, there is one tensor
+/// of the file in memory at a time.
 ///
-/// Errors, with nothing changed: CheckpointError that names what is missing, unknown or does not fit.
+///   lora::load_quantized(*model, "model.safetensors", lora::NF4(), lora::QuantizeOptions().exclude_modules({"head"}));
+///
+/// Errors, with nothing changed: CheckpointError that names what is missing, unknown or does not fit; those of
+/// `quantize`.
 inline QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file) {
-  detail::register_kernels();
-  const detail::BelowInterception below;
-  at::NoGradGuard no_grad;
-  const auto tensors = read_safetensors(file);
-  detail::QuantizedLoading loading(model, file, tensors);
-  loading.check();
-  return loading.put();
+  return detail::load_quantized(model, file, nullptr, {});
 }
 inline QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file) {
   return load_quantized(ModuleModel(model), file);
+}
+inline QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file, const Quantization& scheme,
+                                     const QuantizeOptions& options = {}) {
+  return detail::load_quantized(model, file, &scheme, options);
+}
+inline QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file,
+                                     const Quantization& scheme, const QuantizeOptions& options = {}) {
+  return load_quantized(ModuleModel(model), file, scheme, options);
 }
 
 }  // namespace LORA_ABI
