@@ -213,7 +213,10 @@ TEST_CASE("tensors that are missing or do not fit are named") {
                 {"m.weight_format", torch::ones({}, torch::kByte),
                  "m.weight_format: has to be 0, for rows one after the other, but is [1]"}});
   auto tensors = eight;
-  tensors.erase("m.weight_format");  // older files have none
+  tensors.erase("m.weight_format");                                        // older files have none
+  CHECK(lora::is_bitsandbytes_weight("m.weight", {{"m.SCB", Tensor()}}));  // so that somebody says what is missing
+  CHECK(lora::is_bitsandbytes_weight("m.weight", {{state, Tensor()}}));
+  CHECK_FALSE(lora::is_bitsandbytes_weight("m.weight", {{"m.SCB", Tensor()}, {"m.weight", weight}}));
   CHECK(torch::equal(read_bitsandbytes_weight("m.weight", tensors).weight->dense(), Int8().pack(weight)->dense()));
 }
 

@@ -270,6 +270,54 @@ TEST_CASE("a weight knows what it is") {
   }
 }
 
+TEST_CASE("tensors that do not fit each other, and numbers that are not there, are refused") {
+  const auto good = lora::quantize_nf4(torch::ones({3, 50}).to(device()), NF4().block_size(32));
+  struct Case {
+    std::function<void(FourBitTensor&)> change;
+    const char* text;
+  };
+  for (const auto& [change, text] : std::vector<Case>{
+           {[](auto& it) { it.codes = it.codes.slice(0, 1); },
+            "codes of this packed weight has to be Byte of 75 numbers"},
+           {[](auto& it) { it.codes = Tensor(); }, "codes of a packed weight is undefined"},
+           {[](auto& it) { it.absmax = it.absmax.to(torch::kFloat); },
+            "absmax of this packed weight has to be Byte of 5 numbers, contiguous, on "},
+           {[](auto& it) { it.absmax = Tensor(); }, "absmax of a packed weight is undefined"},
+           {[](auto& it) { it.nested_absmax = it.nested_absmax.expand(2); },
+            "nested_absmax of this packed weight has to be Float of 1 numbers"},
+           {[](auto& it) { it.nested_absmax = Tensor(); }, "absmax of this packed weight has to be Float of 5 numbers"},
+           {[](auto& it) { it.nested_map = Tensor(); }, "nested_map of a packed weight is undefined"},
+           {[](auto& it) { it.nested_map = torch::zeros({512}).to(device()).slice(0, 0, 512, 2); }, "with strides [2]"},
+           {[](auto& it) { it.block_size = 100; }, "block_size has to be 32"},
+           {[](auto& it) {
+              it.sizes = {3, 0};
+            },
+            "the sizes of a packed weight are [3, 0], but each has to be at least 1"},
+           {[](auto& it) {
+              it.sizes = {3, 60};
+            },
+            "codes of this packed weight has to be Byte of 90 numbers"}}) {
+    auto bad = good;
+    change(bad);
+    CHECK_THAT(error_of([&] { lora::FourBitWeight weight(bad); }), testing::contains(text));
+    CHECK_THAT(error_of([&] { lora::dequantize(bad); }), testing::contains(text));
+  }
+  const lora::FourBitWeight weight(good);
+  float number = 0;
+  if (!device().is_cpu()) {
+    CHECK_THAT(error_of([&] { weight.unpack(0, 1, &number); }),
+               testing::contains("reads weights on the CPU, but this one is on "));
+    return;
+  }
+  for (const auto& [first, count] :
+       std::vector<std::pair<int64_t, int64_t>>{{-1, 1}, {0, -1}, {150, 1}, {149, 2}, {151, 0}}) {
+    CHECK_THAT(error_of([&, from = first, size = count] { weight.unpack(from, size, &number); }),
+               testing::contains("there are 150 numbers, but "));
+  }
+  CHECK_THAT(error_of([&] { weight.dot_rows(2, 2, &number, &number); }),
+             testing::contains("there are 3 rows, but 2 from 2 on are asked for"));
+}
+
 TEST_CASE("a part of the numbers, and rows times a vector") {
   torch::manual_seed(5);
   const auto type = GENERATE(FourBitType::kNF4, FourBitType::kFP4);

@@ -103,6 +103,26 @@ TEST_CASE("a weight in 8 bits knows what it is") {
   CHECK(torch::equal(weight->dense(), lora::dequantize(lora::quantize_int8(x))));
 }
 
+TEST_CASE("tensors that do not fit each other are refused") {
+  const auto good = lora::quantize_int8(torch::ones({3, 4}).to(device()));
+  const auto refuses = [](const lora::Int8Tensor& bad, const char* text) {
+    CHECK_THAT(error_of([&] { lora::Int8Weight weight(bad); }), testing::contains(text));
+    CHECK_THAT(error_of([&] { lora::dequantize(bad); }), testing::contains(text));
+  };
+  refuses({good.codes, good.absmax.slice(0, 1)}, "absmax of this packed weight has to be Float of 3 numbers");
+  refuses({good.codes, {}}, "absmax of a packed weight is undefined");
+  refuses({{}, good.absmax}, "codes of a packed weight is undefined");
+  refuses({good.codes.to(torch::kInt), good.absmax}, "codes of this packed weight has to be Char of 12 numbers");
+  refuses({good.codes.t(), good.absmax}, "with strides [1, 4]");
+  refuses({good.codes.slice(0, 0, 0), good.absmax}, "codes of a packed weight are [0, 4], no numbers");
+  if (!device().is_cpu()) return;
+  float number = 0;
+  const lora::Int8Weight weight(good);
+  CHECK_THAT(error_of([&] { weight.unpack(12, 1, &number); }),
+             testing::contains("there are 12 numbers, but 1 from 12 on are asked for"));
+  CHECK_THAT(error_of([&] { weight.dot_rows(4, 0, &number, &number); }), testing::contains("there are 3 rows"));
+}
+
 TEST_CASE("every kernel has the codes, numbers and products of the plain one") {
   torch::manual_seed(3);
   const auto columns = GENERATE(1, 2, 15, 16, 17, 33, 64, 95, 97, 768);

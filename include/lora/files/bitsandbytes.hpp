@@ -115,14 +115,15 @@ class BitsandbytesReader {
           "\"blocksize\" has to be a power of two from 32 to ", "4096, but is ", packed.block_size);
     const auto shape = member(state_of, state, "shape", "a list of sizes", &nlohmann::json::is_array);
     packed.codes = codes();
+    const int64_t most = 2 * packed.codes.numel();
     int64_t numbers = 1;
     for (const auto& size : shape) {
-      check(size.is_number_integer() && size >= 1 && size <= 2 * packed.codes.numel(), state_of,
+      check(size.is_number_integer() && size >= 1 && size <= most, state_of,
             "\"shape\" has to be a list of sizes that fit ", packed.codes.numel(), " bytes, but is ", shape.dump());
       packed.sizes.push_back(size.get<int64_t>());
-      numbers *= packed.sizes.back();
-      check((numbers + 1) / 2 <= packed.codes.numel(), name_, "has ", packed.codes.numel(), " bytes, too few for ",
+      check(numbers <= most / packed.sizes.back(), name_, "has ", packed.codes.numel(), " bytes, too few for ",
             shape.dump(), " numbers of 4 bits");
+      numbers *= packed.sizes.back();
     }
     check((numbers + 1) / 2 == packed.codes.numel(), name_, "has ", packed.codes.numel(), " bytes, but ", shape.dump(),
           " numbers of 4 bits need ", (numbers + 1) / 2);
@@ -280,12 +281,14 @@ inline std::vector<std::string> bitsandbytes_names(const std::string& name) {
   return names;
 }
 
-/// Whether there is a weight of that name in 4 or 8 bits among the tensors of a checkpoint.
+/// Whether there is a weight of that name in 4 or 8 bits among the tensors of a checkpoint; also where some of its
+/// parts are missing, which read_bitsandbytes_weight says.
 inline bool is_bitsandbytes_weight(const std::string& name, const std::map<std::string, at::Tensor>& tensors) {
-  if (tensors.count(name) == 0) return false;
-  if (tensors.count(detail::scale_name(name)) != 0) return tensors.at(name).scalar_type() == at::kChar;
-  return tensors.count(detail::state_name(name, FourBitType::kNF4)) != 0 ||
-         tensors.count(detail::state_name(name, FourBitType::kFP4)) != 0;
+  for (const auto type : detail::kFourBitTypes)
+    if (tensors.count(detail::state_name(name, type)) != 0) return true;
+  const auto codes = tensors.find(name);
+  return tensors.count(detail::scale_name(name)) != 0 &&
+         (codes == tensors.end() || codes->second.scalar_type() == at::kChar);
 }
 
 /// The weight of that name, from the tensors of a checkpoint. It shares their memory.

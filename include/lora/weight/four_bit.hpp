@@ -8,8 +8,8 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/stack.h>
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 
 #include <lora/options.hpp>
 #include <lora/weight/codec/input.hpp>
@@ -61,6 +61,9 @@ struct FourBitTensor {
 
   bool double_quantized() const { return nested_absmax.defined(); }
   int64_t numel() const { return c10::multiply_integers(sizes); }
+
+  /// Throws c10::Error, with `who` in front, when the tensors do not fit each other.
+  void validate(const char* who) const;
 };
 
 /// The options that NF4 and FP4 have in common.
@@ -203,13 +206,16 @@ inline at::Tensor scales_of(const FourBitTensor& packed) {
   return scales + packed.offset;
 }
 
-/// The numbers by operators that any device has.
+/// The numbers by operators that any device has. A byte is looked up as a whole, which takes the least memory.
 inline at::Tensor dequantized_blocks(const FourBitTensor& packed) {
-  auto values = at::empty({16}, at::kFloat);
-  std::copy_n(code_of(packed.type).values, 16, values.mutable_data_ptr<float>());
-  const auto bytes = packed.codes.to(at::kInt);
-  const auto nibbles = at::stack({bytes.bitwise_right_shift(4), bytes.bitwise_and(15)}, 1).view({-1});
-  const auto numbers = values.to(bytes.device()).index_select(0, nibbles).narrow(0, 0, packed.numel());
+  const auto* values = code_of(packed.type).values;
+  auto pairs = at::empty({256, 2}, at::kFloat);
+  for (int byte = 0; byte < 256; ++byte) {
+    pairs.mutable_data_ptr<float>()[2 * byte] = values[byte >> 4];
+    pairs.mutable_data_ptr<float>()[2 * byte + 1] = values[byte & 15];
+  }
+  const auto found = pairs.to(packed.codes.device()).index_select(0, packed.codes.to(at::kInt));
+  const auto numbers = found.view({-1}).narrow(0, 0, packed.numel());
   const auto scaled = in_rows(numbers, packed.block_size) * scales_of(packed).unsqueeze(1);
   return scaled.view({-1}).narrow(0, 0, packed.numel()).contiguous().view(packed.sizes);
 }
@@ -316,9 +322,24 @@ class FourBitReader {
 
 }  // namespace detail
 
+inline void FourBitTensor::validate(const char* who) const {
+  NF4().block_size(block_size).validate(who);
+  TORCH_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; }), who,
+              ": the sizes of a packed weight are ", at::IntArrayRef(sizes), ", but each has to be at least 1");
+  const auto blocks = (numel() + block_size - 1) / block_size;
+  TORCH_CHECK(codes.defined(), who, ": codes of a packed weight is undefined");
+  const auto device = codes.device();
+  detail::check_part(who, "codes", codes, at::kByte, (numel() + 1) / 2, device);
+  detail::check_part(who, "absmax", absmax, double_quantized() ? at::kByte : at::kFloat, blocks, device);
+  if (!double_quantized()) return;
+  const auto nested_blocks = (blocks + detail::kNestedBlockSize - 1) / detail::kNestedBlockSize;
+  detail::check_part(who, "nested_absmax", nested_absmax, at::kFloat, nested_blocks, device);
+  detail::check_part(who, "nested_map", nested_map, at::kFloat, 256, device);
+}
+
 /// The weight in NF4: Float, Double, Half or BFloat16 of any shape, which becomes float first. Codes and scales are
-/// those of bitsandbytes 0.50 to the bit. (The mean of very many scales depends on the number of threads, as
-/// at::mean does.)
+/// those of bitsandbytes 0.50 on the CPU, to the bit. (The mean of very many scales depends on the number of threads,
+/// and on the device, as at::mean does.)
 ///
 /// Throws c10::ValueError for options out of their range and for numbers that are not finite; c10::TypeError for other
 /// types; c10::Error for a weight without numbers.
@@ -337,6 +358,7 @@ inline FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options =
 
 /// The numbers in float, on the device of the codes.
 inline at::Tensor dequantize(const FourBitTensor& packed) {
+  packed.validate("lora::dequantize");
   if (!packed.codes.is_cpu()) return detail::dequantized_blocks(packed);
   auto numbers = at::empty(packed.sizes, at::kFloat);
   detail::FourBitReader(packed).unpack(0, packed.numel(), numbers.mutable_data_ptr<float>());
@@ -346,7 +368,8 @@ inline at::Tensor dequantize(const FourBitTensor& packed) {
 /// A weight that is held in NF4 or FP4.
 class FourBitWeight final : public QuantizedWeight {
  public:
-  explicit FourBitWeight(FourBitTensor packed) : packed_(std::move(packed)) {}
+  /// Throws c10::Error when the tensors do not fit each other.
+  explicit FourBitWeight(FourBitTensor packed) : packed_(std::move(packed)) { packed_.validate("lora::FourBitWeight"); }
 
   const FourBitTensor& packed() const { return packed_; }
 
@@ -363,10 +386,12 @@ class FourBitWeight final : public QuantizedWeight {
 
   at::Tensor dense() const override { return dequantize(packed_); }
   void unpack(int64_t first, int64_t count, float* numbers) const override {
+    detail::check_range("lora::FourBitWeight::unpack", "numbers", first, count, packed_.numel(), device());
     detail::FourBitReader(packed_).unpack(first, count, numbers);
   }
   void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override {
-    const auto rows = packed_.sizes.empty() ? 1 : packed_.sizes.front();
+    const auto rows = detail::rows_of(packed_.sizes);
+    detail::check_range("lora::FourBitWeight::dot_rows", "rows", first, count, rows, device());
     detail::FourBitReader(packed_).dot_rows(packed_.numel() / rows, first, count, x, y);
   }
 

@@ -34,6 +34,9 @@ inline namespace LORA_ABI {
 struct Int8Tensor {
   at::Tensor codes;   ///< Char, shaped as the weight.
   at::Tensor absmax;  ///< Float (rows); bitsandbytes calls it SCB.
+
+  /// Throws c10::Error, with `who` in front, when the tensors do not fit each other.
+  void validate(const char* who) const;
 };
 
 /// Weights in 8 bits: `.quantize(lora::Int8())`.
@@ -43,9 +46,6 @@ class Int8 {
 };
 
 namespace detail {
-
-/// The rows of a tensor as a matrix; one without dimensions is one row.
-inline int64_t rows_of(at::IntArrayRef sizes) { return sizes.empty() ? 1 : sizes.front(); }
 
 /// 127 / absmax, or nothing where that is more than a float holds: such a row, of zeros or numbers that are nearly that
 /// (below 3.8e-37), has zeros as its codes.
@@ -82,6 +82,13 @@ inline std::pair<at::Tensor, at::Tensor> quantized_rows(const at::Tensor& matrix
 }
 
 }  // namespace detail
+
+inline void Int8Tensor::validate(const char* who) const {
+  TORCH_CHECK(codes.defined(), who, ": codes of a packed weight is undefined");
+  detail::check_part(who, "codes", codes, at::kChar, codes.numel(), codes.device());
+  TORCH_CHECK(codes.numel() > 0, who, ": codes of a packed weight are ", codes.sizes(), ", no numbers");
+  detail::check_part(who, "absmax", absmax, at::kFloat, detail::rows_of(codes.sizes()), codes.device());
+}
 
 /// The weight in 8 bits: Float, Double, Half or BFloat16 of any shape, which becomes float first.
 ///
@@ -154,6 +161,7 @@ class Int8Reader {
 
 /// The numbers in float, on the device of the codes.
 inline at::Tensor dequantize(const Int8Tensor& packed) {
+  packed.validate("lora::dequantize");
   if (packed.codes.is_cpu()) {
     auto numbers = at::empty(packed.codes.sizes(), at::kFloat);
     detail::Int8Reader(packed).unpack(0, numbers.numel(), numbers.mutable_data_ptr<float>());
@@ -166,7 +174,8 @@ inline at::Tensor dequantize(const Int8Tensor& packed) {
 /// A weight that is held in 8 bits.
 class Int8Weight final : public QuantizedWeight {
  public:
-  explicit Int8Weight(Int8Tensor packed) : packed_(std::move(packed)) {}
+  /// Throws c10::Error when the tensors do not fit each other.
+  explicit Int8Weight(Int8Tensor packed) : packed_(std::move(packed)) { packed_.validate("lora::Int8Weight"); }
 
   const Int8Tensor& packed() const { return packed_; }
 
@@ -178,9 +187,11 @@ class Int8Weight final : public QuantizedWeight {
 
   at::Tensor dense() const override { return dequantize(packed_); }
   void unpack(int64_t first, int64_t count, float* numbers) const override {
+    detail::check_range("lora::Int8Weight::unpack", "numbers", first, count, packed_.codes.numel(), device());
     detail::Int8Reader(packed_).unpack(first, count, numbers);
   }
   void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override {
+    detail::check_range("lora::Int8Weight::dot_rows", "rows", first, count, packed_.absmax.numel(), device());
     detail::Int8Reader(packed_).dot_rows(first, count, x, y);
   }
 

@@ -47,6 +47,28 @@ inline at::Tensor numbers_of(const at::Tensor& weight) {
                     "; only finite numbers can be packed: mend the weight (torch::nan_to_num), or leave it as it is");
 }
 
+/// The rows of a tensor as a matrix; one without dimensions is one row.
+inline int64_t rows_of(at::IntArrayRef sizes) { return sizes.empty() ? 1 : sizes.front(); }
+
+/// Checks one of the tensors that a packed weight consists of; they are contiguous, and on one device.
+inline void check_part(const char* who, const char* name, const at::Tensor& part, at::ScalarType type, int64_t numel,
+                       at::Device device) {
+  TORCH_CHECK(part.defined(), who, ": ", name, " of a packed weight is undefined");
+  TORCH_CHECK(part.scalar_type() == type && part.numel() == numel && part.is_contiguous() && part.device() == device,
+              who, ": ", name, " of this packed weight has to be ", type, " of ", numel, " numbers, contiguous, on ",
+              device, ", but is ", part.scalar_type(), " ", part.sizes(), " with strides ", part.strides(), " on ",
+              part.device());
+}
+
+/// Refuses what is not there to be read by the CPU.
+inline void check_range(const char* who, const char* what, int64_t first, int64_t count, int64_t all,
+                        at::Device device) {
+  TORCH_CHECK(device.is_cpu(), who, " reads weights on the CPU, but this one is on ", device,
+              "; use dense(), or to(torch::kCPU)");
+  TORCH_CHECK(first >= 0 && count >= 0 && first <= all && count <= all - first, who, ": there are ", all, " ", what,
+              ", but ", count, " from ", first, " on are asked for");
+}
+
 }  // namespace detail
 }  // namespace LORA_ABI
 }  // namespace lora

@@ -17,7 +17,7 @@ struct FourBitCode {
   const char* in_files;        // as files of bitsandbytes name it: "nf4"
   float values[16];            // of each nibble
   std::uint8_t ascending[16];  // the nibbles, by value
-  float bounds[15];  // halfway between neighbours: a number belongs to the n-th value if n bounds lie below it
+  float bounds[15];            // halfway between neighbours; n of them lie below what is of the n-th value
 };
 
 constexpr FourBitCode with_bounds(FourBitCode code) {
