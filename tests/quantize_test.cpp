@@ -133,7 +133,8 @@ TEST_CASE("What cannot be held in few bits is an error that says why, and change
 }
 
 TEST_CASE("Every method trains on weights that are held in few bits as on their numbers") {
-  const auto method = GENERATE(from_range(lora::all_methods()));
+  const auto method =
+      GENERATE(from_range(std::vector<lora::MethodKind>{lora::LowRank(), lora::DoRA(), lora::VeRA(), lora::IA3()}));
   INFO(method.info().name);
   const bool is_for_linear = method.info().name == "VeRA" || method.info().name == "IA3";
   const auto layers = is_for_linear ? std::vector<std::string>{"up", "gate", "down"} : kLayers;
