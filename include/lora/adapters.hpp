@@ -47,7 +47,8 @@ inline namespace LORA_ABI {
 /// `set_scale` may run beside forward and backward passes of other threads that are inside scopes, and beside
 /// `activate`: a pass uses the adapters as they were when its scope opened. Adapting a layer for the first time marks
 /// its weight, so the first adapter of a model is added before other threads use it, or `prepare` is called. `merge`,
-/// `unmerge` and `detach` change the weights and need the model for themselves.
+/// `unmerge`, `detach`, and what holds weights in few bits (`quantize`, or a configuration that asks for it) change the
+/// weights and need the model for themselves.
 class Adapters {
  public:
   explicit Adapters(torch::nn::Module& model) : Adapters(std::make_shared<ModuleModel>(model)) {}
