@@ -372,6 +372,18 @@ TEST_CASE("Products with weights in few bits take any input that those with numb
     CHECK(distance(model->up(x), exact->up(x)) < 1e-5);
     CHECK(distance(model->gate(x), exact->gate(x)) < 1e-5);
   }
+  for (const auto& sizes : std::vector<std::vector<int64_t>>{{}, {1}, {9}, {1, 9}, {4, 1}, {4, 9}}) {  // of a bias
+    CAPTURE(sizes);
+    const auto bias = torch::randn(sizes, floats).requires_grad_();
+    const auto rows = torch::randn({4, 6}, floats);
+    const auto added = [&](const Tensor& weight) {
+      const auto y = torch::addmm(bias, rows, weight.t());
+      return std::pair(y.detach(), torch::autograd::grad({y.sin().sum()}, {bias})[0]);
+    };
+    const auto found = added(model->up->weight), wanted = added(exact->up->weight);
+    CHECK(distance(found.first, wanted.first) < 1e-5);
+    CHECK(distance(found.second, wanted.second) < 1e-5);
+  }
   const auto x = torch::randn({6, 5}, floats).t();  // not contiguous
   CHECK(distance(model->up(x), exact->up(x)) < 1e-5);
   CHECK(distance(x.matmul(model->up->weight.narrow(0, 2, 3).t()), x.matmul(exact->up->weight.narrow(0, 2, 3).t())) <
@@ -381,6 +393,34 @@ TEST_CASE("Products with weights in few bits take any input that those with numb
   CHECK_THAT(error_of([&] { model->up(x.to(torch::kDouble)); }), contains("of the type Double") && contains("up"));
   CHECK_THAT(error_of([&] { model->up(torch::ones({2, 5}, floats)); }), contains("do not fit"));
   CHECK_THAT(error_of([&] { model->tokens(torch::tensor({11}, testing::device())); }), contains("index"));
+}
+
+TEST_CASE("A weight that is larger than a panel is multiplied with a part at a time") {
+  torch::manual_seed(5);
+  torch::nn::Sequential model(torch::nn::Linear(1100, 1000)), exact(torch::nn::Linear(1100, 1000));
+  model->to(testing::device());
+  exact->to(testing::device());
+  const lora::Quantization scheme =
+      GENERATE(as<int>(), 0, 1) == 0 ? lora::Quantization(lora::NF4()) : lora::Quantization(lora::Int8());
+  lora::quantize(*model, scheme);
+  CHECK(1100 * 1000 > lora::detail::kPanel);
+  auto& held = *model[0]->as<torch::nn::Linear>();
+  auto& numbers = *exact[0]->as<torch::nn::Linear>();
+  numbers.weight.set_data(lora::detail::dequantized(held.weight));
+  numbers.bias.set_data(held.bias.detach());
+  lora::Adapters adapters(*model);
+  auto base = adapters.activate("");
+  for (int64_t rows : {1, 2, 3, 40}) {
+    CAPTURE(rows);
+    const auto x = torch::randn({rows, 1100}, testing::device()).requires_grad_();
+    const auto slope = [&](torch::nn::Sequential& of) {
+      const auto y = of->forward(x);
+      return std::pair(y.detach(), torch::autograd::grad({y.sin().sum()}, {x})[0]);
+    };
+    const auto found = slope(model), wanted = slope(exact);
+    CHECK(distance(found.first, wanted.first) < 1e-5);
+    CHECK(distance(found.second, wanted.second) < 1e-5);
+  }
 }
 
 TEST_CASE("Layers of the library hold their weights in few bits, too") {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
@@ -18,6 +19,7 @@
 #include <functional>
 #include <numeric>
 #include <optional>
+#include <vector>
 
 // Products with a weight that is held in few bits. Its numbers are there only while they are needed: a panel of them,
 // small enough for the cache, is written out and multiplied with, and then the next one.
@@ -28,6 +30,11 @@ namespace detail {
 
 /// For so few rows of x each product is computed from the few bits themselves.
 inline constexpr int64_t kFewRows = 2;
+
+/// The part of a bias that is added to `count` columns of a product.
+inline at::Tensor columns_of(const at::Tensor& bias, int64_t first, int64_t count) {
+  return bias.dim() == 0 || bias.size(-1) == 1 ? bias : bias.narrow(-1, first, count);
+}
 
 /// y (N, count) = x (N, columns) W^T + b for rows W of a weight on the CPU, a panel of rows at a time.
 inline at::Tensor times_transposed_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
@@ -47,7 +54,7 @@ inline at::Tensor times_transposed_rows(const at::Tensor& x, const HeldRows& row
     rows.weight->unpack((rows.first + row) * rows.columns, count * rows.columns, numbers.mutable_data_ptr<float>());
     const auto panel = numbers.narrow(0, 0, count).to(type).t();
     auto out = y.narrow(1, row, count);
-    bias.defined() ? at::addmm_out(out, bias.narrow(0, row, count), x, panel) : at::mm_out(out, x, panel);
+    bias.defined() ? at::addmm_out(out, columns_of(bias, row, count), x, panel) : at::mm_out(out, x, panel);
   }
   return y;
 }
@@ -74,7 +81,7 @@ inline at::Tensor times_rows(const at::Tensor& x, const HeldRows& rows, const at
     }
     const auto panel = numbers.narrow(0, 0, rows.count * count).view({rows.count, count}).to(type);
     auto columns_of_y = y.narrow(1, column, count);
-    bias.defined() ? at::addmm_out(columns_of_y, bias.narrow(0, column, count), x, panel)
+    bias.defined() ? at::addmm_out(columns_of_y, columns_of(bias, column, count), x, panel)
                    : at::mm_out(columns_of_y, x, panel);
   }
   return y;
@@ -102,7 +109,7 @@ class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& operand,
                             const std::optional<at::Tensor>& bias) {
     context->save_for_backward({operand});
-    context->saved_data["has_bias"] = bias.has_value();
+    context->saved_data["bias"] = bias ? std::optional<std::vector<int64_t>>(bias->sizes().vec()) : std::nullopt;
     return quantized_mm_value(x, operand, bias.value_or(at::Tensor()));
   }
 
@@ -113,8 +120,8 @@ class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
     const auto operand = context->get_saved_variables()[0];
     at::Tensor dx, db;
     if (context->needs_input_grad(0)) dx = compute(g.contiguous(), operand.t());
-    const bool has_bias = context->saved_data["has_bias"].toBool();
-    if (has_bias && context->needs_input_grad(2)) db = g.sum(0);
+    const auto& bias = context->saved_data["bias"];
+    if (!bias.isNone() && context->needs_input_grad(2)) db = at::sum_to(g, bias.toIntVector());
     return {dx, at::Tensor(), db};
   }
 };
@@ -134,7 +141,8 @@ inline void check_type(const at::Tensor& x, const at::Tensor& operand) {
               "; cast the input, or the model");
 }
 
-/// x M + b for x (..., k), a view M (k, n) of a quantized weight and b (n) or undefined. Under autocast in its type.
+/// x M + b for x (..., k), a view M (k, n) of a quantized weight and b that broadcasts to it, or undefined. Under
+/// autocast in its type.
 inline at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias) {
   const auto device = input.device().type();
   const bool casts = at::autocast::is_autocast_enabled(device) && input.scalar_type() != at::kDouble;
