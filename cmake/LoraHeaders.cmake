@@ -127,6 +127,7 @@ set(LORA_DETAIL_HEADERS
   weight/codec/plain.hpp
   weight/codec/statistics.hpp
   weight/key.hpp
+  weight/merged_weights.hpp
   weight/part.hpp
   weight/placeholder.hpp
   weight/quantized_product.hpp

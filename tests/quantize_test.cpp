@@ -132,6 +132,186 @@ TEST_CASE("What cannot be held in few bits is an error that says why, and change
   CHECK_THAT(error_of([&] { auto base = adapters.activate(""); }), contains("\"default\" is merged"));
 }
 
+namespace {
+
+/// Halves, until it is asked once too often.
+struct Failing {
+  explicit Failing(int calls) : left(std::make_shared<int>(calls)) {}
+  std::shared_ptr<const lora::QuantizedWeight> pack(const Tensor& weight) const {
+    TORCH_CHECK((*left)-- > 0, "no more");
+    return testing::Halves().pack(weight);
+  }
+  std::shared_ptr<int> left;
+};
+
+c10::weak_intrusive_ptr<c10::StorageImpl> memory_of(const Tensor& tensor) {
+  return tensor.storage().getWeakStorageImpl();
+}
+
+}  // namespace
+
+TEST_CASE("What fails while weights are packed changes nothing") {
+  auto model = mixed();
+  const auto before = model->forward(ids());
+  const auto config = lora::LoRAConfig(2).alpha(3).target_modules({"up", "down"});
+  const auto is_unchanged = [&](const std::function<void()>& call) {
+    CHECK_THAT(error_of(call), contains("no more"));
+    CHECK(torch::equal(model->forward(ids()), before));
+    for (const auto& parameter : model->parameters()) CHECK(parameter.requires_grad());
+  };
+  is_unchanged([&] { lora::quantize(*model, Failing(1), all_of_them()); });
+  is_unchanged([&] { lora::attach(*model, lora::LoRAConfig(config).quantize(Failing(1))); });
+  is_unchanged([&] { lora::attach(*model, lora::LoRAConfig(config).quantize(Failing(1)).loftq(1)); });
+  CHECK_THAT(error_of([&] { lora::quantize(*model, lora::NF4().block_size(33)); }), contains("block_size"));
+
+  auto adapters = lora::attach(*model, config);
+  testing::randomize(adapters.parameters(), 0.5);
+  const auto forward = [&] {
+    auto active = adapters.activate();
+    return model->forward(ids());
+  };
+  const auto adapted = forward();
+  const bool is_merged = GENERATE(false, true);
+  if (is_merged) adapters.merge();
+  CHECK_THAT(error_of([&] { adapters.merge_and_unload("default", Failing(1)); }), contains("no more"));
+  CHECK(distance(forward(), adapted) < 1e-12);
+  if (is_merged) adapters.unmerge();
+  CHECK(torch::equal(forward(), adapted));
+  CHECK(torch::equal(model->forward(ids()), before));
+}
+
+TEST_CASE("A weight into which somebody merged an adapter is neither packed nor unpacked nor written") {
+  testing::TemporaryFolder folder;
+  auto model = mixed(torch::kFloat);
+  lora::save_quantized(*model, folder / "model.safetensors");
+  const auto held = GENERATE(false, true);
+  auto config = lora::LoRAConfig(2).target_modules({"up"});
+  if (held) config.quantize(lora::NF4().block_size(32));
+  auto adapters = lora::attach(*model, config);
+  testing::randomize(adapters.parameters(), 0.5);
+  adapters.merge();
+  const auto merged = model->forward(ids());
+  const auto says = [](const std::function<void()>& call) { CHECK_THAT(error_of(call), contains("merge")); };
+  says([&] { lora::quantize(*model, testing::Halves()); });
+  says([&] { lora::attach(*model, lora::LoRAConfig(2).target_modules({"up"}).quantize(lora::Int8())); });
+  says([&] { lora::load_quantized(*model, folder / "model.safetensors"); });
+  says([&] { lora::save_quantized(*model, folder / "other.safetensors"); });
+  if (held) says([&] { lora::dequantize(*model); });
+  if (!held) lora::dequantize(*model);  // there is nothing to do
+  CHECK(torch::equal(model->forward(ids()), merged));
+  adapters.unmerge();
+  adapters.detach();
+  CHECK(lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().target_modules({"up"})).layers.size() == 1);
+}
+
+TEST_CASE("Inside of a scope weights that it adapts do not change how they are held") {
+  testing::TemporaryFolder folder;
+  auto model = mixed(torch::kFloat), second = mixed(torch::kFloat);
+  lora::save_quantized(*model, folder / "model.safetensors");
+  auto config = lora::LoRAConfig(2).target_modules({"up"});
+  const bool held = GENERATE(false, true);
+  if (held) config.quantize(lora::NF4().block_size(32));
+  auto adapters = lora::attach(*model, config);
+  testing::randomize(adapters.parameters(), 0.5);
+  const auto refused = [&](const std::function<void()>& call) {
+    CHECK_THAT(error_of(call), contains("leave the scope first"));
+  };
+  auto active = adapters.activate();
+  const auto adapted = model->forward(ids());
+  if (held) refused([&] { lora::dequantize(*model); });
+  if (held) refused([&] { adapters.merge(); });
+  if (held) refused([&] { adapters.merge_and_unload(); });
+  if (!held) refused([&] { lora::quantize(*model, testing::Halves()); });
+  if (!held) refused([&] { adapters.quantize(*adapters.adapter("default"), testing::Halves()); });
+  refused([&] { adapters.merge_and_unload("default", testing::Halves()); });
+  refused([&] { lora::load_quantized(*model, folder / "model.safetensors"); });
+  CHECK(torch::equal(model->forward(ids()), adapted));
+
+  lora::quantize(*second, testing::Halves());  // another model is free to
+  CHECK_THAT(error_of([&] { second->to(torch::kDouble); }), contains("leave the scope first"));
+  CHECK(lora::detail::is_quantized(second->up->weight));
+}
+
+TEST_CASE("Packing frees the numbers, whoever saw them before") {
+  auto model = mixed();
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"up"}));
+  {
+    auto active = adapters.activate();  // whose set is kept
+    model->forward(ids()).sum().backward();
+  }
+  const auto former = memory_of(model->up->weight);
+  const bool by_adapters = GENERATE(false, true);
+  if (by_adapters) {
+    adapters.add("more", lora::LoRAConfig(2).target_modules({"up"}).quantize(testing::Halves()));
+  } else {
+    CHECK(lora::quantize(*model, testing::Halves()).kept_elsewhere.empty());
+  }
+  CHECK(former.expired());
+
+  auto other = mixed();
+  const auto kept = other->up->weight.detach();
+  const auto report = lora::quantize(*other, testing::Halves(), lora::QuantizeOptions().target_modules({"up", "gate"}));
+  CHECK(report.kept_elsewhere == std::vector<std::string>{"up"});
+  CHECK(report.bytes_after == 2 * (2 * 6 * 9) + 8 * 6 * 9);
+
+  auto trained = mixed();
+  trained->forward(ids()).sum().backward();
+  CHECK(trained->up->weight.grad().defined());
+  lora::quantize(*trained, testing::Halves());
+  CHECK_FALSE(trained->up->weight.grad().defined());
+  CHECK_FALSE(trained->up->weight.requires_grad());
+  auto copy = std::dynamic_pointer_cast<MixedImpl>(trained->clone());
+  CHECK_FALSE(copy->up->weight.requires_grad());
+}
+
+TEST_CASE("What an adapter trains in full, and bare parameters") {
+  auto model = mixed();
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"up"}).modules_to_save({"down"}));
+  adapters.merge_and_unload("default", testing::Halves());
+  CHECK(lora::detail::is_quantized(model->up->weight));
+  CHECK_FALSE(lora::detail::is_quantized(model->down->weight));
+
+  struct Experts : torch::nn::Module {
+    Tensor weights = register_parameter("weights", torch::randn({3, 4, 5}, testing::on_device(torch::kDouble)));
+  } experts;
+  const auto numbers = experts.weights.detach().to(torch::kHalf).to(torch::kDouble);
+  const auto options =
+      lora::QuantizeOptions().target_modules(std::vector<std::string>{}).target_parameters({"weights"});
+  CHECK(lora::quantize(experts, testing::Halves(), options).layers == std::vector<std::string>{"weights"});
+  {
+    lora::Adapters none(experts);
+    auto base = none.activate("");
+    const auto x = torch::randn({2, 5}, testing::on_device(torch::kDouble)).requires_grad_();
+    const auto y = torch::linear(x, experts.weights[1]), wanted = torch::linear(x, numbers[1]);
+    CHECK(distance(y, wanted) < 1e-12);
+    CHECK(distance(torch::autograd::grad({y.sin().sum()}, {x})[0],
+                   torch::autograd::grad({wanted.sin().sum()}, {x})[0]) < 1e-12);
+  }
+  lora::dequantize(experts);
+  CHECK(torch::equal(experts.weights, numbers));
+}
+
+TEST_CASE("A traced product with a weight in few bits has its numbers as a constant") {
+  auto model = mixed(torch::kFloat), exact = rounded(mixed(torch::kFloat));
+  lora::quantize(*model, testing::Halves(), all_of_them());
+  lora::Adapters adapters(*model);
+  const auto x = torch::randn({2, 6}, testing::device());
+  for (auto& parameter : model->parameters()) parameter.requires_grad_(false);  // which no constant may
+  torch::jit::Stack inputs{x};
+  const auto traced = [&] {
+    auto base = adapters.activate("");
+    return torch::jit::tracer::trace(
+               inputs, [&](torch::jit::Stack stack) { return torch::jit::Stack{model->up(stack[0].toTensor())}; },
+               [](const auto&) { return ""; })
+        .first;
+  }();
+  torch::jit::GraphFunction function("up", traced->graph, nullptr);
+  torch::jit::Stack other{torch::randn({3, 6}, testing::device())};
+  const auto wanted = exact->up(other[0].toTensor());
+  function.run(other);
+  CHECK(distance(other[0].toTensor(), wanted) < 1e-5);
+}
+
 TEST_CASE("Every method trains on weights that are held in few bits as on their numbers") {
   const auto method =
       GENERATE(from_range(std::vector<lora::MethodKind>{lora::LowRank(), lora::DoRA(), lora::VeRA(), lora::IA3()}));
@@ -274,6 +454,10 @@ TEST_CASE("LoftQ starts A and B with what the few bits lose, whatever alpha is")
   CHECK_THAT(error_of([&] { lora::attach(*model, config.method(lora::DoRA())); }),
              contains("loftq") && contains("DoRA"));
   CHECK_THAT(error_of([&] { lora::attach(*model, config.method(lora::LowRank()).loftq(-1)); }), contains("but got -1"));
+  CHECK_THAT(error_of([&] { lora::attach(*model, lora::LoRAConfig(2).target_modules({"up"}).loftq(1)); }),
+             contains("needs `quantize`"));
+  CHECK_THAT(error_of([&] { lora::attach(*model, config.loftq(1).alpha(0)); }), contains("alpha = 0"));
+  config.alpha(8);
   model->forward(ids());  // has its numbers still
   lora::quantize(*model, scheme, lora::QuantizeOptions().target_modules({"up"}));
   CHECK_THAT(error_of([&] { lora::attach(*model, config.loftq(1)); }), contains("\"up\" are held in few bits already"));
@@ -464,6 +648,9 @@ TEST_CASE("Layers of the library hold their weights in few bits, too") {
     CHECK(distance(model.forward(x), exact.forward(x)) < 1e-12);
     CHECK(distance(model.forward(x), adapted) > 1e-3);
   }
+  torch::nn::MultiheadAttention packed(6, 2);
+  lora::quantize(*torch::nn::Sequential(packed), testing::Halves(), lora::QuantizeOptions().target_modules({"0"}));
+  CHECK_THAT(error_of([&] { lora::LoRAAttention<>(packed, lora::LoRAOptions(2)); }), contains("wrap the layer first"));
   model.last->merge();
   CHECK(distance(model.forward(x), adapted) < 1e-12);
   model.last->unmerge();

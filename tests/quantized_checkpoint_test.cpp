@@ -99,6 +99,10 @@ TEST_CASE("Weights of which a file has the numbers are held in few bits as they 
   lora::save_quantized(*tied, folder / "tied.safetensors");
   const auto left = lora::load_quantized(*tied, folder / "tied.safetensors", scheme.scheme);
   CHECK((left.layers.empty() && left.shared == std::vector<std::string>{"head"}));
+  const auto named = lora::load_quantized(*tied, folder / "tied.safetensors", lora::NF4(),
+                                          lora::QuantizeOptions().target_modules({"head"}));
+  CHECK(named.layers.size() == 1);
+  CHECK(lora::detail::is_quantized(tied->head->weight));
 
   const auto before = model->gate->weight.detach().clone();
   {

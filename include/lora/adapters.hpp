@@ -22,6 +22,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -63,11 +64,11 @@ class Adapters {
   /// in the model.
   void add(const std::string& name, const LoRAConfig& config) {
     auto planned = plan(config);
-    if (config.quantize()) check_quantizable(name, planned);
-    const bool starts_anew = config.loftq() > 0;
+    check_loftq(config);
+    const auto held = config.quantize() ? packed(name, planned, *config.quantize()) : HeldWeights();
+    const bool starts_anew = config.loftq() == 0;  // from the numbers that the few bits hold
+    hold(held);
     if (starts_anew) planned.initialize();
-    if (config.quantize()) quantize_layers(planned, *config.quantize(), config.loftq());
-    if (!starts_anew) planned.initialize();  // from the numbers that the few bits hold
     add(name, std::move(planned));
   }
 
@@ -84,10 +85,7 @@ class Adapters {
 
   /// Holds the weights that an adapter of the model is going to change in few bits, as `LoRAConfig::quantize` asks for
   /// it. Throws, with nothing changed, where one has no matrix, is merged, or has numbers that are not finite.
-  void quantize(const Adapter& adapter, const Quantization& scheme) {
-    check_quantizable(adapter);
-    quantize_layers(adapter, scheme);
-  }
+  void quantize(const Adapter& adapter, const Quantization& scheme) { hold(packed(adapter, scheme)); }
 
   /// Puts another adapter in the place of one, with its scale: scopes that are open have the former one, later ones
   /// this. Throws when it is merged.
@@ -497,22 +495,38 @@ class Adapters {
     check_addable(name, adapter);
   }
 
+  using HeldWeights = std::vector<std::pair<std::shared_ptr<Site>, std::shared_ptr<const QuantizedWeight>>>;
+
+  /// Merges for good; what is held in few bits then is packed before anything is changed.
   double unload(const std::string& name, const Quantization* scheme) {
     TORCH_CHECK(!is_merged() || merged_ == std::vector<std::string>{name}, "lora::merge: ", quoted(merged_),
                 " is merged already; unmerge it first");
     const auto all = mergings({name});
     if (!is_merged()) detail::check_mergeable(all);
-    thaw();  // first, since merged tensors take over whether the weights they replace are trainable
+    for (const auto& merging : all) detail::check_leaves_scopes(*merging.site);
     detail::RoundingError error;
+    std::unordered_map<const Site*, std::shared_ptr<const QuantizedWeight>> held;
+    if (scheme != nullptr) {
+      for (const auto& part : adapter(name)->parts) {
+        if (part.role != AdapterPart::Role::kLayer) continue;
+        const auto found = std::find_if(all.begin(), all.end(), [&](const auto& one) { return one.site == part.site; });
+        detail::check_memory_stays(part.site->weight());
+        const auto values = is_merged() ? part.site->weight().detach()
+                                        : part.site->merged(part.site->weight().detach(), found->methods);
+        auto packed = scheme->pack(values);
+        error.add(values, *packed);
+        held.emplace(part.site.get(), std::move(packed));
+      }
+    }
+    thaw();  // first, since merged tensors take over whether the weights they replace are trainable
     for (const auto& merging : all) {
       const auto& site = merging.site;
-      if (!site->is_merged()) detail::merge_for_good({merging});
+      const auto packed = held.find(site.get());
+      const bool is_merged_first = packed == held.end() || site->is_told_apart();
+      if (!site->is_merged() && is_merged_first) detail::merge_for_good({merging});
       if (site->is_merged()) site->keep_merged();
+      if (packed != held.end()) site->hold(packed->second);
       if (site->own() && own_ == name) site->set_own(nullptr);  // it is in the weight now
-      if (scheme == nullptr || site->kind().empty() || detail::is_quantized(site->weight())) continue;
-      const auto exact = site->weight().detach();
-      site->quantize(*scheme);
-      error.add(exact, *detail::quantized(site->weight()));
     }
     if (scheme == nullptr) dequantize();
     state_->quantized.clear();
@@ -520,40 +534,61 @@ class Adapters {
     return error.relative();
   }
 
-  static bool is_to_be_held(const AdapterPart& part) {
-    return part.role == AdapterPart::Role::kLayer && !detail::is_quantized(part.site->weight());
+  static void check_loftq(const LoRAConfig& config) {
+    TORCH_CHECK_VALUE(config.loftq() >= 0, "lora::LoRAConfig: loftq has to be at least 0, but got ", config.loftq());
+    if (config.loftq() == 0) return;
+    TORCH_CHECK_VALUE(config.quantize().has_value(),
+                      "lora::LoRAConfig: loftq starts with what few bits lose, and needs ", "`quantize`");
+    TORCH_CHECK_VALUE(config.alpha() != 0, "lora::LoRAConfig: loftq cannot start an update that alpha = 0 takes away");
   }
 
-  void check_quantizable(const std::string& name, const Adapter& adapter) const {
-    const auto& config = adapter.config;
-    TORCH_CHECK_VALUE(config.loftq() >= 0, "lora::LoRAConfig: loftq has to be at least 0, but got ", config.loftq());
+  static bool is_to_be_held(const AdapterPart& part) {
+    return part.role == AdapterPart::Role::kLayer && !part.site->is_held();
+  }
+
+  /// The weights of a new adapter in few bits, which it is going to be initialized from; starts those that LoftQ
+  /// starts.
+  HeldWeights packed(const std::string& name, Adapter& adapter, const Quantization& scheme) const {
     check_new(*list(), name, adapter);
-    check_quantizable(adapter);
+    const auto steps = adapter.config.loftq();
+    if (steps == 0) return packed(adapter, scheme);
     for (const auto& part : adapter.parts) {
-      if (config.loftq() == 0 || part.role != AdapterPart::Role::kLayer) continue;
+      if (part.role != AdapterPart::Role::kLayer) continue;
       detail::loftq_method(part);
       TORCH_CHECK(is_to_be_held(part),
                   "lora::LoRAConfig: loftq starts with the numbers of the weights, but those of \"", part.site->name(),
                   "\" are held in few bits already");
     }
-  }
-  static void check_quantizable(const Adapter& adapter) {
-    for (const auto& part : adapter.parts) {
-      if (is_to_be_held(part)) part.site->check_quantizable();
-    }
+    adapter.initialize();
+    const auto pack = [&](const AdapterPart& part) {
+      part.site->check_quantizable();
+      return detail::loftq(*part.site, detail::loftq_method(part), scheme, steps);
+    };
+    return packed(adapter, pack);
   }
 
-  void quantize_layers(const Adapter& adapter, const Quantization& scheme, int64_t loftq_steps = 0) {
-    std::lock_guard<std::mutex> lock(state_->writing);
-    freeze();
+  HeldWeights packed(const Adapter& adapter, const Quantization& scheme) const {
+    return packed(adapter, [&](const AdapterPart& part) { return part.site->packed(scheme); });
+  }
+
+  template <class Pack, class = std::invoke_result_t<const Pack&, const AdapterPart&>>
+  static HeldWeights packed(const Adapter& adapter, const Pack& pack) {
+    HeldWeights held;
     for (const auto& part : adapter.parts) {
       if (!is_to_be_held(part)) continue;
-      if (loftq_steps > 0) {
-        part.site->hold(detail::loftq(*part.site, detail::loftq_method(part), scheme, loftq_steps));
-      } else {
-        part.site->quantize(scheme);
-      }
-      state_->quantized.push_back(part.site);
+      detail::check_memory_stays(part.site->weight());
+      held.emplace_back(part.site, pack(part));
+    }
+    return held;
+  }
+
+  void hold(const HeldWeights& held) {
+    if (held.empty()) return;
+    std::lock_guard<std::mutex> lock(state_->writing);
+    freeze();
+    for (const auto& item : held) {
+      item.first->hold(item.second);
+      state_->quantized.push_back(item.first);
     }
   }
 

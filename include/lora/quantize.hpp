@@ -14,7 +14,9 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace lora {
@@ -26,6 +28,8 @@ struct QuantizeOptions {
   TORCH_ARG(ModuleSelector, target_modules) = all_linear;
   /// Layers that are left out. Default: none.
   TORCH_ARG(ModuleSelector, exclude_modules);
+  /// Parameters, by the rules of LoRAConfig: matrices, or experts. Default: none.
+  TORCH_ARG(std::vector<std::string>, target_parameters);
 };
 
 /// What became of them.
@@ -34,6 +38,9 @@ struct QuantizeReport {
   std::vector<std::string> shared;            ///< those that `all_linear` left out, since others share their weight
   int64_t bytes_before = 0, bytes_after = 0;  ///< memory of these weights
   double error = 0;                           ///< ||W_q - W|| / ||W|| over all of them
+  /// Those whose former numbers somebody else has still, e.g. other parts of a packed weight, so that their memory is
+  /// not free; it is among `bytes_after`.
+  std::vector<std::string> kept_elsewhere;
 };
 
 namespace detail {
@@ -42,7 +49,10 @@ namespace detail {
 inline std::vector<std::shared_ptr<Site>> quantizable(const Model& model, const QuantizeOptions& options,
                                                       QuantizeReport& report) {
   const auto& targets = options.target_modules();
-  const auto config = LoRAConfig(1).target_modules(targets).exclude_modules(options.exclude_modules());
+  const auto config = LoRAConfig(1)
+                          .target_modules(targets)
+                          .exclude_modules(options.exclude_modules())
+                          .target_parameters(options.target_parameters());
   auto sites = Selection(model, config).sites();
   if (!targets.is_all_linear()) return sites;
   const auto is_shared = [&](const std::shared_ptr<Site>& site) {
@@ -54,6 +64,18 @@ inline std::vector<std::shared_ptr<Site>> quantizable(const Model& model, const 
   return sites;
 }
 
+/// Notes the memory that was not freed.
+inline void note_held_elsewhere(std::vector<std::pair<std::string, c10::weak_intrusive_ptr<c10::StorageImpl>>>& former,
+                                QuantizeReport& report) {
+  std::set<const c10::StorageImpl*> counted;
+  for (auto& [name, storage] : former) {
+    const auto alive = storage.lock();
+    if (!alive) continue;
+    report.kept_elsewhere.push_back(name);
+    if (counted.insert(alive.get()).second) report.bytes_after += static_cast<int64_t>(alive->nbytes());
+  }
+}
+
 }  // namespace detail
 
 /// Holds weights of a model in few bits (QLoRA), in the place where they are: a weight becomes a tensor of the same
@@ -63,30 +85,35 @@ inline std::vector<std::shared_ptr<Site>> quantizable(const Model& model, const 
 ///   lora::quantize(*model, lora::NF4().block_size(64), lora::QuantizeOptions().exclude_modules({"lm_head"}));
 ///   auto adapters = lora::attach(*model, lora::LoRAConfig(8).target_modules({"q_proj", "v_proj"}));
 ///
-/// One weight is replaced after the other, so that a model takes at most one float tensor more than it does in few bits
-/// and what is still in float. Moving, casting and cloning keep the weights so. Errors, with nothing changed: a
-/// selection that matches nothing, a weight that is merged, has no matrix, or has numbers that are not finite.
-/// Reference: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
+/// All of them are packed before any is replaced; `load_quantized` reads a file without having the float model in
+/// memory. Moving, casting and cloning keep the weights so. It changes weights, and needs the model for itself. Errors,
+/// with nothing changed: a selection that matches nothing, a weight that is merged, has no matrix, or has numbers that
+/// are not finite or too large for the scheme; inside of a scope that adapts one. Reference: Dettmers et al. 2023,
+/// "QLoRA: Efficient Finetuning of Quantized LLMs".
 inline QuantizeReport quantize(const Model& model, const Quantization& scheme, const QuantizeOptions& options = {}) {
   detail::register_kernels();
   const detail::BelowInterception below;
   at::NoGradGuard no_grad;
   QuantizeReport report;
-  std::vector<std::shared_ptr<Site>> sites;
+  detail::RoundingError error;
+  std::vector<std::pair<std::shared_ptr<Site>, std::shared_ptr<const QuantizedWeight>>> held;
   for (auto& site : detail::quantizable(model, options, report)) {
     if (detail::is_quantized(site->weight())) continue;
-    site->check_quantizable();
-    sites.push_back(std::move(site));
+    detail::check_memory_stays(site->weight());
+    auto packed = site->packed(scheme);
+    error.add(site->weight().detach(), *packed);
+    held.emplace_back(std::move(site), std::move(packed));
   }
-  detail::RoundingError error;
-  for (const auto& site : sites) {
-    auto weight = site->weight().detach();
+  std::vector<std::pair<std::string, c10::weak_intrusive_ptr<c10::StorageImpl>>> former;
+  for (auto& [site, packed] : held) {
+    const auto weight = site->weight();
     report.layers.push_back(site->name());
     report.bytes_before += detail::held_bytes(weight);
-    site->quantize(scheme);
-    report.bytes_after += detail::held_bytes(site->weight());
-    error.add(weight, *detail::quantized(site->weight()));
+    report.bytes_after += packed->nbytes();
+    former.emplace_back(site->name(), weight.storage().getWeakStorageImpl());
+    site->hold(std::move(packed));
   }
+  detail::note_held_elsewhere(former, report);
   report.error = error.relative();
   return report;
 }
@@ -96,11 +123,21 @@ inline QuantizeReport quantize(torch::nn::Module& model, const Quantization& sch
 }
 
 /// Gives every weight of a model that is held in few bits its numbers back, as far as these held them. Throws, with
-/// nothing changed, where an adapter is merged into one.
+/// nothing changed, where an adapter is merged into one, and inside of a scope that adapts one.
 inline void dequantize(const Model& model) {
-  for (const auto& part : model.parts()) {
-    for (const auto& weight : part.weights) weight.site()->dequantize();
-    for (const auto& site : part.own) site->dequantize();
+  const detail::BelowInterception below;
+  at::NoGradGuard no_grad;
+  const auto tensors = model.tensors();
+  for (const auto& tensor : tensors) {
+    const auto weight = tensor.place.slot->read();
+    if (!weight.defined()) continue;
+    TORCH_CHECK(!detail::MergedWeight::was_held(weight), "lora::dequantize: ", tensor.place.name,
+                " has an adapter merged into it; unmerge it first");
+    if (detail::is_quantized(weight)) detail::check_memory_stays(weight);
+  }
+  for (const auto& tensor : tensors) {
+    const auto handles = tensor.place.slot->handles();
+    if (detail::is_quantized(handles.member)) detail::release(handles, detail::dequantized(handles.member));
   }
 }
 inline void dequantize(torch::nn::Module& model) { dequantize(ModuleModel(model)); }

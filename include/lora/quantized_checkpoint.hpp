@@ -5,6 +5,7 @@
 #include <lora/files/bitsandbytes.hpp>
 #include <lora/files/error.hpp>
 #include <lora/files/safetensors.hpp>
+#include <lora/model/frozen_parameters.hpp>
 #include <lora/quantize.hpp>
 #include <lora/version.hpp>
 
@@ -30,19 +31,24 @@ class QuantizedLoading {
                    const std::vector<std::shared_ptr<Site>>& sites)
       : file_(file), reader_(file), places_(model.tensors()), scheme_(scheme) {
     for (const auto& info : reader_.tensors()) stored_.emplace(info.name, info);
-    for (const auto& site : sites) to_pack_.insert(site->slot().place());
+    for (const auto& site : sites) to_pack_.insert(site->weight().unsafeGetTensorImpl());
+    for (const auto* adapter : adapter_tensors(model)) not_read_.insert(adapter);
     for (const auto& name : packed_names()) read_parts(name);
   }
 
   void prepare() {
     for (const auto& tensor : places_) {
       const auto value = tensor.place.slot->read();
-      if (value.defined()) prepare(tensor.place, value);
+      if (!is_read(value)) continue;
+      check(!MergedWeight::is(value), "\"", tensor.place.name, "\" of the model has an adapter merged into it, which ",
+            "would be lost; unmerge it first");
+      check_memory_stays(value);
+      prepare(tensor.place, value);
     }
     std::vector<std::string> missing, unknown;
     for (const auto& tensor : places_) {  // of what is tied the file has one
       const auto value = tensor.place.slot->read();
-      if (value.defined() && filled_.count(value.unsafeGetTensorImpl()) == 0) missing.push_back(tensor.place.name);
+      if (is_read(value) && filled_.count(value.unsafeGetTensorImpl()) == 0) missing.push_back(tensor.place.name);
     }
     check(missing.empty(), "has no tensors for ", list(missing), " of the model");
     for (const auto& item : stored_) {
@@ -62,7 +68,7 @@ class QuantizedLoading {
         report.bytes_before += static_cast<int64_t>(value.nbytes());
         report.bytes_after += found->second->nbytes();
         hold(place.slot->handles(), std::move(found->second), value.scalar_type(), owner_of(place.name));
-      } else if (value.defined() && stored_.count(place.name) > 0) {
+      } else if (is_read(value) && stored_.count(place.name) > 0) {
         const auto numbers = reader_.read(place.name);
         if (is_quantized(value)) {
           release(place.slot->handles(), numbers.to(value.device(), value.scalar_type()));
@@ -75,6 +81,11 @@ class QuantizedLoading {
   }
 
  private:
+  /// Adapters that layers have of their own are no part of the base.
+  bool is_read(const at::Tensor& value) const {
+    return value.defined() && not_read_.count(value.unsafeGetTensorImpl()) == 0;
+  }
+
   /// The weights that the file has in few bits.
   std::set<std::string> packed_names() const {
     std::set<std::string> names;
@@ -110,7 +121,7 @@ class QuantizedLoading {
       check(is_float == value.is_floating_point(), "\"", name, "\" is ", found->second.dtype, ", but ",
             value.scalar_type(), " in the model");
       taken_.insert(name);
-      if (is_float && to_pack_.count(place.slot->place()) > 0) {
+      if (is_float && to_pack_.count(value.unsafeGetTensorImpl()) > 0) {
         const auto numbers = reader_.read(name);
         auto packed = scheme_->pack(numbers);
         error_.add(numbers, *packed);
@@ -141,7 +152,7 @@ class QuantizedLoading {
   std::map<std::string, at::Tensor> parts_;  // of weights that the file has in few bits
   LayerWeights places_;
   const Quantization* scheme_;
-  std::set<const void*> to_pack_, filled_;
+  std::set<const void*> to_pack_, filled_, not_read_;
   std::set<std::string> taken_;
   std::map<std::string, std::shared_ptr<const QuantizedWeight>> held_;
   RoundingError error_;
@@ -163,18 +174,21 @@ inline QuantizeReport load_quantized(const Model& model, const std::filesystem::
 
 }  // namespace detail
 
-/// Writes every parameter and buffer of a model under its name as a safetensors file, those in 4 or 8 bits as they are,
-/// under the names that bitsandbytes gives them (lora/files/bitsandbytes.hpp): Python's Transformers loads it, with a
-/// config.json beside it that says so. What is tied is written once.
+/// Writes every parameter and buffer of a model, without the adapters that layers have of their own, under its name as
+/// a safetensors file, those in 4 or 8 bits as they are, under the names that bitsandbytes gives them
+/// (lora/files/bitsandbytes.hpp): Python's Transformers loads it, with a config.json beside it that says so. What is
+/// tied is written once.
 ///
 /// Errors: CheckpointError with the path and the reason of the operating system; c10::Error for weights in a way of
 /// packing that bitsandbytes does not know, or that stand for ones of another type than Float, Half and BFloat16.
 inline void save_quantized(const Model& model, const std::filesystem::path& file) {
   const detail::BelowInterception below;
   std::map<std::string, at::Tensor> tensors;
-  std::set<const c10::TensorImpl*> written;
+  auto written = detail::adapter_tensors(model);  // which are no part of it
   for (const auto& tensor : model.tensors()) {
     const auto value = tensor.place.slot->read();
+    TORCH_CHECK(!value.defined() || !detail::MergedWeight::is(value), "lora::save_quantized: ", tensor.place.name,
+                " has an adapter merged into it; unmerge it first, or unload the adapter");
     if (!value.defined() || !written.insert(value.unsafeGetTensorImpl()).second) continue;
     const auto& name = tensor.place.name;
     if (const auto* held = detail::quantized(value)) {
@@ -192,8 +206,8 @@ inline void save_quantized(torch::nn::Module& model, const std::filesystem::path
 /// Reads such a file, or one that bitsandbytes wrote, into a model: weights in 4 or 8 bits take the place of the
 /// model's, whatever these are, and stand for weights of their type; everything else is copied. The file has to have
 /// each tensor of the model, and no other. With a scheme, weights of which the file has the numbers are held in few
-/// bits as by `quantize`, without ever being numbers in the model: beside what the model ends with, there is one tensor
-/// of the file in memory at a time.
+/// bits as by `quantize`: beside the model as it was and what is held in few bits, one tensor of the file is in memory
+/// at a time. (Parameters that were made by torch::empty take no memory before they are written.)
 ///
 ///   lora::load_quantized(*model, "model.safetensors", lora::NF4(), lora::QuantizeOptions().exclude_modules({"head"}));
 ///

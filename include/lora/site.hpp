@@ -10,6 +10,7 @@
 #include <lora/method/contract.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
+#include <lora/weight/merged_weights.hpp>
 #include <lora/weight/placeholder.hpp>
 #include <lora/weight/quantized.hpp>
 #include <lora/weight/slot.hpp>
@@ -121,27 +122,28 @@ class Site {
     return detail::Stamp(was_held ? merged_->former.member : weight(), own_writes_);
   }
 
-  /// Holds the weight in few bits from now on; its numbers are given up, and it is not trained. `check_quantizable` is
-  /// asked first. One that is held so already stays as it is.
-  void quantize(const Quantization& scheme) {
+  /// What holds the weight in few bits. Throws for one that is merged, is no matrix to methods, or cannot be held so.
+  std::shared_ptr<const QuantizedWeight> packed(const Quantization& scheme) const {
     const detail::BelowInterception below;
     at::NoGradGuard no_grad;
-    const auto weight = place_.slot->read();
-    if (detail::is_quantized(weight)) return;
-    hold(scheme.pack(weight.detach()));
+    check_quantizable();
+    return scheme.pack(place_.slot->read().detach());
   }
-  /// The same with numbers that are packed already.
+
+  /// Holds the weight in few bits from now on; its numbers are given up, and it is not trained.
   void hold(std::shared_ptr<const QuantizedWeight> packed) {
     const detail::BelowInterception below;
     detail::hold(place_.slot->handles(), std::move(packed), weight().scalar_type(), name());
     ++merges_;  // what acts on the weight is made anew
   }
 
+  /// Whether it is held so, also if something is merged into it now.
+  bool is_held() const { return detail::is_quantized(merged_ ? merged_->former.member : place_.slot->read()); }
+
   /// Gives the weight its numbers back, as far as the few bits held them.
   void dequantize() {
     const detail::BelowInterception below;
     at::NoGradGuard no_grad;
-    TORCH_CHECK(!is_merged(), "lora::dequantize: ", name(), " is merged; unmerge it first");
     const auto handles = place_.slot->handles();
     if (!detail::is_quantized(handles.member)) return;
     detail::release(handles, detail::dequantized(handles.member));
@@ -152,7 +154,8 @@ class Site {
   void check_quantizable() const {
     const detail::BelowInterception below;
     const auto weight = place_.slot->read();
-    TORCH_CHECK(!is_merged(), "lora::quantize: ", name(), " is merged; unmerge it, or unload the adapter, first");
+    TORCH_CHECK(!detail::MergedWeight::is(weight), "lora::quantize: ", name(),
+                " is merged; unmerge it, or unload the adapter, first");
     TORCH_CHECK(view_->shape().out > 0 && at::isFloatingType(weight.scalar_type()), "lora::quantize: ", name(),
                 " has no matrix of floating point to hold in few bits: its type is ", weight.scalar_type(),
                 ", its shape ", weight.sizes());
@@ -161,6 +164,8 @@ class Site {
                 " has numbers that are not finite (NaN or infinity), which no code stands for; nothing was changed");
   }
 
+  /// Whether merged values go into a tensor of their own.
+  bool is_told_apart() const { return !place_.tied_to.empty() || place_.slot->is_apart(); }
   bool is_merged() const { return merged_.has_value(); }
   /// Whether the weight has the update of that method in it.
   bool is_in(const AnyMethod* method) const {
@@ -195,22 +200,27 @@ class Site {
     if (is_told_apart()) {
       auto former = place_.slot->handles();
       place_.slot->set({values, values});
-      merged_ = Merged{std::move(former), values, detail::Stamp(values), /*is_apart=*/true, std::move(methods)};
+      auto entry = entry_of(values, former.member);
+      merged_ = Merged{std::move(former),  values,          detail::Stamp(values), /*is_apart=*/true,
+                       std::move(methods), std::move(entry)};
       return;
     }
     if (detail::is_quantized(weight)) {
       const auto former = weight.detach();  // which counts the writes to the weight, too
       count_own_writes(weight, [&] { detail::exchange_data(weight, values); });
-      merged_ = Merged{{former, former}, weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods)};
+      merged_ = Merged{{former, former},        weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods),
+                       entry_of(weight, former)};
       return;
     }
     count_own_writes(weight, [&] { exchange(weight.detach(), values); });
-    merged_ = Merged{{values, values}, weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods)};
+    merged_ = Merged{{values, values},        weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods),
+                     entry_of(weight, values)};
   }
 
   /// Whether the model still holds what `merge` put there.
   bool can_unmerge() const {
     const detail::BelowInterception below;
+    if (!merged_) return false;
     const auto now = weight();
     const auto& former = merged_->former.member;
     if (!now.is_same(merged_->weight)) return false;
@@ -259,7 +269,8 @@ class Site {
     if (!other.merged_) return;
     const auto now = weight();
     auto former = detail::moved(other.merged_->former.member, now.device(), now.scalar_type(), /*copies=*/true);
-    merged_ = Merged{{former, former}, now, detail::Stamp(now), /*is_apart=*/false, std::move(methods)};
+    merged_ = Merged{{former, former},     now, detail::Stamp(now), /*is_apart=*/false, std::move(methods),
+                     entry_of(now, former)};
   }
 
   /// How operators have used its adapters.
@@ -283,9 +294,12 @@ class Site {
     detail::Stamp stamp;  // of it, by which is seen whether someone wrote to it since
     bool is_apart;        // whether it was put in the place of the former one
     std::vector<MergedMethod> methods;
+    std::shared_ptr<const detail::MergedWeight> entry;  // by which other sites of the weight know
   };
 
-  bool is_told_apart() const { return !place_.tied_to.empty() || place_.slot->is_apart(); }
+  static std::shared_ptr<const detail::MergedWeight> entry_of(const at::Tensor& weight, const at::Tensor& former) {
+    return std::make_shared<const detail::MergedWeight>(weight, detail::is_quantized(former));
+  }
 
   /// W + the sum of the updates, in float at least; what replaces W, as it is.
   at::Tensor sum(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <lora/intercept/scope.hpp>
 #include <lora/site.hpp>
 #include <lora/version.hpp>
 
@@ -34,10 +35,17 @@ inline void check_mergeable(const std::vector<Merging>& all) {
   for (const auto& [site, methods] : all) site->merged(site->weight(), methods);
 }
 
+/// Throws inside of a scope that adapts a weight which is held in few bits: it gets other memory when it is merged or
+/// unmerged, and the scope would not find it.
+inline void check_leaves_scopes(const Site& site) {
+  if (site.is_held()) check_memory_stays(site.weight());
+}
+
 /// Merges into every site, or, when an update is not finite or a weight cannot be replaced, into none.
 inline void merge(const std::vector<Merging>& all) {
   const BelowInterception below;
   check_places(all);
+  for (const auto& one : all) check_leaves_scopes(*one.site);
   std::vector<at::Tensor> merged;
   for (const auto& [site, methods] : all) merged.push_back(site->merged(site->weight(), methods));
   for (size_t i = 0; i < all.size(); ++i) all[i].site->merge(std::move(merged[i]), all[i].methods);
@@ -49,6 +57,7 @@ inline void unmerge(const std::vector<std::shared_ptr<Site>>& sites) {
     TORCH_CHECK(site->can_unmerge(), "lora::unmerge: the weight of ", site->name(),
                 " was replaced or written after it was merged; undo that first (other adapters merged later are ",
                 "unmerged first)");
+    check_leaves_scopes(*site);
   }
   for (const auto& site : sites) site->unmerge();
 }

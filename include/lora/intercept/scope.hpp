@@ -324,6 +324,14 @@ inline bool is_in_scope(const at::Tensor& weight) {
   return found;
 }
 
+/// Throws for a weight that the active scopes adapt.
+inline void check_memory_stays(const at::Tensor& tensor) {
+  for_each_match(tensor, Use::kAny, [](const Scope&, const ActiveSite& active, const Part&) {
+    TORCH_CHECK(false, "lora: the weight of ", active.site->name(), " gets other data, as by moving, casting, ",
+                "loading or quantizing a model, inside of a scope of its adapters; leave the scope first");
+  });
+}
+
 }  // namespace detail
 }  // namespace LORA_ABI
 }  // namespace lora

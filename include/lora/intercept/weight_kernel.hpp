@@ -124,7 +124,8 @@ inline void adapt_operands(const c10::OperatorHandle& op, torch::jit::Stack& sta
 }
 
 /// Whether the operator copies a weight that is held in few bits, as moving, casting or cloning a model does; then the
-/// copy, which holds it so, too, is on the stack.
+/// copy, which holds it so, too, is on the stack. In scopes copies have the numbers, since somebody may compute with
+/// them.
 inline bool copies_placeholder(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
   const auto& arguments = op.schema().arguments();
   if (arguments.empty()) return false;
@@ -153,14 +154,6 @@ inline bool replaces_memory(const c10::OperatorHandle& op) {
   return name == "aten::set_" || name == "aten::resize_" || name == "aten::resize_as_";
 }
 
-/// Throws for a weight that the active scopes adapt.
-inline void check_memory_stays(const at::Tensor& tensor) {
-  for_each_match(tensor, Use::kAny, [](const Scope&, const ActiveSite& active, const Part&) {
-    TORCH_CHECK(false, "lora: the weight of ", active.site->name(), " gets other data, as by moving, casting or ",
-                "loading a model, inside of a scope of its adapters; leave the scope first");
-  });
-}
-
 /// The kernel of all operators for the key that weights carry.
 inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto* scopes = ActiveScopes::current();
@@ -181,6 +174,12 @@ inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet key
 /// scope these data would have been computed from W', which would so become the frozen weight.
 inline bool replace_data_kernel(c10::DispatchKeySet keys, const at::Tensor& tensor, const at::Tensor& data) {
   if (!share_memory(data, tensor)) check_memory_stays(tensor);
+  const auto* held = held_numbers(tensor);
+  TORCH_CHECK(
+      held == nullptr || is_quantized(data), "lora: the weight of ", held == nullptr ? "" : held->name, ", which is ",
+      "held in few bits, gets other data, as by moving or casting a model, which would be its numbers inside of a ",
+      "scope; leave the scope first");
+  if (is_quantized(data) && tensor.requires_grad()) tensor.requires_grad_(false);  // a copy of a layer forgets it
   return at::_ops::_has_compatible_shallow_copy_type::redispatch(
       keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), tensor, data);
 }

@@ -32,7 +32,9 @@ struct ActiveSite {
         row_axis(site->place().row_axis),
         base(site->present_base()),
         merges(site->merges()),
-        storage(base.weight().has_storage() ? base.weight().storage() : c10::Storage()),
+        storage(base.weight().has_storage() ? base.weight().storage().unsafeGetStorageImpl() : nullptr),
+        address(storage == nullptr ? Weak(c10::intrusive_ptr<c10::StorageImpl>())
+                                   : Weak(base.weight().storage().getWeakStorageImpl())),
         methods(std::move(acting)) {}
 
   /// Whether the model still has the weight that it had then. One that got another type or place, other memory, as
@@ -40,7 +42,7 @@ struct ActiveSite {
   bool is_current() const {
     const auto now = site->weight();
     if (!now.is_same(base.weight()) || !is_marked(now) || site->merges() != merges) return false;
-    return !now.has_storage() || now.storage().unsafeGetStorageImpl() == storage.unsafeGetStorageImpl();
+    return !now.has_storage() || now.storage().unsafeGetStorageImpl() == storage;
   }
 
   /// Whether something was merged since the set was made that is none of what acts here, or not all of it.
@@ -54,7 +56,9 @@ struct ActiveSite {
   std::optional<int64_t> row_axis;  // as in Place
   WeightBase base;
   int64_t merges;
-  c10::Storage storage;  // kept alive, so that no other tensor gets its address
+  using Weak = c10::weak_intrusive_ptr<c10::StorageImpl>;
+  const c10::StorageImpl* storage;
+  Weak address;  // keeps it from being another's, and not the memory from being freed
   std::vector<Acting> methods;
 };
 
@@ -62,7 +66,7 @@ struct ActiveSite {
 class WeightTable {
  public:
   void add(const ActiveSite& active) {
-    if (active.storage) entries_[active.storage.unsafeGetStorageImpl()].push_back(&active);
+    if (active.storage != nullptr) entries_[active.storage].push_back(&active);
   }
 
   /// Calls `visit(active)` for every weight in the storage of `operand`.

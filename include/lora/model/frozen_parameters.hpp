@@ -44,7 +44,8 @@ class FrozenParameters {
 
   /// Makes trainable what was, and forgets it.
   void thaw() {
-    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].requires_grad_(were_trainable_[i]);
+    for (size_t i = 0; i < tensors_.size(); ++i)
+      tensors_[i].requires_grad_(were_trainable_[i] && !is_quantized(tensors_[i]));  // few bits are not trained
     tensors_.clear();
     were_trainable_.clear();
   }

@@ -111,6 +111,10 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   /// Registers the frozen tensors and a new, uninitialized adapter for them. `is_shared`: whether they are those of a
   /// layer that is wrapped.
   void build(const at::Tensor& frozen_weight, const at::Tensor& frozen_bias, const Method& prototype, bool is_shared) {
+    TORCH_CHECK(!detail::is_quantized(frozen_weight) || detail::is_whole_placeholder(frozen_weight),
+                "lora::", Derived::kName,
+                ": the weight is a part of one that is held in few bits; wrap the layer first, and hold ",
+                "the weights of this one in few bits then");
     frozen_weight.requires_grad_(false);
     if (frozen_bias.defined()) frozen_bias.requires_grad_(false);
     weight = this->register_parameter("weight", frozen_weight, /*requires_grad=*/false);

@@ -270,6 +270,9 @@ class LoRAAttentionImpl : public torch::nn::Cloneable<LoRAAttentionImpl<Method>>
     const auto rows = [width = options.width()](const at::Tensor& packed, size_t i) {
       return packed.defined() ? packed.detach().narrow(0, static_cast<int64_t>(i) * width, width) : packed;
     };
+    TORCH_CHECK(
+        !detail::is_quantized(stock.in_proj_weight), "lora::LoRAAttention: in_proj_weight is held in few bits, of ",
+        "which the projections are parts; wrap the layer first, and hold the weights of this one in few bits then");
     for (auto& parameter : stock.parameters()) parameter.requires_grad_(false);
     for (size_t i = 0; i < 3; ++i) {
       const auto weight = stock.in_proj_weight.defined() ? rows(stock.in_proj_weight, i) : separate[i].detach();

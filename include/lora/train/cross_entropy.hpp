@@ -23,6 +23,7 @@
 #include <lora/train/checkpointing.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
+#include <lora/weight/placeholder.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -97,13 +98,14 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     return apply(rows.hidden, rows.weight, bias, rows);
   }
 
-  /// Whether it can be computed so: no adapter acts on the operands, and what comes in backward can be multiplied with
-  /// gradients that are there already.
+  /// Whether it can be computed so: no adapter acts on the operands, which have their numbers, and what comes in
+  /// backward can be multiplied with gradients that are there already.
   static bool is_for(const CrossEntropyRows& rows) {
     for (const auto* operand : {&rows.hidden, &rows.weight, &rows.bias}) {
       if (!operand->defined()) continue;
       if (operand->layout() != at::kStrided || at::isTensorSubclassLike(*operand)) return false;
       if (operand->_fw_grad(0).defined() || is_in_scope(*operand)) return false;
+      if (is_quantized(*operand)) return false;
     }
     const bool head_learns = needs_gradient(rows.weight) || needs_gradient(rows.bias);
     return rows.sums || !head_learns || !at::GradMode::is_enabled();

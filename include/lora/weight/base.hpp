@@ -68,7 +68,7 @@ class WeightBase final : public Base {
 
  private:
   bool is_held_matrix() const {
-    return !is_merged() && weight_.dim() == 2 && view_->is_plain() && detail::is_quantized(weight_);
+    return !is_merged() && weight_.dim() == 2 && view_->is_plain() && detail::is_whole_placeholder(weight_);
   }
 
   at::Tensor weight_, pristine_;

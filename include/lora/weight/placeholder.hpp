@@ -5,6 +5,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/TracerMode.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/util/accumulate.h>
@@ -97,7 +98,7 @@ inline at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at:
   return tensor;
 }
 
-/// Rows of a quantized matrix (size(0), everything else), or their transpose.
+/// Rows of a quantized matrix, or of a batch of them one below the other, or the transpose of these.
 struct HeldRows {
   const QuantizedWeight* weight;
   int64_t first, count, columns;
@@ -107,8 +108,9 @@ struct HeldRows {
 /// What an operand of two dimensions is of a quantized matrix; nothing where it is something else.
 inline std::optional<HeldRows> held_rows(const at::Tensor& operand) {
   const auto* weight = quantized(operand);
-  if (weight == nullptr || operand.dim() != 2 || weight->sizes().size() != 2) return std::nullopt;
-  const auto rows = weight->sizes()[0], columns = weight->sizes()[1];
+  if (weight == nullptr || operand.dim() != 2 || weight->sizes().size() < 2) return std::nullopt;
+  const auto columns = weight->sizes().back();
+  const auto rows = columns == 0 ? 0 : c10::multiply_integers(weight->sizes()) / columns;
   const auto block = [&](int64_t row, int64_t column) -> std::optional<std::pair<int64_t, int64_t>> {
     const auto count = operand.size(row), offset = operand.storage_offset();
     const bool fits = operand.size(column) == columns && (columns == 1 || operand.stride(column) == 1) &&
@@ -119,6 +121,15 @@ inline std::optional<HeldRows> held_rows(const at::Tensor& operand) {
   if (const auto own = block(0, 1)) return HeldRows{weight, own->first, own->second, columns, false};
   if (const auto own = block(1, 0)) return HeldRows{weight, own->first, own->second, columns, true};
   return std::nullopt;
+}
+
+/// The numbers of such rows, not transposed.
+inline at::Tensor dequantized_rows(const HeldRows& rows, at::ScalarType type) {
+  if (rows.weight->device() != at::kCPU)
+    return rows.weight->dense().view({-1, rows.columns}).narrow(0, rows.first, rows.count).to(type);
+  auto numbers = at::empty({rows.count, rows.columns}, at::TensorOptions(at::kFloat).device(at::kCPU));
+  rows.weight->unpack(rows.first * rows.columns, rows.count * rows.columns, numbers.mutable_data_ptr<float>());
+  return numbers.to(type);
 }
 
 /// The rows [first, first + count) of a quantized weight, in the order of memory and a type of floating point.
@@ -154,7 +165,9 @@ void for_each_panel(const QuantizedWeight& weight, at::ScalarType type, const Vi
   const auto sizes = weight.sizes();
   const auto rows = sizes.empty() ? 1 : sizes[0];
   const auto columns = c10::multiply_integers(sizes) / std::max<int64_t>(1, rows);
-  const auto height = std::max<int64_t>(1, kPanel / std::max<int64_t>(1, columns));
+  const bool is_apart = weight.device() != at::kCPU;  // where all numbers are written out in any case
+  const auto height =
+      is_apart ? std::max<int64_t>(1, rows) : std::max<int64_t>(1, kPanel / std::max<int64_t>(1, columns));
   for (int64_t row = 0; row < rows; row += height)
     visit(row, dequantized_rows(weight, row, std::min(height, rows - row), type));
 }
@@ -176,9 +189,10 @@ inline at::Tensor dequantized(const at::Tensor& operand) {
   const auto* weight = quantized(operand);
   if (weight == nullptr) return operand;
   const BelowInterception below;
+  const at::tracer::impl::NoTracerDispatchMode untraced;  // the numbers are a constant of what is traced
   at::NoGradGuard no_grad;
   if (const auto rows = held_rows(operand)) {
-    const auto numbers = dequantized_rows(*weight, rows->first, rows->count, operand.scalar_type());
+    const auto numbers = dequantized_rows(*rows, operand.scalar_type());
     return rows->is_transposed ? numbers.t() : numbers;
   }
   return weight->dense()
@@ -191,7 +205,7 @@ inline at::Tensor dequantized(const at::Tensor& operand) {
 /// too. Copies share their numbers, which do not change.
 inline at::Tensor moved(const at::Tensor& tensor, at::Device device, at::ScalarType type, bool copies = false) {
   const auto* held = held_numbers(tensor);
-  if (held == nullptr) return tensor.to(device, type, /*non_blocking=*/false, copies);
+  if (held == nullptr || !is_whole_placeholder(tensor)) return tensor.to(device, type, /*non_blocking=*/false, copies);
   if (!copies && device == tensor.device() && type == tensor.scalar_type()) return tensor;
   return placeholder(device == tensor.device() ? held->weight : held->weight->to(device), type, held->name);
 }
@@ -199,7 +213,9 @@ inline at::Tensor moved(const at::Tensor& tensor, at::Device device, at::ScalarT
 /// The memory that the numbers of a tensor take.
 inline int64_t held_bytes(const at::Tensor& tensor) {
   const auto* weight = quantized(tensor);
-  return weight == nullptr ? static_cast<int64_t>(tensor.nbytes()) : weight->nbytes();
+  if (weight == nullptr) return static_cast<int64_t>(tensor.nbytes());
+  const auto whole = std::max<int64_t>(1, c10::multiply_integers(weight->sizes()));
+  return weight->nbytes() * tensor.numel() / whole;  // of a part its share
 }
 
 }  // namespace detail

@@ -40,12 +40,20 @@ class QuantizedWeight {
   virtual std::shared_ptr<const QuantizedWeight> to(at::Device device) const = 0;
 };
 
-/// A way of packing, as a value of a configuration: NF4(), FP4(), Int8() with their options.
+/// A way of packing, as a value of a configuration: NF4(), FP4(), Int8() with their options. Throws c10::ValueError for
+/// options out of their range.
 class Quantization {
+  template <class Scheme, class = void>
+  struct HasValidate : std::false_type {};
+  template <class Scheme>
+  struct HasValidate<Scheme, std::void_t<decltype(std::declval<const Scheme&>().validate(""))>> : std::true_type {};
+
  public:
   template <class Scheme, class = decltype(std::declval<const Scheme&>().pack(at::Tensor()))>
   /* implicit */ Quantization(const Scheme& scheme)
-      : pack_([scheme](const at::Tensor& weight) { return scheme.pack(weight); }) {}
+      : pack_([scheme](const at::Tensor& weight) { return scheme.pack(weight); }) {
+    if constexpr (HasValidate<Scheme>::value) scheme.validate("lora::Quantization");
+  }
 
   /// Throws for numbers that are not finite, and where the scheme cannot hold such a weight.
   std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const { return pack_(weight); }

@@ -10,6 +10,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
@@ -40,7 +41,7 @@ inline at::Tensor columns_of(const at::Tensor& bias, int64_t first, int64_t coun
 inline at::Tensor times_transposed_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
   const auto type = x.scalar_type();
   auto y = at::empty({x.size(0), rows.count}, x.options());
-  if (x.size(0) <= kFewRows && type == at::kFloat) {
+  if (x.size(0) <= kFewRows && type == at::kFloat && rows.weight->sizes().size() == 2) {
     const auto in = x.contiguous();
     for (int64_t i = 0; i < x.size(0); ++i)
       rows.weight->dot_rows(rows.first, rows.count, in.const_data_ptr<float>() + i * rows.columns,
@@ -148,7 +149,9 @@ inline at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& op
   const bool casts = at::autocast::is_autocast_enabled(device) && input.scalar_type() != at::kDouble;
   const auto type = casts ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
   const auto x = input.to(type), b = bias.defined() ? bias.to(type) : bias;
-  if (at::isTensorSubclassLike(x) || x._fw_grad(0).defined() || operand.dim() != 2) {
+  // What is traced has to be operators: the numbers become a constant of the graph.
+  const bool is_recorded = torch::jit::tracer::isTracing() || at::isTensorSubclassLike(x) || x._fw_grad(0).defined();
+  if (is_recorded || operand.dim() != 2) {
     const auto y = at::matmul(x, dequantized(operand).to(type));
     return b.defined() ? y + b : y;
   }
@@ -167,7 +170,8 @@ inline at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& i
   auto sizes = indices.sizes().vec();
   sizes.push_back(table.size(1));
   const auto rows = table.device() == at::kCPU ? held_rows(table) : std::nullopt;
-  if (!rows || rows->is_transposed) return dequantized(table).index_select(0, indices.flatten()).view(sizes);
+  if (!rows || rows->is_transposed || torch::jit::tracer::isTracing())
+    return dequantized(table).index_select(0, indices.flatten()).view(sizes);
   const auto wanted = indices.to(at::kLong).contiguous();
   const auto* numbers = wanted.const_data_ptr<int64_t>();
   auto entries = at::empty(sizes, table.options().dtype(at::kFloat).requires_grad(false));

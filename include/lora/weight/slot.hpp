@@ -62,6 +62,7 @@ inline void hold(const WeightSlot::Handles& handles, std::shared_ptr<const Quant
   const auto put = placeholder(std::move(weight), type, name);
   for (auto handle : {handles.member, handles.registered}) {
     handle.requires_grad_(false);
+    handle.mutable_grad() = at::Tensor();
     exchange_data(handle, put);
   }
 }
