@@ -52,8 +52,9 @@ def interrupt(command, out, number, after_step):
 
 def check_interrupts(command, folder, quantized):
     print(f"the base in {quantized}")
-    command = [*command, "--quantize", quantized]
     whole, parts = folder / f"whole-{quantized}", folder / f"parts-{quantized}"
+    other_base = [*command, "--quantize", "fp4", "--out", parts, "--save-every", "3"]
+    command = [*command, "--quantize", quantized]
     subprocess.run([*command, "--out", whole], check=True, capture_output=True)
     in_parts = [*command, "--out", parts, "--save-every", "3"]
     code, output = interrupt(in_parts, parts, signal.SIGINT, 0)
@@ -65,8 +66,8 @@ def check_interrupts(command, folder, quantized):
 
     again = subprocess.run([*command, "--out", parts], capture_output=True, text=True)
     check(again.returncode == BAD_OPTIONS and "--resume" in again.stderr, "a new run does not mix with the old one")
-    for option, expected in (["--rank", "4"], "--rank was 8"), (["--quantize", "fp4"], f'--quantize was "{quantized}"'):
-        other = subprocess.run([*in_parts, "--resume", *option], capture_output=True, text=True)
+    for changed, expected in ([*in_parts, "--rank", "4"], "--rank was 8"), (other_base, f'--quantize was "{quantized}"'):
+        other = subprocess.run([*changed, "--resume"], capture_output=True, text=True)
         is_refused = other.returncode == BAD_OPTIONS and expected in other.stderr
         check(is_refused, f"another option: {other.stderr.strip()}")
 
