@@ -50,8 +50,11 @@ def interrupt(command, out, number, after_step):
     return process.returncode, output
 
 
-def check_interrupts(command, folder):
-    whole, parts = folder / "whole", folder / "parts"
+def check_interrupts(command, folder, quantized):
+    print(f"the base in {quantized}")
+    whole, parts = folder / f"whole-{quantized}", folder / f"parts-{quantized}"
+    other_base = [*command, "--quantize", "fp4", "--out", parts, "--save-every", "3"]
+    command = [*command, "--quantize", quantized]
     subprocess.run([*command, "--out", whole], check=True, capture_output=True)
     in_parts = [*command, "--out", parts, "--save-every", "3"]
     code, output = interrupt(in_parts, parts, signal.SIGINT, 0)
@@ -63,8 +66,10 @@ def check_interrupts(command, folder):
 
     again = subprocess.run([*command, "--out", parts], capture_output=True, text=True)
     check(again.returncode == BAD_OPTIONS and "--resume" in again.stderr, "a new run does not mix with the old one")
-    other = subprocess.run([*in_parts, "--resume", "--rank", "4"], capture_output=True, text=True)
-    check(other.returncode == BAD_OPTIONS and "--rank was 8" in other.stderr, f"another option: {other.stderr.strip()}")
+    for changed, expected in ([*in_parts, "--rank", "4"], "--rank was 8"), (other_base, f'--quantize was "{quantized}"'):
+        other = subprocess.run([*changed, "--resume"], capture_output=True, text=True)
+        is_refused = other.returncode == BAD_OPTIONS and expected in other.stderr
+        check(is_refused, f"another option: {other.stderr.strip()}")
 
     subprocess.run([*in_parts, "--resume"], check=True, capture_output=True)
     check(figures(parts) == figures(whole), f"{len(figures(whole))} lines of figures are the same")
@@ -83,6 +88,7 @@ def check_bad_options(command, folder):
         (["--targets", "w_proj"], "w_proj"),
         (["--targets", "all-linear", "q_proj"], "all-linear stands alone"),
         (["--resume"], "no checkpoint"),
+        (["--quantize", "nf5"], "--quantize"),
         (["--bogus"], "--bogus"),
     ]:
         result = subprocess.run([*command, "--out", folder / "bad", *options], capture_output=True, text=True)
@@ -104,7 +110,8 @@ def main():
         check_bad_options(command, folder)
         command += ["--steps", "60", "--batch", "2", "--accumulate", "2", "--dropout", "0.1", "--eval-every", "10"]
         command += ["--sample-tokens", "0", "--no-merge", "--device", "cpu"]
-        check_interrupts([str(part) for part in command], folder)
+        for quantized in "none", "nf4":
+            check_interrupts([str(part) for part in command], folder, quantized)
     print(f"{checks} checks, {failures} failed")
     return int(failures > 0 or checks == 0)
 

@@ -1,4 +1,4 @@
-#include <support/testing.hpp>
+#include "examples/model_folder.hpp"
 
 #include <c10/util/MathConstants.h>
 
@@ -21,93 +21,15 @@ using testing::contains;
 using testing::distance;
 using testing::error_of;
 
-const nlohmann::json kLlamaJson = {
-    {"architectures", {"LlamaForCausalLM"}},
-    {"model_type", "llama"},
-    {"vocab_size", 31},
-    {"hidden_size", 24},
-    {"intermediate_size", 40},
-    {"num_hidden_layers", 2},
-    {"num_attention_heads", 6},
-    {"num_key_value_heads", 2},
-    {"max_position_embeddings", 160},
-    {"rms_norm_eps", 1e-5},
-    {"rope_theta", 100.0},
-    {"tie_word_embeddings", false},
-    {"eos_token_id", 2},
-    {"torch_dtype", "float32"},
-};
-
-const nlohmann::json kGPT2Json = {
-    {"architectures", {"GPT2LMHeadModel"}},
-    {"model_type", "gpt2"},
-    {"vocab_size", 31},
-    {"n_embd", 24},
-    {"n_layer", 2},
-    {"n_head", 3},
-    {"n_positions", 160},
-    {"eos_token_id", {2, 5}},
-    {"dtype", "float32"},
-};
-
-void write_text(const std::filesystem::path& file, const std::string& text) { std::ofstream(file) << text; }
-
-nlohmann::json read_text(const std::filesystem::path& file) {
-  std::ifstream stream(file);
-  return nlohmann::json::parse(stream);
-}
-
-// Random tensors under the names and in the shapes that a checkpoint of this configuration has.
-gpt::TensorMap random_weights(const gpt::ModelConfig& config) {
-  torch::manual_seed(7);
-  gpt::TensorMap weights;
-  for (const auto& [name, parameter] : gpt::detail::stored_parameters(*gpt::make_model(config))) {
-    const auto stored = gpt::detail::is_stored_transposed(config, name) ? parameter.t() : parameter;
-    const bool is_norm = parameter.dim() == 1 && gpt::detail::ends_with(name, "weight");
-    weights[name] = torch::randn(stored.sizes()) * 0.3 + (is_norm ? 1.0 : 0.0);
-  }
-  return weights;
-}
-
-// A Hugging Face directory of its own, with random weights.
-class ModelFolder {
- public:
-  explicit ModelFolder(const nlohmann::json& config) {
-    write_text(path() / "config.json", config.dump());
-    weights = random_weights(gpt::read_config(path()));
-    write();
-  }
-
-  void write() const { lora::write_safetensors(path() / "model.safetensors", weights); }
-  const std::filesystem::path& path() const { return folder_.path(); }
-  gpt::LanguageModel load() const { return gpt::load_model(path(), torch::kFloat, torch::kCPU); }
-  std::string load_error() const {
-    return error_of([&] { load(); });
-  }
-
-  gpt::TensorMap weights;
-
- private:
-  testing::TemporaryFolder folder_;
-};
-
-nlohmann::json changed(nlohmann::json config, const nlohmann::json& changes) {
-  config.update(changes);
-  return config;
-}
-
-// For GENERATE, which cannot hold JSON.
-nlohmann::json config_json(const std::string& kind) {
-  if (kind == "gpt2") return kGPT2Json;
-  if (kind == "llama tied") return changed(kLlamaJson, {{"tie_word_embeddings", true}});
-  if (kind == "llama biased") return changed(kLlamaJson, {{"attention_bias", true}, {"mlp_bias", true}});
-  return kLlamaJson;
-}
-
-torch::Tensor random_ids(int64_t batch, int64_t length) {
-  torch::manual_seed(11);
-  return torch::randint(31, {batch, length}, torch::kLong);
-}
+using testing::changed;
+using testing::config_json;
+using testing::kGPT2Json;
+using testing::kLlamaJson;
+using testing::ModelFolder;
+using testing::random_ids;
+using testing::random_weights;
+using testing::read_text;
+using testing::write_text;
 
 std::string config_error(const nlohmann::json& config) {
   testing::TemporaryFolder folder;
@@ -405,17 +327,7 @@ TEST_CASE("GPT-2 checkpoints load with and without the prefix, and with their bu
 TEST_CASE("a sharded checkpoint loads by its index") {
   ModelFolder folder(kLlamaJson);
   const auto expected = folder.load()->forward(random_ids(2, 9));
-  gpt::TensorMap shards[2];
-  nlohmann::json map;
-  for (const auto& [name, tensor] : folder.weights) {
-    const bool second = name > "model.layers.1";
-    shards[second][name] = tensor;
-    map[name] = second ? "b.safetensors" : "a.safetensors";
-  }
-  lora::write_safetensors(folder.path() / "a.safetensors", shards[0]);
-  lora::write_safetensors(folder.path() / "b.safetensors", shards[1]);
-  write_text(folder.path() / "model.safetensors.index.json", nlohmann::json{{"weight_map", map}}.dump());
-  std::filesystem::remove(folder.path() / "model.safetensors");
+  folder.split();
   CHECK(torch::equal(folder.load()->forward(random_ids(2, 9)), expected));
   std::filesystem::remove(folder.path() / "model.safetensors.index.json");
   CHECK_THROWS_WITH(folder.load(), contains("neither model.safetensors nor model.safetensors.index.json"));

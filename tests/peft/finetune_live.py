@@ -4,7 +4,8 @@ For a Llama and a GPT-2, with LoRA and with DoRA: twenty steps, replayed by peft
 batches (every loss within 1e-5); every adapter tensor must have trained in both; the adapter written must give peft the
 logits that it gives here; and the merged directories of finetune_gpt and of merge_checkpoint must load in transformers
 and give the logits of peft's merged model. What generate says greedily, with that adapter or with it merged, is what
-peft's model says. A run in bfloat16 trains, and shows samples from before and after.
+peft's model says. A run in bfloat16 trains, and shows samples from before and after; so do runs with the base in few
+bits, whose adapters are merged into the weights of the files.
 """
 
 import argparse
@@ -156,6 +157,29 @@ def check_bfloat16(programs, base, data, out):
     return shows_both and losses[-1] < losses[0] - 0.1
 
 
+def check_quantized(programs, base, data, out):
+    """A base in few bits trains; its adapter is merged into the weights of the files, and generate runs with it."""
+    quantized = ["--quantize", "nf4", "--quantize-embedding", "int8"]
+    options = ["--model", base, *data, "--out", out, *quantized, "--lr", 2e-2, "--device", "cpu", "--sample-tokens", 0]
+    sizes = ["--steps", 20, "--warmup", 2, "--batch", 2, "--block", 32, "--rank", 4, "--eval-every", 20]
+    said = run(programs / "finetune_gpt", *options, *sizes).decode()
+    with open(out / "metrics.csv", newline="") as file:
+        losses = [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
+    run(programs / "merge_checkpoint", base, out / "adapter", out / "merged_from_files")
+    merged = [(out / name / "model.safetensors").read_bytes() for name in ("merged", "merged_from_files")]
+    load_base(out / "merged", "float32")
+    prompt = ["--model", base, *quantized, "--prompt", "The river rises in", "--temperature", 0, "--max-new-tokens", TOKENS]
+    alone = run(programs / "generate", *prompt)
+    adapted = run(programs / "generate", *prompt, "--adapter", out / "adapter")
+    wrong = subprocess.run(
+        list(map(str, [programs / "generate", *prompt, "--adapter", out / "adapter", "--merge"])), capture_output=True
+    )
+    print(f"in few bits: validation losses {losses}; generate: {alone!r}, adapted {adapted!r}")
+    refused = wrong.returncode == 2 and b"merge_checkpoint" in wrong.stderr
+    names = "linear layers but the head in nf4" in said and "embedding and head in int8" in said
+    return losses[-1] < losses[0] - 0.1 and merged[0] == merged[1] and len(adapted) > 1 and adapted != alone and refused and names
+
+
 def check_same_files(out):
     """The model merged in memory and the one merged from file to file are one model."""
     ours, streamed = (load_file(out / name / "model.safetensors") for name in ("merged", "merged_from_files"))
@@ -191,11 +215,14 @@ def main():
             }
             count += len(checks)
             failed += [f"{architecture}, {method}: {name}" for name, passed in checks.items() if not passed]
-        count += 1
+        count += 3
         if not check_bfloat16(programs, folder / "llama", data["--text"], folder / "bfloat16"):
             failed.append("bfloat16")
+        for architecture in "llama", "gpt2":
+            if not check_quantized(programs, folder / architecture, data["--text"], folder / f"{architecture}_quantized"):
+                failed.append(f"{architecture} in few bits")
     print(f"\n{count} checks, {len(failed)} failed{': ' if failed else ''}{'; '.join(failed)}")
-    return int(bool(failed) or count != 5 * len(RUNS) + 1)
+    return int(bool(failed) or count != 5 * len(RUNS) + 3)
 
 
 if __name__ == "__main__":

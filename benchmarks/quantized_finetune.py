@@ -1,0 +1,142 @@
+"""What do bases in few bits cost fine-tuning, in loss, memory and time?
+
+python quantized_finetune.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--steps N] [--threads N]
+                             [--seed N] [--only NAME ...]
+
+Without options it takes what `sh tests/run.sh` and `sh examples/finetune_gpt/run.sh` have left in build/, and needs
+the Python of build/venv.
+
+The default run of finetune_gpt (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj) on the same model held
+in different ways, each in a process of its own, from the same seed and data. Prints a line of a Markdown table for each:
+validation loss of the base and after training, memory of the base, also as a share of float32, what the process took at
+most while the base was loaded and in all, and the median time of a step. Below it, the share for the linear layers
+alone, of which some bases hold everything else in floating point.
+"""
+
+import argparse
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "build" / "models" / "SmolLM2-135M-Instruct"
+BASES = {  # name: --dtype, --quantize, --quantize-embedding
+    "float32": ("float32", "none", "none"),
+    "bfloat16": ("bfloat16", "none", "none"),
+    "int8": ("float32", "int8", "none"),
+    "int8, embedding int8": ("float32", "int8", "int8"),
+    "NF4": ("float32", "nf4", "none"),
+    "NF4, embedding int8": ("float32", "nf4", "int8"),
+    "NF4, embedding NF4": ("float32", "nf4", "nf4"),
+    "NF4, rest bfloat16": ("bfloat16", "nf4", "none"),
+}
+TOKENS_PER_STEP = 4 * 128  # the defaults of finetune_gpt
+MEMORY = re.compile(r"the model takes ([\d.]+) GB \(([\d.]+) GB in float32\); ([\d.]+) GB at most while it was loaded")
+
+
+def run_measured(command, threads):
+    """Runs a program to its end and returns what it prints and its peak memory in bytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    process = subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        print("  ", line, end="", file=sys.stderr, flush=True)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        sys.exit(f"error: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")
+    return "".join(lines), usage.ru_maxrss * 1024
+
+
+def read_metrics(path):
+    """Validation losses before and after, and the median time of a step in seconds."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
+    rates = [float(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]]
+    return losses[0], losses[-1], statistics.median(TOKENS_PER_STEP / rate for rate in rates)
+
+
+def measure(options, base, out):
+    dtype, layers, embedding = BASES[base]
+    command = [options.programs / "finetune_gpt", "--model", options.model, "--text", options.text, "--out", out]
+    command += ["--dtype", dtype, "--quantize", layers, "--quantize-embedding", embedding]
+    command += ["--steps", options.steps, "--seed", options.seed, "--threads", options.threads, "--device", "cpu"]
+    command += ["--sample-tokens", 0, "--no-merge", "--overwrite"]
+    printed, peak = run_measured(command, options.threads)
+    memory, in_float, loading = map(float, MEMORY.search(printed).groups())
+    before, after, seconds = read_metrics(out / "metrics.csv")
+    return {
+        "memory": memory,
+        "share": memory / in_float,
+        "loading": loading,
+        "peak": peak / 1e9,
+        "before": before,
+        "after": after,
+        "seconds": seconds,
+    }
+
+
+def count_numbers(model):
+    """All numbers of a checkpoint in one file, and those of its linear layers but the head."""
+    total = linear = 0
+    with safe_open(model / "model.safetensors", "pt") as file:
+        for name in file.keys():
+            shape = file.get_slice(name).get_shape()
+            numbers = 1
+            for size in shape:
+                numbers *= size
+            total += numbers
+            is_table = any(part in name for part in ("embed_tokens", "lm_head", "wte", "wpe"))
+            linear += numbers if len(shape) == 2 and not is_table else 0
+    return total, linear
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of finetune_gpt")
+    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face directory")
+    parser.add_argument("--text", type=Path, default=ROOT / "build/text/kjv.txt")
+    parser.add_argument("--out", type=Path, help="keep the runs there")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="+", choices=list(BASES), default=list(BASES), metavar="NAME")
+    options = parser.parse_args()
+    for path in (options.programs / "finetune_gpt", options.model, options.text):
+        if not path.exists():
+            sys.exit(f"error: {path} is missing; sh examples/finetune_gpt/run.sh makes it")
+
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as temporary:
+        for number, base in enumerate(options.only):
+            print(f"{base}:", file=sys.stderr)
+            out = (options.out or Path(temporary)) / str(number)
+            out.mkdir(parents=True, exist_ok=True)
+            results[base] = measure(options, base, out)
+
+    print(f"| base | loss before | after {options.steps} steps | base, GB | of float32 | loading, GB | peak, GB | step, s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for base, r in results.items():
+        print(
+            f"| {base} | {r['before']:.3f} | {r['after']:.3f} | {r['memory']:.3f} | {r['share']:.3f} | "
+            f"{r['loading']:.3f} | {r['peak']:.2f} | {r['seconds']:.2f} |"
+        )
+    total, linear = count_numbers(options.model)
+    print(f"\nthe linear layers alone, {linear / 1e6:.1f} of {total / 1e6:.1f} million numbers:")
+    for base, r in results.items():
+        dtype, layers, embedding = BASES[base]
+        if layers != "none" and embedding == "none":
+            rest = (total - linear) * (4 if dtype == "float32" else 2)
+            print(f"{base:<22} {(r['memory'] * 1e9 - rest) / (4 * linear):.3f} of float32")
+
+
+if __name__ == "__main__":
+    main()
