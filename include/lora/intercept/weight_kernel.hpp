@@ -174,11 +174,13 @@ inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet key
 /// scope these data would have been computed from W', which would so become the frozen weight.
 inline bool replace_data_kernel(c10::DispatchKeySet keys, const at::Tensor& tensor, const at::Tensor& data) {
   if (!share_memory(data, tensor)) check_memory_stays(tensor);
+  const auto* scopes = ActiveScopes::current();
+  const bool in_scope = scopes != nullptr && !scopes->effective().empty();
   const auto* held = held_numbers(tensor);
-  TORCH_CHECK(
-      held == nullptr || is_quantized(data), "lora: the weight of ", held == nullptr ? "" : held->name, ", which is ",
-      "held in few bits, gets other data, as by moving or casting a model, which would be its numbers inside of a ",
-      "scope; leave the scope first");
+  TORCH_CHECK(!in_scope || held == nullptr || is_quantized(data), "lora: the weight of ",
+              held == nullptr ? "" : held->name,
+              ", which is held in few bits, gets other data, as by moving or casting ",
+              "a model, inside of a scope, where these would be its numbers; leave the scope first");
   if (is_quantized(data) && tensor.requires_grad()) tensor.requires_grad_(false);  // a copy of a layer forgets it
   return at::_ops::_has_compatible_shallow_copy_type::redispatch(
       keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), tensor, data);
