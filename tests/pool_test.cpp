@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <thread>
 
@@ -111,7 +112,7 @@ TEST_CASE("What an open scope has is not dropped") {
       CHECK(pool.metrics().pinned == 2);
       CHECK_THAT(error_of([&] { (void)pool.activate("2"); }),
                  contains("\"2\" takes") && contains("memory_budget is " + std::to_string(2 * Customers::kBytes)));
-      CHECK_THAT(error_of([&] { pool.drop("1"); }), contains("\"1\" is in use by 1 open scopes"));
+      CHECK_THAT(error_of([&] { pool.drop("1"); }), contains("\"1\" is in use by 1 open scopes or holds"));
     }
     pool.prefetch({"2"});
     CHECK(pool.names() == Names{"0", "2"});
@@ -126,6 +127,38 @@ TEST_CASE("What an open scope has is not dropped") {
   CHECK_THAT(error_of([&] { small.prefetch({"1"}); }), contains("memory_budget is 10"));
   CHECK(small.metrics().bytes == 0);
   CHECK(small.names().empty());
+}
+
+TEST_CASE("What is held stays in memory until it is let go") {
+  Customers customers;
+  std::optional<lora::PoolHold> outliving;
+  {
+    auto pool = customers.pool(3);
+    {
+      const auto held = pool.hold({"0", "", "1", "0"});
+      CHECK(pool.names() == Names{"0", "1"});
+      CHECK(pool.metrics().pinned == 2);
+      for (const auto* name : {"2", "3", "4", "5"}) pool.prefetch({name});  // each in the place of the former
+      CHECK(pool.names() == Names{"0", "1", "5"});
+      CHECK_THAT(error_of([&] { pool.drop("0"); }), contains("\"0\" is in use by 1 open scopes or holds"));
+      CHECK_THAT(error_of([&] {
+                   (void)pool.hold({"2", "3"});
+                 }),
+                 contains("\"3\" takes") && contains("memory_budget is"));
+      CHECK_THAT(error_of([&] { (void)pool.hold({"2", "nobody"}); }), contains("\"nobody\" was not loaded"));
+      CHECK(pool.metrics().pinned == 2);  // of those that failed nothing is held
+      const auto before = pool.adapters().adapter("0");
+      pool.reload("0");
+      CHECK(pool.adapters().adapter("0") != before);
+      const auto again = pool.hold({"1"});
+      CHECK_THAT(error_of([&] { pool.drop("1"); }), contains("by 2 open scopes or holds"));
+    }
+    CHECK(pool.metrics().pinned == 0);
+    CHECK(pool.drop("0"));
+    outliving.emplace(pool.hold({"1", "3"}));
+    CHECK(pool.metrics().pinned == 2);
+  }
+  outliving.reset();
 }
 
 TEST_CASE("An adapter that is written anew takes effect with a reload; a broken one leaves the former") {
@@ -367,7 +400,7 @@ class Unrest {
         {"adapter_model.safetensors: cannot be opened", "no tensors"},
         {"adapter_model.safetensors", "broken tensors"},
         {"memory_budget is", "no room"},
-        {" open scopes; leave them first", "in use"}};
+        {" open scopes or holds; leave them first", "in use"}};
     for (const auto& [part, reason] : reasons) {
       if (text.find(part) != text.npos && text.find("\"" + name + "\"") != text.npos) return "refused: " + reason;
     }
