@@ -310,6 +310,32 @@ TEST_CASE("A graph shares the weights of its model, also of tied layers, and ret
   }
 }
 
+TEST_CASE("A TorchScript module is traced with room for adapters, too") {
+  torch::manual_seed(0);
+  Compiled layer("Linear"), model("Net");
+  layer.register_parameter("weight", torch::randn({6, 4}, testing::on_device(torch::kDouble)), false);
+  layer.define("def forward(self, x):\n  return torch.linear(x, self.weight)\n");
+  model.register_module("fc", layer);
+  model.define("def forward(self, x):\n  return torch.tanh(self.fc.forward(x))\n");
+  const auto input = [](int64_t rows) { return torch::randn({rows, 3, 4}, testing::on_device(torch::kDouble)); };
+  const torch::NoGradGuard no_grad;
+  auto compiled =
+      saved_and_loaded(lora::trace(std::make_shared<lora::ScriptModel>(model), lora_of(4, {"fc"}), {input(2)},
+                                   [&](const std::vector<Tensor>& in) { return model.forward({in[0]}); }));
+  lora::Adapters adapters(std::make_shared<lora::ScriptModel>(model));
+  lora::HotSwap swap(compiled);
+  for (const auto& [name, rank] : {std::pair("one", 1), {"four", 4}}) {
+    adapters.add(name, lora_of(rank, {"fc"}).alpha(3));
+    testing::randomize(adapters.parameters(name));
+    swap.put(adapters, name);
+    const auto x = input(5);
+    const auto base = model.forward({x}).toTensor(), y = run(compiled, x);
+    CHECK(distance(y, base) > 1e-3);
+    const auto active = adapters.activate(name);
+    CHECK(distance(y, model.forward({x}).toTensor()) < 1e-12);
+  }
+}
+
 TEST_CASE("Room for adapters starts empty, and holds no adapter of its own") {
   torch::manual_seed(0);
   testing::Stack model;

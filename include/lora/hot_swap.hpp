@@ -120,6 +120,8 @@ using TracedFunction = std::function<c10::IValue(const std::vector<at::Tensor>& 
 /// scope of theirs, the tracing or the module itself, has theirs beside what was put in. Freezing the module
 /// (torch::jit::freeze) makes constants of what is to be swapped.
 ///
+/// A TorchScript module is traced as std::make_shared<ScriptModel>(module), into another one.
+///
 /// Errors: c10::Error when `room` asks for anything but low-rank updates, or selects a layer that the function does not
 /// compute with; when a weight is held in few bits; those of `Adapters::add`. The model is as before.
 inline torch::jit::Module trace(std::shared_ptr<const Model> model, const LoRAConfig& room,
