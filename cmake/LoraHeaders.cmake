@@ -7,6 +7,7 @@ set(LORA_PUBLIC_HEADERS
   config.hpp
   functional.hpp
   fwd.hpp
+  hot_swap.hpp
   lora.hpp
   options.hpp
   pool.hpp
@@ -41,6 +42,7 @@ set(LORA_PUBLIC_HEADERS
   method/full_delta.hpp
   method/ia3.hpp
   method/low_rank.hpp
+  method/swappable.hpp
   method/term.hpp
   method/vera.hpp
   model/model.hpp

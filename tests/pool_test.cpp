@@ -5,6 +5,11 @@
 #include <lora/pool.hpp>
 
 #include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <mutex>
+#include <optional>
+#include <random>
 #include <thread>
 
 namespace {
@@ -107,7 +112,7 @@ TEST_CASE("What an open scope has is not dropped") {
       CHECK(pool.metrics().pinned == 2);
       CHECK_THAT(error_of([&] { (void)pool.activate("2"); }),
                  contains("\"2\" takes") && contains("memory_budget is " + std::to_string(2 * Customers::kBytes)));
-      CHECK_THAT(error_of([&] { pool.drop("1"); }), contains("\"1\" is in use by 1 open scopes"));
+      CHECK_THAT(error_of([&] { pool.drop("1"); }), contains("\"1\" is in use by 1 open scopes or holds"));
     }
     pool.prefetch({"2"});
     CHECK(pool.names() == Names{"0", "2"});
@@ -122,6 +127,38 @@ TEST_CASE("What an open scope has is not dropped") {
   CHECK_THAT(error_of([&] { small.prefetch({"1"}); }), contains("memory_budget is 10"));
   CHECK(small.metrics().bytes == 0);
   CHECK(small.names().empty());
+}
+
+TEST_CASE("What is held stays in memory until it is let go") {
+  Customers customers;
+  std::optional<lora::PoolHold> outliving;
+  {
+    auto pool = customers.pool(3);
+    {
+      const auto held = pool.hold({"0", "", "1", "0"});
+      CHECK(pool.names() == Names{"0", "1"});
+      CHECK(pool.metrics().pinned == 2);
+      for (const auto* name : {"2", "3", "4", "5"}) pool.prefetch({name});  // each in the place of the former
+      CHECK(pool.names() == Names{"0", "1", "5"});
+      CHECK_THAT(error_of([&] { pool.drop("0"); }), contains("\"0\" is in use by 1 open scopes or holds"));
+      CHECK_THAT(error_of([&] {
+                   (void)pool.hold({"2", "3"});
+                 }),
+                 contains("\"3\" takes") && contains("memory_budget is"));
+      CHECK_THAT(error_of([&] { (void)pool.hold({"2", "nobody"}); }), contains("\"nobody\" was not loaded"));
+      CHECK(pool.metrics().pinned == 2);  // of those that failed nothing is held
+      const auto before = pool.adapters().adapter("0");
+      pool.reload("0");
+      CHECK(pool.adapters().adapter("0") != before);
+      const auto again = pool.hold({"1"});
+      CHECK_THAT(error_of([&] { pool.drop("1"); }), contains("by 2 open scopes or holds"));
+    }
+    CHECK(pool.metrics().pinned == 0);
+    CHECK(pool.drop("0"));
+    outliving.emplace(pool.hold({"1", "3"}));
+    CHECK(pool.metrics().pinned == 2);
+  }
+  outliving.reset();
 }
 
 TEST_CASE("An adapter that is written anew takes effect with a reload; a broken one leaves the former") {
@@ -232,61 +269,195 @@ TEST_CASE("A pool takes its adapters from a function, too") {
              contains("take_tables"));
 }
 
-TEST_CASE("Threads that serve, reload and break adapters: every answer is right, every refusal has a reason") {
-  constexpr int kThreads = 6, kPasses = 40, kAdapters = 8;
-  Customers customers(kAdapters);
-  std::vector<Tensor> expected;
-  for (int i = 0; i < kAdapters; ++i) expected.push_back(customers.alone(std::to_string(i)));
-  const auto base = customers.alone("");
-  auto pool = customers.pool(kAdapters / 2 + kThreads);  // fewer than are asked for, enough for all scopes at once
-  std::atomic<int> wrong{0}, answered{0}, refused{0}, without_reason{0};
-  std::atomic<bool> serving{true};
-  const auto serve = [&](int thread) {
-    torch::NoGradGuard no_grad;
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const auto own = (thread + pass * 3) % (kAdapters + 1);  // one is nobody's
-      const auto name = own == kAdapters ? std::string("nobody") : std::to_string(own);
-      std::map<std::string, std::string> failures;
-      auto active = pool.activate({"", name, name}, failures);
-      const auto y = customers.model->forward(customers.x);
-      if (distance(y[0], base[0]) > 1e-5) ++wrong;
-      if (failures.empty()) {
-        ++answered;
-        if (own == kAdapters || distance(y[1], expected[static_cast<size_t>(own)][1]) > 1e-5) ++wrong;
+namespace {
+
+double setting(const char* name, double otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : std::stod(value);
+}
+
+/// What happened to the requests and the changes of a load, by what was said.
+class Outcomes {
+ public:
+  void add(const std::string& what) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++counts_[what];
+  }
+  int64_t operator[](const std::string& what) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = counts_.find(what);
+    return found == counts_.end() ? 0 : found->second;
+  }
+  std::string text() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::string text;
+    for (const auto& [what, count] : counts_) text += "\n  " + what + ": " + std::to_string(count);
+    return text;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::map<std::string, int64_t> counts_;
+};
+
+/// Customers whose files are exchanged, taken away and broken while they are served. Each adapter has two versions.
+class Unrest {
+ public:
+  explicit Unrest(int64_t count) : customers(count), base(customers.alone("")) {
+    for (int64_t i = 0; i < count; ++i) {
+      const auto name = std::to_string(i);
+      expected.emplace_back();
+      for (const auto* version : {"0", "1"}) {
+        customers.write(name);
+        std::filesystem::copy_file(file(name), versions_ / (name + "." + version));
+        expected.back().push_back(customers.alone(name));
+      }
+    }
+    const auto broken = versions_ / "broken";
+    std::filesystem::copy_file(file("0"), broken);
+    std::filesystem::resize_file(broken, 100);
+  }
+
+  /// One request: the base model, and two customers, of whom one may be nobody.
+  void serve(lora::AdapterPool& pool, std::mt19937& random, Outcomes& outcomes) {
+    const auto count = static_cast<int>(expected.size());
+    std::uniform_int_distribution<int> any(0, count);
+    const std::vector<int> drawn{any(random), any(random)};
+    const auto name = [&](int own) { return own == count ? std::string("nobody") : std::to_string(own); };
+    std::map<std::string, std::string> failures;
+    const auto active = pool.activate({"", name(drawn[0]), name(drawn[1])}, failures);
+    const auto y = customers.model->forward(customers.x);
+    if (distance(y[0], base[0]) > 1e-5) outcomes.add("wrong: base");
+    for (int row = 1; row < 3; ++row) {
+      const auto own = drawn[static_cast<size_t>(row) - 1];
+      const auto failure = failures.find(name(own));
+      if (failure != failures.end()) {
+        outcomes.add(reason(failure->second, name(own)));
+        if (distance(y[row], base[row]) > 1e-5) outcomes.add("wrong: refused");
       } else {
-        ++refused;
-        if (failures.at(name).find("\"" + name + "\"") == std::string::npos) ++without_reason;
+        outcomes.add(own == count ? "wrong: nobody" : version(own, row, y[row]));
       }
     }
+  }
+
+  /// One change to a customer's files or to what the pool holds, undone but for a new version.
+  void disturb(lora::AdapterPool& pool, std::mt19937& random, Outcomes& outcomes) {
+    const auto name = std::to_string(random() % expected.size());
+    const auto moved = [&](const std::filesystem::path& from, const std::filesystem::path& to) {
+      std::filesystem::rename(from, to);
+      change(pool, name, outcomes);
+      std::filesystem::rename(to, from);
+    };
+    switch (random() % 5) {
+      case 0:
+        put(name, name + "." + std::to_string(random() % 2));
+        return change(pool, name, outcomes);
+      case 1:
+        return change(pool, name, outcomes);
+      case 2:
+        return moved(file(name), versions_ / "aside");
+      case 3:
+        return moved(customers.directory / name, versions_ / "folder");
+      default:
+        std::filesystem::copy_file(file(name), versions_ / "kept");
+        put(name, "broken");
+        change(pool, name, outcomes);
+        std::filesystem::rename(versions_ / "kept", file(name));
+    }
+  }
+
+  Customers customers;
+  Tensor base;
+  std::vector<std::vector<Tensor>> expected;  // of each adapter and version
+
+ private:
+  std::filesystem::path file(const std::string& name) const {
+    return customers.directory / name / "adapter_model.safetensors";
+  }
+
+  /// In one step, as adapters are saved.
+  void put(const std::string& name, const std::string& version) const {
+    std::filesystem::copy_file(versions_ / version, versions_ / "next");
+    std::filesystem::rename(versions_ / "next", file(name));
+  }
+
+  /// Loads it anew or drops it, and gives others the time to find it so.
+  void change(lora::AdapterPool& pool, const std::string& name, Outcomes& outcomes) const {
+    const auto text = error_of([&] {
+      pool.reload(name);
+      outcomes.add("changed: reloaded");
+    });
+    if (!text.empty()) outcomes.add(reason(text, name) + ", by a reload");
+    const auto refusal = error_of([&] { outcomes.add(pool.drop(name) ? "changed: dropped" : "changed: not there"); });
+    if (!refusal.empty()) outcomes.add(reason(refusal, name) + ", by a drop");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+
+  /// What kind of refusal it is; one without the name of the adapter, or of a kind that is not expected, is wrong.
+  static std::string reason(const std::string& text, const std::string& name) {
+    const std::vector<std::pair<std::string, std::string>> reasons{
+        {"adapter_config.json: cannot be opened", "no configuration"},
+        {"adapter_model.safetensors: cannot be opened", "no tensors"},
+        {"adapter_model.safetensors", "broken tensors"},
+        {"memory_budget is", "no room"},
+        {" open scopes or holds; leave them first", "in use"}};
+    for (const auto& [part, reason] : reasons) {
+      if (text.find(part) != text.npos && text.find("\"" + name + "\"") != text.npos) return "refused: " + reason;
+    }
+    return "without a reason: " + text;
+  }
+
+  std::string version(int own, int row, const Tensor& y) const {
+    const auto& versions = expected[static_cast<size_t>(own)];
+    for (size_t i = 0; i < versions.size(); ++i) {
+      if (distance(y, versions[i][row]) < 1e-5) return "answered: version " + std::to_string(i);
+    }
+    return "wrong: row";
+  }
+
+  testing::TemporaryFolder versions_;
+};
+
+}  // namespace
+
+// LORA_TEST_THREADS=64 LORA_TEST_SECONDS=60 make it the load of a service, and print what happened.
+TEST_CASE("Threads that serve, reload and break adapters: every answer is right, every refusal has a reason") {
+  constexpr int kPasses = 40, kAdapters = 12, kHeld = 9;
+  const auto threads = static_cast<int>(setting("LORA_TEST_THREADS", 6));
+  const auto seconds = setting("LORA_TEST_SECONDS", 0.5);
+  torch::manual_seed(0);
+  Unrest unrest(kAdapters);
+  auto pool = unrest.customers.pool(kHeld);  // so that scopes of many threads may find no room
+  Outcomes outcomes;
+  std::atomic<int> serving{threads};
+  const auto start = std::chrono::steady_clock::now();
+  const auto is_over = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > seconds;
   };
-  std::thread disturber([&] {
-    for (int i = 0; serving; ++i) {
-      const auto name = std::to_string(i % kAdapters), file = std::string("adapter_model.safetensors");
-      const auto path = customers.directory / name / file, aside = customers.directory / name / "aside";
-      try {
-        if (i % 3 == 0) {
-          pool.reload(name);
-        } else if (i % 3 == 1) {
-          pool.drop(name);
-        } else {
-          std::filesystem::rename(path, aside);
-          std::this_thread::yield();
-          std::filesystem::rename(aside, path);
-        }
-      } catch (const c10::Error&) {  // in use
-      }
-    }
-  });
-  std::vector<std::thread> threads;
-  for (int i = 0; i < kThreads; ++i) threads.emplace_back(serve, i);
-  for (auto& thread : threads) thread.join();
-  serving = false;
-  disturber.join();
-  CHECK(wrong == 0);
-  CHECK(without_reason == 0);
-  CHECK(answered > kThreads * kPasses / 2);
-  CHECK(answered + refused == kThreads * kPasses);
+  std::vector<std::thread> all;
+  for (int i = 0; i < threads; ++i) {
+    all.emplace_back([&, i] {
+      const torch::NoGradGuard no_grad;
+      std::mt19937 random(static_cast<uint32_t>(i));
+      for (int pass = 0; pass < kPasses || !is_over(); ++pass) unrest.serve(pool, random, outcomes);
+      --serving;
+    });
+  }
+  std::mt19937 random(1000);
+  while (serving > 0) unrest.disturb(pool, random, outcomes);
+  for (auto& thread : all) thread.join();
+
+  const auto text = outcomes.text();
+  CAPTURE(text);
+  CHECK_THAT(text, !contains("wrong:") && !contains("without a reason"));
+  for (const auto* what : {"answered: version 0", "answered: version 1", "refused: no configuration"})
+    CHECK(outcomes[what] > 0);
   const auto metrics = pool.metrics();
   CHECK(metrics.pinned == 0);
   CHECK(metrics.bytes == metrics.adapters * Customers::kBytes);
+  if (std::getenv("LORA_TEST_SECONDS") != nullptr) {
+    WARN(threads << " threads, " << seconds << " s:" << text << "\n  pool: " << metrics.loads << " loads, "
+                 << metrics.hits << " hits, " << metrics.failures << " failures, " << metrics.evictions
+                 << " evictions");
+  }
 }

@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
@@ -334,6 +335,10 @@ class ProductSum {
   static at::Tensor add_low_rank(const at::Tensor& y, const at::Tensor& p, const Term& term) {
     const auto type = p.scalar_type();
     if (y.dim() == 2) return at::addmm(in_type(y, type), p, term.B.t(), /*beta=*/1, term.scale);
+    if (torch::jit::tracer::isTracing()) {  // which would write down the sizes of y as numbers
+      const auto update = at::matmul(p, term.B.t());
+      return in_type(y, type) + (term.scale == 1 ? update : update * term.scale);
+    }
     const auto flat = [&](const at::Tensor& t) { return in_type(t.reshape({-1, t.size(-1)}), type); };
     return at::addmm(flat(y), flat(p), term.B.t(), 1, term.scale).view(y.sizes());
   }

@@ -15,6 +15,7 @@
 #include <lora/files/bitsandbytes.hpp>
 #include <lora/files/safetensors.hpp>
 #include <lora/functional.hpp>
+#include <lora/hot_swap.hpp>
 #include <lora/method/all.hpp>
 #include <lora/model/module_model.hpp>
 #include <lora/model/replace.hpp>

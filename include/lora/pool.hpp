@@ -54,7 +54,7 @@ struct AdapterPoolMetrics {
   int64_t failures = 0;   ///< that could not be loaded
   int64_t evictions = 0;  ///< that were dropped to make room
   int64_t adapters = 0;   ///< held now
-  int64_t pinned = 0;     ///< of these, in scopes that are open
+  int64_t pinned = 0;     ///< of these, in scopes that are open, or held
   int64_t bytes = 0;      ///< of their tensors
 };
 
@@ -114,7 +114,7 @@ class PoolState {
     const auto entry = entries_.find(name);
     if (entry == entries_.end()) return false;
     TORCH_CHECK(entry->second.pins == 0, "lora::AdapterPool: \"", name, "\" is in use by ", entry->second.pins,
-                " open scopes; leave them first");
+                " open scopes or holds; leave them first");
     erase(entry);
     return true;
   }
@@ -237,8 +237,8 @@ class PoolState {
     int64_t pinned = 0;
     for (const auto& item : entries_) pinned += item.second.pins > 0 ? item.second.bytes : 0;
     TORCH_CHECK(pinned + size <= budget, "lora::AdapterPool: \"", name, "\" takes ", size,
-                " bytes more, the adapters in ", "open scopes take ", pinned, ", and memory_budget is ", budget,
-                "; allow more, or leave scopes earlier");
+                " bytes more, the adapters in ", "open scopes and holds take ", pinned, ", and memory_budget is ",
+                budget, "; allow more, or leave scopes earlier");
     while (metrics_.bytes + size > budget) {
       auto oldest = entries_.end();
       for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
@@ -307,6 +307,18 @@ class [[nodiscard]] PoolActivation {
   Activation activation_;  // is left first
 };
 
+/// Adapters of a pool that stay in memory while it lives, whether a scope has them or not. It may outlive the pool, and
+/// end on any thread.
+class [[nodiscard]] PoolHold {
+ public:
+  explicit PoolHold(detail::Pins pins) : pins_(std::move(pins)) {}
+  PoolHold(PoolHold&&) = default;
+  PoolHold& operator=(PoolHold&&) = delete;
+
+ private:
+  detail::Pins pins_;
+};
+
 /// Many adapters of one model, of which those that are in use are in memory: loaded when they are first asked for, and
 /// dropped when others need the room and nobody has asked for them for longest.
 ///
@@ -316,7 +328,7 @@ class [[nodiscard]] PoolActivation {
 ///
 /// The adapters are for inference: their tensors require no gradients. Any number of threads may use a pool at a time;
 /// two that ask for one adapter load it once. Errors: those of loading, with the name of the adapter, and nothing is
-/// changed; c10::Error when open scopes leave no room in the budget.
+/// changed; c10::Error when open scopes and holds leave no room in the budget.
 class AdapterPool {
  public:
   AdapterPool(torch::nn::Module& model, AdapterPoolOptions options)
@@ -369,11 +381,22 @@ class AdapterPool {
     for (const auto& name : names) detail::Pins(state_).add(name);
   }
 
+  /// Loads adapters where they are not there, and keeps them until what it returns is destroyed: those of customers who
+  /// are to wait for no file, or of a conversation between two of its passes. They count in the budget as those of open
+  /// scopes do, and are reloaded as others are. When one cannot be loaded, none is held.
+  ///
+  ///   const auto held = pool.hold({"anna", "otto"});
+  PoolHold hold(const std::vector<std::string>& names) const {
+    detail::Pins pins(state_);
+    for (const auto& name : names) pins.add(name);
+    return PoolHold(std::move(pins));
+  }
+
   /// Loads an adapter anew, from the file or the loader as it is now: scopes that are open go on with the former one,
   /// later ones have this. When that fails, the former one stays.
   void reload(const std::string& name) { state_->reload(name); }
 
-  /// Drops an adapter from memory; false where it was not there. Throws when an open scope has it.
+  /// Drops an adapter from memory; false where it was not there. Throws when an open scope has it, or it is held.
   bool drop(const std::string& name) { return state_->drop(name); }
 
   /// Those in memory, sorted.

@@ -25,7 +25,7 @@ set(lines
   "quantized_checkpoint.hpp"
   "train/"
   "peft/"
-  "pool.hpp torchscript.hpp"
+  "pool.hpp torchscript.hpp hot_swap.hpp"
   "lora.hpp")
 
 # What a folder may include of the earlier lines, where that is not everything: a layer of this library knows no model.

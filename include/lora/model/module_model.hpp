@@ -34,8 +34,10 @@ class ModuleModel final : public Model {
   std::vector<ModelPart> parts() const override {
     std::vector<ModelPart> parts;
     std::set<const torch::nn::Module*> seen;
-    const auto inner = inner_layers();
-    for (const auto& [name, module] : modules()) {
+    const auto all = modules();
+    const auto inner = inner_layers(all);
+    parts.reserve(all.size());
+    for (const auto& [name, module] : all) {
       if (module == model_ || !seen.insert(module).second) continue;
       parts.push_back({name, module->name(), false, {}, {}});
       auto& part = parts.back();
@@ -62,8 +64,9 @@ class ModuleModel final : public Model {
 
   LayerWeights tensors() const override {
     LayerWeights tensors;
-    const auto inner = inner_layers();
-    for (const auto& named : modules()) {
+    const auto all = modules();
+    const auto inner = inner_layers(all);
+    for (const auto& named : all) {
       const auto& name = named.first;
       auto* module = named.second;
       const auto prefix = name.empty() ? "" : name + ".";
@@ -126,18 +129,19 @@ class ModuleModel final : public Model {
   };
   using Places = std::vector<KnownPlace>;
   using Modules = std::set<const torch::nn::Module*>;
+  using NamedModules = std::vector<std::pair<std::string, torch::nn::Module*>>;
 
   /// Every module by name, the model itself first; that one may be held by no shared_ptr.
-  std::vector<std::pair<std::string, torch::nn::Module*>> modules() const {
-    std::vector<std::pair<std::string, torch::nn::Module*>> modules;
+  NamedModules modules() const {
+    NamedModules modules;
     model_->apply([&](const std::string& name, torch::nn::Module& module) { modules.emplace_back(name, &module); });
     return modules;
   }
 
   /// The layers inside of a MultiheadAttention or a layer of a Transformer, whose inputs are (length, batch, width).
-  Modules inner_layers() const {
+  static Modules inner_layers(const NamedModules& modules) {
     Modules inner;
-    for (const auto& named : modules()) {
+    for (const auto& named : modules) {
       if (auto* attention = named.second->as<torch::nn::MultiheadAttentionImpl>())
         inner.insert(attention->out_proj.get());
       if (auto* layer = named.second->as<torch::nn::TransformerEncoderLayerImpl>())
