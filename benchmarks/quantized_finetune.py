@@ -1,23 +1,23 @@
 """What do bases in few bits cost fine-tuning, in loss, memory and time?
 
 python quantized_finetune.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--steps N] [--threads N]
-                             [--seed N] [--only NAME ...]
+                             [--seed N] [--targets NAME ...] [--only NAME ...]
 
 Without options it takes what `sh tests/run.sh` and `sh examples/finetune_gpt/run.sh` have left in build/, and needs
 the Python of build/venv.
 
-The default run of finetune_gpt (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj) on the same model held
-in different ways, each in a process of its own, from the same seed and data. Prints a line of a Markdown table for each:
-validation loss of the base and after training, memory of the base, also as a share of float32, what the process took at
-most while the base was loaded and in all, and the median time of a step. Below it, the share for the linear layers
-alone, of which some bases hold everything else in floating point.
+The default run of finetune_gpt (100 steps of 4x128 tokens, rank 8, alpha 16, on q_proj and v_proj unless --targets says
+otherwise) on the same model held in different ways, each in a process of its own, from the same seed and data. Prints a
+line of a Markdown table for each: validation loss of the base and after training, memory of the base, also as a share
+of float32, what the process took at most while the base was loaded and in all, and the processor time of a step on one
+thread, which hardly depends on what else the machine does: that of a run of six steps, less that of a run of one. Below
+the table, the share for the linear layers alone, of which some bases hold everything else in floating point.
 """
 
 import argparse
 import csv
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,42 +37,44 @@ BASES = {  # name: --dtype, --quantize, --quantize-embedding
     "NF4, embedding NF4": ("float32", "nf4", "nf4"),
     "NF4, rest bfloat16": ("bfloat16", "nf4", "none"),
 }
-TOKENS_PER_STEP = 4 * 128  # the defaults of finetune_gpt
 MEMORY = re.compile(r"the model takes ([\d.]+) GB \(([\d.]+) GB in float32\); ([\d.]+) GB at most while it was loaded")
 
 
 def run_measured(command, threads):
-    """Runs a program to its end and returns what it prints and its peak memory in bytes."""
+    """Runs a program to its end; returns what it prints, its peak memory in bytes and its processor time in seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     process = subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout:
         lines.append(line)
         print("  ", line, end="", file=sys.stderr, flush=True)
+    process.stdout.close()
     _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status) != 0:
         sys.exit(f"error: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")
-    return "".join(lines), usage.ru_maxrss * 1024
+    return "".join(lines), usage.ru_maxrss * 1024, usage.ru_utime
 
 
 def read_metrics(path):
-    """Validation losses before and after, and the median time of a step in seconds."""
+    """Validation losses before and after training."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
-    rates = [float(row["tokens_per_second"]) for row in rows if row["tokens_per_second"]]
-    return losses[0], losses[-1], statistics.median(TOKENS_PER_STEP / rate for rate in rates)
+    return losses[0], losses[-1]
 
 
 def measure(options, base, out):
     dtype, layers, embedding = BASES[base]
     command = [options.programs / "finetune_gpt", "--model", options.model, "--text", options.text, "--out", out]
     command += ["--dtype", dtype, "--quantize", layers, "--quantize-embedding", embedding]
-    command += ["--steps", options.steps, "--seed", options.seed, "--threads", options.threads, "--device", "cpu"]
+    command += ["--targets", *options.targets, "--seed", options.seed, "--device", "cpu"]
     command += ["--sample-tokens", 0, "--no-merge", "--overwrite"]
-    printed, peak = run_measured(command, options.threads)
+    short = [*command, "--eval-every", 0, "--validation-blocks", 1, "--threads", 1]
+    one, six = (run_measured([*short, "--steps", steps], 1)[2] for steps in (1, 6))
+    whole = [*command, "--threads", options.threads, "--steps", options.steps]
+    printed, peak, _ = run_measured(whole, options.threads)
     memory, in_float, loading = map(float, MEMORY.search(printed).groups())
-    before, after, seconds = read_metrics(out / "metrics.csv")
+    before, after = read_metrics(out / "metrics.csv")
     return {
         "memory": memory,
         "share": memory / in_float,
@@ -80,7 +82,7 @@ def measure(options, base, out):
         "peak": peak / 1e9,
         "before": before,
         "after": after,
-        "seconds": seconds,
+        "seconds": (six - one) / 5,
     }
 
 
@@ -108,6 +110,7 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], metavar="NAME", help="or all-linear")
     parser.add_argument("--only", nargs="+", choices=list(BASES), default=list(BASES), metavar="NAME")
     options = parser.parse_args()
     for path in (options.programs / "finetune_gpt", options.model, options.text):
