@@ -111,7 +111,7 @@ TEST_CASE("Weights that are read between scopes are adapted, and inside of one t
   if (!from_file) return;
   auto active = f.adapters.activate();
   CHECK_THAT(testing::error_of([&] { f.load(from_file); }),
-             testing::contains("gets other data, as by moving, casting or loading a model"));
+             testing::contains("gets other data, as by moving, casting, loading or quantizing a model"));
 }
 
 TEST_CASE("Weights that are read into a merged model are not lost by unmerging") {
