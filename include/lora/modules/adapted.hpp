@@ -166,14 +166,11 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
 
   const Derived& derived() const { return static_cast<const Derived&>(*this); }
 
-  std::shared_ptr<detail::WeightSlot> slot(at::Tensor& tensor, const char* name) {
-    return std::make_shared<detail::MemberSlot>(*this, tensor, name, is_shared_, /*keeps_owner=*/false);
-  }
-
   std::shared_ptr<Site> make_site() {
     LayerWeight described;
-    described.place = {Derived::kName, Derived::kName, Derived::kKind, slot(weight, "weight")};
-    if (bias.defined()) described.place.bias = slot(bias, "bias");
+    described.place = {Derived::kName, Derived::kName, Derived::kKind,
+                       std::make_shared<detail::MemberSlot>(*this, weight, "weight", is_shared_)};
+    if (bias.defined()) described.place.bias = std::make_shared<detail::MemberSlot>(*this, bias, "bias", is_shared_);
     derived().describe(described);
     return described.site();
   }

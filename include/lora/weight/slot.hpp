@@ -77,11 +77,9 @@ inline void release(const WeightSlot::Handles& handles, const at::Tensor& number
 /// and put back, separately, and what the weight is tied to is not touched.
 class MemberSlot final : public WeightSlot {
  public:
-  /// `keeps_owner` says whether the layer is to live as long as this; one that holds this itself would live for ever.
-  MemberSlot(torch::nn::Module& module, at::Tensor& member, std::string parameter, bool is_apart = false,
-             bool keeps_owner = true)
+  MemberSlot(torch::nn::Module& module, at::Tensor& member, std::string parameter, bool is_apart = false)
       : module_(&module),
-        owner_(keeps_owner ? module.weak_from_this().lock() : nullptr),
+        owner_(module.weak_from_this().lock()),
         member_(&member),
         parameter_(std::move(parameter)),
         is_apart_(is_apart) {}
