@@ -1,7 +1,9 @@
+#include "support/halves.hpp"
 #include "support/testing.hpp"
 
 #include <lora/attach.hpp>
 #include <lora/modules/linear.hpp>
+#include <lora/quantize.hpp>
 
 using lora::LoRALinear;
 using lora::LoRALinearOptions;
@@ -131,4 +133,16 @@ TEST_CASE("LoRALinear says what it needed and what it got") {
 TEST_CASE("LoRALinear prints what it is") {
   LoRALinear<> layer(LoRALinearOptions(4, 3, LoRAOptions(2).alpha(6)).bias(false));
   CHECK(c10::str(layer) == "lora::LoRALinear<LowRank>(in_features=4, out_features=3, bias=false, rank=2, alpha=6)");
+}
+
+TEST_CASE("A copy of a layer whose weight is held in few bits holds it so") {
+  torch::nn::Sequential model(lora::LoRALinear<>(torch::nn::Linear(6, 5), lora::LoRAOptions(2).alpha(3)));
+  model->to(testing::device());
+  lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().target_modules({"0"}));
+  auto& layer = *model[0]->as<lora::LoRALinear<>>();
+  layer.lora_B().detach().normal_();
+  lora::LoRALinear<> copy(std::dynamic_pointer_cast<lora::LoRALinearImpl<>>(layer.clone()));
+  CHECK(lora::detail::is_quantized(copy->weight));
+  const auto x = torch::randn({3, 6}, testing::device());
+  CHECK(torch::equal(copy(x), layer.forward(x)));
 }
