@@ -75,6 +75,7 @@ set(LORA_DETAIL_HEADERS
   method/bias_update.hpp
   adapter/combined_update.hpp
   adapter/factors.hpp
+  adapter/held_weights.hpp
   adapter/loftq.hpp
   adapter/plan.hpp
   adapter/pruning.hpp

@@ -2,7 +2,7 @@
 
 #include <lora/adapter/activation.hpp>
 #include <lora/adapter/fingerprint.hpp>
-#include <lora/adapter/loftq.hpp>
+#include <lora/adapter/held_weights.hpp>
 #include <lora/adapter/merge.hpp>
 #include <lora/adapter/plan.hpp>
 #include <lora/adapter/registry.hpp>
@@ -13,7 +13,6 @@
 #include <lora/model/frozen_parameters.hpp>
 #include <lora/model/module_model.hpp>
 #include <lora/version.hpp>
-#include <lora/weight/rounding_error.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +21,6 @@
 #include <mutex>
 #include <set>
 #include <string>
-#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -64,11 +62,14 @@ class Adapters {
   /// in the model.
   void add(const std::string& name, const LoRAConfig& config) {
     auto planned = plan(config);
-    check_loftq(config);
-    const auto held = config.quantize() ? packed(name, planned, *config.quantize()) : HeldWeights();
-    const bool starts_anew = config.loftq() == 0;  // from the numbers that the few bits hold
-    hold(held);
-    if (starts_anew) planned.initialize();
+    detail::check_loftq(config);
+    const bool has_start = config.loftq() > 0;
+    if (has_start) planned.initialize();  // else from the numbers that the few bits hold
+    if (const auto& scheme = config.quantize()) {
+      check_new(*list(), name, planned);
+      hold(has_start ? detail::packed_by_loftq(planned, *scheme) : detail::packed(planned, *scheme));
+    }
+    if (!has_start) planned.initialize();
     add(name, std::move(planned));
   }
 
@@ -85,7 +86,7 @@ class Adapters {
 
   /// Holds the weights that an adapter of the model is going to change in few bits, as `LoRAConfig::quantize` asks for
   /// it. Throws, with nothing changed, where one has no matrix, is merged, or has numbers that are not finite.
-  void quantize(const Adapter& adapter, const Quantization& scheme) { hold(packed(adapter, scheme)); }
+  void quantize(const Adapter& adapter, const Quantization& scheme) { hold(detail::packed(adapter, scheme)); }
 
   /// Puts another adapter in the place of one, with its scale: scopes that are open have the former one, later ones
   /// this. Throws when it is merged.
@@ -495,9 +496,7 @@ class Adapters {
     check_addable(name, adapter);
   }
 
-  using HeldWeights = std::vector<std::pair<std::shared_ptr<Site>, std::shared_ptr<const QuantizedWeight>>>;
-
-  /// Merges for good; what is held in few bits then is packed before anything is changed.
+  /// Merges for good. Whatever can fail comes before anything is changed.
   double unload(const std::string& name, const Quantization* scheme) {
     TORCH_CHECK(!is_merged() || merged_ == std::vector<std::string>{name}, "lora::merge: ", quoted(merged_),
                 " is merged already; unmerge it first");
@@ -505,27 +504,17 @@ class Adapters {
     if (!is_merged()) detail::check_mergeable(all);
     for (const auto& merging : all) detail::check_leaves_scopes(*merging.site);
     detail::RoundingError error;
-    std::unordered_map<const Site*, std::shared_ptr<const QuantizedWeight>> held;
-    if (scheme != nullptr) {
-      for (const auto& part : adapter(name)->parts) {
-        if (part.role != AdapterPart::Role::kLayer) continue;
-        const auto found = std::find_if(all.begin(), all.end(), [&](const auto& one) { return one.site == part.site; });
-        detail::check_memory_stays(part.site->weight());
-        const auto values = is_merged() ? part.site->weight().detach()
-                                        : part.site->merged(part.site->weight().detach(), found->methods);
-        auto packed = scheme->pack(values);
-        error.add(values, *packed);
-        held.emplace(part.site.get(), std::move(packed));
-      }
-    }
+    detail::HeldWeights held;
+    if (scheme != nullptr) held = detail::packed_merged(all, *adapter(name), *scheme, error);
     thaw();  // first, since merged tensors take over whether the weights they replace are trainable
     for (const auto& merging : all) {
       const auto& site = merging.site;
-      const auto packed = held.find(site.get());
-      const bool is_merged_first = packed == held.end() || site->is_told_apart();
-      if (!site->is_merged() && is_merged_first) detail::merge_for_good({merging});
+      const auto is_it = [&](const detail::HeldWeight& weight) { return weight.site == site; };
+      const auto packed = std::find_if(held.begin(), held.end(), is_it);
+      const bool needs_values = packed == held.end() || site->is_told_apart();
+      if (!site->is_merged() && needs_values) detail::merge_for_good(merging);
       if (site->is_merged()) site->keep_merged();
-      if (packed != held.end()) site->hold(packed->second);
+      if (packed != held.end()) site->hold(packed->packed);
       if (site->own() && own_ == name) site->set_own(nullptr);  // it is in the weight now
     }
     if (scheme == nullptr) dequantize();
@@ -534,62 +523,12 @@ class Adapters {
     return error.relative();
   }
 
-  static void check_loftq(const LoRAConfig& config) {
-    TORCH_CHECK_VALUE(config.loftq() >= 0, "lora::LoRAConfig: loftq has to be at least 0, but got ", config.loftq());
-    if (config.loftq() == 0) return;
-    TORCH_CHECK_VALUE(config.quantize().has_value(),
-                      "lora::LoRAConfig: loftq starts with what few bits lose, and needs ", "`quantize`");
-    TORCH_CHECK_VALUE(config.alpha() != 0, "lora::LoRAConfig: loftq cannot start an update that alpha = 0 takes away");
-  }
-
-  static bool is_to_be_held(const AdapterPart& part) {
-    return part.role == AdapterPart::Role::kLayer && !part.site->is_held();
-  }
-
-  /// The weights of a new adapter in few bits, which it is going to be initialized from; starts those that LoftQ
-  /// starts.
-  HeldWeights packed(const std::string& name, Adapter& adapter, const Quantization& scheme) const {
-    check_new(*list(), name, adapter);
-    const auto steps = adapter.config.loftq();
-    if (steps == 0) return packed(adapter, scheme);
-    for (const auto& part : adapter.parts) {
-      if (part.role != AdapterPart::Role::kLayer) continue;
-      detail::loftq_method(part);
-      TORCH_CHECK(is_to_be_held(part),
-                  "lora::LoRAConfig: loftq starts with the numbers of the weights, but those of \"", part.site->name(),
-                  "\" are held in few bits already");
-    }
-    adapter.initialize();
-    const auto pack = [&](const AdapterPart& part) {
-      part.site->check_quantizable();
-      return detail::loftq(*part.site, detail::loftq_method(part), scheme, steps);
-    };
-    return packed(adapter, pack);
-  }
-
-  HeldWeights packed(const Adapter& adapter, const Quantization& scheme) const {
-    return packed(adapter, [&](const AdapterPart& part) { return part.site->packed(scheme); });
-  }
-
-  template <class Pack, class = std::invoke_result_t<const Pack&, const AdapterPart&>>
-  static HeldWeights packed(const Adapter& adapter, const Pack& pack) {
-    HeldWeights held;
-    for (const auto& part : adapter.parts) {
-      if (!is_to_be_held(part)) continue;
-      detail::check_memory_stays(part.site->weight());
-      held.emplace_back(part.site, pack(part));
-    }
-    return held;
-  }
-
-  void hold(const HeldWeights& held) {
-    if (held.empty()) return;
+  void hold(const detail::HeldWeights& weights) {
+    if (weights.empty()) return;
     std::lock_guard<std::mutex> lock(state_->writing);
     freeze();
-    for (const auto& item : held) {
-      item.first->hold(item.second);
-      state_->quantized.push_back(item.first);
-    }
+    detail::hold(weights);
+    for (const auto& weight : weights) state_->quantized.push_back(weight.site);
   }
 
   /// Undoes what `quantize` did.

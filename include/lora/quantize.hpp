@@ -2,7 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include <lora/adapter/report.hpp>
+#include <lora/adapter/held_weights.hpp>
 #include <lora/config.hpp>
 #include <lora/intercept/kernels.hpp>
 #include <lora/model/module_model.hpp>
@@ -64,11 +64,16 @@ inline std::vector<std::shared_ptr<Site>> quantizable(const Model& model, const 
   return sites;
 }
 
+/// Where the numbers of a layer lay.
+struct FormerMemory {
+  std::string layer;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+};
+
 /// Notes the memory that was not freed.
-inline void note_held_elsewhere(std::vector<std::pair<std::string, c10::weak_intrusive_ptr<c10::StorageImpl>>>& former,
-                                QuantizeReport& report) {
+inline void note_held_elsewhere(const std::vector<FormerMemory>& former, QuantizeReport& report) {
   std::set<const c10::StorageImpl*> counted;
-  for (auto& [name, storage] : former) {
+  for (const auto& [name, storage] : former) {
     const auto alive = storage.lock();
     if (!alive) continue;
     report.kept_elsewhere.push_back(name);
@@ -85,34 +90,33 @@ inline void note_held_elsewhere(std::vector<std::pair<std::string, c10::weak_int
 ///   lora::quantize(*model, lora::NF4().block_size(64), lora::QuantizeOptions().exclude_modules({"lm_head"}));
 ///   auto adapters = lora::attach(*model, lora::LoRAConfig(8).target_modules({"q_proj", "v_proj"}));
 ///
-/// All of them are packed before any is replaced; `load_quantized` reads a file without having the float model in
-/// memory. Moving, casting and cloning keep the weights so. It changes weights, and needs the model for itself. Errors,
-/// with nothing changed: a selection that matches nothing, a weight that is merged, has no matrix, or has numbers that
-/// are not finite or too large for the scheme; inside of a scope that adapts one. Reference: Dettmers et al. 2023,
-/// "QLoRA: Efficient Finetuning of Quantized LLMs".
+/// All of them are packed before any is replaced; `load_quantized` packs a file as it reads it. Moving, casting and
+/// cloning keep the weights so. It changes weights, and needs the model for itself. Errors, with nothing changed: a
+/// selection that matches nothing, a weight that is merged, has no matrix, or has numbers that are not finite or too
+/// large for the scheme; inside of a scope that adapts one. Reference: Dettmers et al. 2023, "QLoRA: Efficient
+/// Finetuning of Quantized LLMs".
 inline QuantizeReport quantize(const Model& model, const Quantization& scheme, const QuantizeOptions& options = {}) {
   detail::register_kernels();
   const detail::BelowInterception below;
   at::NoGradGuard no_grad;
   QuantizeReport report;
   detail::RoundingError error;
-  std::vector<std::pair<std::shared_ptr<Site>, std::shared_ptr<const QuantizedWeight>>> held;
+  detail::HeldWeights held;
+  std::set<const c10::TensorImpl*> seen;  // two layers may have one weight
   for (auto& site : detail::quantizable(model, options, report)) {
-    if (detail::is_quantized(site->weight())) continue;
-    detail::check_memory_stays(site->weight());
-    auto packed = site->packed(scheme);
-    error.add(site->weight().detach(), *packed);
-    held.emplace_back(std::move(site), std::move(packed));
+    const auto weight = site->weight().detach();
+    if (detail::is_quantized(weight) || !seen.insert(site->weight().unsafeGetTensorImpl()).second) continue;
+    held.push_back(detail::packed(std::move(site), scheme));
+    error.add(weight, *held.back().packed);
   }
-  std::vector<std::pair<std::string, c10::weak_intrusive_ptr<c10::StorageImpl>>> former;
-  for (auto& [site, packed] : held) {
-    const auto weight = site->weight();
+  std::vector<detail::FormerMemory> former;
+  for (const auto& [site, packed] : held) {
     report.layers.push_back(site->name());
-    report.bytes_before += detail::held_bytes(weight);
+    report.bytes_before += detail::held_bytes(site->weight());
     report.bytes_after += packed->nbytes();
-    former.emplace_back(site->name(), weight.storage().getWeakStorageImpl());
-    site->hold(std::move(packed));
+    former.push_back({site->name(), site->weight().storage().getWeakStorageImpl()});
   }
+  detail::hold(held);
   detail::note_held_elsewhere(former, report);
   report.error = error.relative();
   return report;

@@ -273,6 +273,20 @@ class Site {
                      entry_of(now, former)};
   }
 
+  /// The same site, with what is merged, of a layer that has the same tensors in other places.
+  std::shared_ptr<Site> at(std::shared_ptr<detail::WeightSlot> slot, std::shared_ptr<detail::WeightSlot> bias) const {
+    auto place = place_;
+    place.slot = std::move(slot);
+    place.bias = bias;
+    auto other = std::make_shared<Site>(std::move(place), *view_, files_);
+    other->own_writes_ = own_writes_;
+    other->merges_ = merges_;
+    other->merged_ = merged_;
+    other->own_ = own_;
+    if (bias_site_) other->bias_site_ = bias_site_->at(std::move(bias), nullptr);
+    return other;
+  }
+
   /// How operators have used its adapters.
   struct Uses {
     std::atomic<int64_t> count{0};

@@ -82,6 +82,26 @@ TEST_CASE("A copy is frozen, independent and gives the same output, merged or no
   CHECK(copy->lora_B().is_same(copy->named_parameters()["lora_B"]));
   if (merged) copy->unmerge();
   CHECK(torch::equal(copy->weight, pristine));
+  const std::weak_ptr<torch::nn::Module> alive = copy.ptr();
+  copy = nullptr;
+  CHECK(alive.expired());  // nothing in it holds it
+}
+
+TEST_CASE("A layer that another one is assigned to is merged by itself, also when the other one is gone") {
+  auto layer = make_layer();
+  auto other = std::make_unique<lora::LoRALinearImpl<>>(*make_layer());
+  other->merge();
+  *layer = *other;
+  const auto x = torch::randn({2, 4}, testing::device());
+  const auto merged = other->forward(x);
+  other.reset();
+  CHECK(layer->is_merged());
+  CHECK(torch::equal(layer->forward(x), merged));
+  layer->unmerge();
+  CHECK_FALSE(layer->is_merged());
+  CHECK(testing::distance(layer->forward(x), merged) < 1e-5);
+  layer->merge();
+  CHECK(torch::equal(layer->forward(x), merged));
 }
 
 TEST_CASE("Saving and loading keeps the layer frozen and its output the same") {

@@ -62,13 +62,11 @@ inline void unmerge(const std::vector<std::shared_ptr<Site>>& sites) {
   for (const auto& site : sites) site->unmerge();
 }
 
-/// Merges for good, one site at a time, so that no second copy of all weights is held.
-inline void merge_for_good(const std::vector<Merging>& all) {
+/// Merges one site for good: done for one after the other, no second copy of all weights is held.
+inline void merge_for_good(const Merging& one) {
   const BelowInterception below;
-  for (const auto& [site, methods] : all) {
-    site->merge(site->merged(site->weight(), methods), methods);
-    site->keep_merged();
-  }
+  one.site->merge(one.site->merged(one.site->weight(), one.methods), one.methods);
+  one.site->keep_merged();
 }
 
 }  // namespace detail

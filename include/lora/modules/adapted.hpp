@@ -105,9 +105,25 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   at::Tensor& lora_A() const { return method().lora_A; }
   at::Tensor& lora_B() const { return method().lora_B; }
 
+  /// LibTorch copies a model by assigning to its layers copies that it lets go of then; so the site, which leads to the
+  /// tensors of this very object, is made anew.
+  AdaptedModule(const AdaptedModule& other)
+      : torch::nn::Cloneable<Derived>(other), AdaptableModule(other), weight(other.weight), bias(other.bias) {
+    take_adapter(other);
+  }
+  AdaptedModule& operator=(const AdaptedModule& other) {
+    torch::nn::Cloneable<Derived>::operator=(other);
+    weight = other.weight;
+    bias = other.bias;
+    take_adapter(other);
+    return *this;
+  }
+
   at::Tensor weight, bias;
 
  protected:
+  AdaptedModule() = default;
+
   /// Registers the frozen tensors and a new, uninitialized adapter for them. `is_shared`: whether they are those of a
   /// layer that is wrapped.
   void build(const at::Tensor& frozen_weight, const at::Tensor& frozen_bias, const Method& prototype, bool is_shared) {
@@ -139,17 +155,15 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   /// y = op(x, W') + b', with the layer's own update where it acts.
   at::Tensor adapt(const at::Tensor& x, Product::Run op, Product::Times times, bool adds = true,
                    Product::Form form = Product::Form::kOther) const {
-    if (!acts()) {
-      if (detail::is_in_scope(weight)) return op(x, weight, bias);  // which the scope intercepts
-      return Product{x, weight, bias, op, times, adds, form}.frozen();
-    }
+    if (detail::is_in_scope(weight)) return op(x, weight, bias);  // which the scope intercepts
+    if (!is_active()) return Product{x, weight, bias, op, times, adds, form}.frozen();
     const auto base = own_base();
     return adapted_product({x, weight, own_bias(), op, times, adds, form}, own_update(base));
   }
 
  public:
   /// Whether the layer's own update is to be added: not within a scope that has this layer, and not once it is merged.
-  bool acts() const { return site_->own() == method_ && !site_->is_in(method_.get()) && !detail::is_in_scope(weight); }
+  bool acts() const { return is_active() && !detail::is_in_scope(weight); }
   /// Whether the update can be one of several in a product with more weights than this layer's.
   bool joins_products() const { return method_->has_term() && !method_->changes_bias(); }
   /// W as the method sees it, b', and the update itself, for products that are larger than this layer's.
@@ -162,15 +176,26 @@ class AdaptedModule : public torch::nn::Cloneable<Derived>, public AdaptableModu
   }
 
  private:
+  /// Whether the layer's own update acts outside of scopes: until it is merged, or its place is taken.
+  bool is_active() const { return site_->own() == method_ && !site_->is_in(method_.get()); }
   bool changes_bias() const { return bias.defined() && method_->changes_bias(); }
 
   const Derived& derived() const { return static_cast<const Derived&>(*this); }
 
+  std::shared_ptr<detail::WeightSlot> slot(at::Tensor& tensor, const char* name) {
+    return std::make_shared<detail::MemberSlot>(*this, tensor, name, is_shared_, /*keeps_owner=*/false);
+  }
+
+  void take_adapter(const AdaptedModule& other) {
+    method_ = other.method_;
+    is_shared_ = other.is_shared_;
+    if (other.site_) site_ = other.site_->at(slot(weight, "weight"), bias.defined() ? slot(bias, "bias") : nullptr);
+  }
+
   std::shared_ptr<Site> make_site() {
     LayerWeight described;
-    described.place = {Derived::kName, Derived::kName, Derived::kKind,
-                       std::make_shared<detail::MemberSlot>(*this, weight, "weight", is_shared_)};
-    if (bias.defined()) described.place.bias = std::make_shared<detail::MemberSlot>(*this, bias, "bias", is_shared_);
+    described.place = {Derived::kName, Derived::kName, Derived::kKind, slot(weight, "weight")};
+    if (bias.defined()) described.place.bias = slot(bias, "bias");
     derived().describe(described);
     return described.site();
   }

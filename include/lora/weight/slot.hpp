@@ -77,9 +77,11 @@ inline void release(const WeightSlot::Handles& handles, const at::Tensor& number
 /// and put back, separately, and what the weight is tied to is not touched.
 class MemberSlot final : public WeightSlot {
  public:
-  MemberSlot(torch::nn::Module& module, at::Tensor& member, std::string parameter, bool is_apart = false)
+  /// `keeps_owner`: whether the layer is to live as long as this. One that holds this itself would live for ever.
+  MemberSlot(torch::nn::Module& module, at::Tensor& member, std::string parameter, bool is_apart = false,
+             bool keeps_owner = true)
       : module_(&module),
-        owner_(module.weak_from_this().lock()),
+        owner_(keeps_owner ? module.weak_from_this().lock() : nullptr),
         member_(&member),
         parameter_(std::move(parameter)),
         is_apart_(is_apart) {}
