@@ -179,7 +179,7 @@ TEST_CASE("A graph takes any number of rows, and adapters with fewer layers and 
                     })}};
   for (const auto& [name, config] : all) {
     adapters.add(name, config);
-    testing::randomize(adapters.parameters(name));
+    testing::randomize(adapters.parameters(name), 0.5);
   }
   lora::HotSwap swap(compiled);
   const auto check = [&](const std::string& name) {
@@ -189,7 +189,7 @@ TEST_CASE("A graph takes any number of rows, and adapters with fewer layers and 
         const auto active = adapters.activate(name);
         return model->forward(x);
       }();
-      CHECK(distance(expected, model->forward(x)) > 1e-3);
+      CHECK(distance(expected, model->forward(x)) > std::max(1e-3, 2 * tolerance));
       CHECK(distance(run(compiled, x), expected) < tolerance);
     }
   };

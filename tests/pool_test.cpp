@@ -444,13 +444,15 @@ TEST_CASE("Threads that serve, reload and break adapters: every answer is right,
     });
   }
   std::mt19937 random(1000);
-  while (serving > 0) unrest.disturb(pool, random, outcomes);
+  for (int change = 0; serving > 0 || change < 200; ++change) unrest.disturb(pool, random, outcomes);
   for (auto& thread : all) thread.join();
 
   const auto text = outcomes.text();
   CAPTURE(text);
   CHECK_THAT(text, !contains("wrong:") && !contains("without a reason"));
-  for (const auto* what : {"answered: version 0", "answered: version 1", "refused: no configuration"})
+  for (const auto* what :
+       {"answered: version 0", "answered: version 1", "refused: no configuration", "changed: reloaded",
+        "refused: broken tensors, by a reload", "refused: no tensors, by a reload"})
     CHECK(outcomes[what] > 0);
   const auto metrics = pool.metrics();
   CHECK(metrics.pinned == 0);

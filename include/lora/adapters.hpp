@@ -333,11 +333,13 @@ class Adapters {
 
   /// Folds the adapter in for good and lets the model go: no second copy of the weights stays, parameters require
   /// gradients as they did before, and no adapter is left in this object. Weights that were held in few bits for its
-  /// adapters are there in their own type again.
+  /// adapters are there in their own type again. Throws, with nothing changed, when an update or a merged weight is not
+  /// finite, when something else is merged, and inside of a scope that adapts a layer which is held in few bits.
   void merge_and_unload() { merge_and_unload(only()); }
   void merge_and_unload(const std::string& name) { unload(name, nullptr); }
   /// The same, but the merged weights are held in few bits at once, so that the model never has them all as numbers:
-  /// those of the adapter's layers. Returns what that loses of them, ||W_q - W'|| / ||W'||.
+  /// those of the adapter's layers. What is trained in full stays numbers, and what was held for other adapters stays
+  /// so. Returns what that loses of them, ||W_q - W'|| / ||W'||. Throws as `quantize` does, too.
   double merge_and_unload(const std::string& name, const Quantization& scheme) { return unload(name, &scheme); }
 
   /// Gives the model back as it was before the first adapter: weights unmerged, parameters trainable where they were.

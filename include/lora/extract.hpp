@@ -132,7 +132,7 @@ class Extraction {
     const auto& name = part.changed();
     auto& full = static_cast<MethodOf<FullDelta>&>(*part.method).value;
     held_.push_back(name);
-    const auto& wanted = tuned(name, full.value.sizes());
+    const auto wanted = tuned(name, full.value.sizes());
     check_finite(name, wanted);
     if (full.scale) {
       const auto type = full.value.options();
@@ -164,13 +164,13 @@ class Extraction {
     return {found->name, dequantized(weight)};
   }
 
-  const at::Tensor& tuned(const std::string& name, at::IntArrayRef sizes) const {
+  at::Tensor tuned(const std::string& name, at::IntArrayRef sizes) const {
     const auto found = finetuned_.find(name);
     TORCH_CHECK(found != finetuned_.end(), "lora::extract: the fine-tuned model has no \"", name, "\";",
                 did_you_mean(name, names()), " It has ", finetuned_.size(), " tensors");
     TORCH_CHECK(found->second.sizes() == sizes, "lora::extract: \"", name, "\" is ", sizes, " in the model, but ",
                 found->second.sizes(), " in the fine-tuned one");
-    return found->second;
+    return dequantized(found->second);
   }
 
   std::vector<std::string> names() const {
@@ -182,8 +182,9 @@ class Extraction {
   bool differs(const LayerWeight& tensor) const {
     const auto found = finetuned_.find(tensor.place.name);
     if (found == finetuned_.end()) return false;
-    const auto own = dequantized(tensor.place.slot->read());
-    return found->second.sizes() != own.sizes() || !found->second.to(own.device(), own.scalar_type()).equal(own);
+    const auto own = tensor.place.slot->read();
+    if (found->second.sizes() != own.sizes()) return true;
+    return !dequantized(found->second).to(own.device(), own.scalar_type()).equal(dequantized(own));
   }
 
   const LayerWeights model_tensors_;
@@ -231,7 +232,7 @@ inline Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, c
                         const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
   std::map<std::string, at::Tensor> tensors;
   for (const auto& tensor : ModuleModel(finetuned).tensors())
-    tensors.emplace(tensor.place.name, detail::dequantized(tensor.place.slot->read()));
+    tensors.emplace(tensor.place.name, tensor.place.slot->read());
   return extract(base, tensors, config, options, report);
 }
 

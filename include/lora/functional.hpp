@@ -5,7 +5,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
@@ -320,7 +319,8 @@ class ProductSum {
 
   /// x W^T once more, for an x of the adapter's type.
   at::Tensor again(const at::Tensor& x) const {
-    const auto& operand = product_.operand;  // one that is held in few bits multiplies in the type of x
+    const bool is_product = product_.form != Product::Form::kOther;  // whose bits multiply in the type of x
+    const auto operand = is_product ? product_.operand : dequantized(product_.operand);
     return product_.without_bias(x, is_quantized(operand) ? operand : in_type(operand, x.scalar_type()));
   }
 
@@ -335,12 +335,8 @@ class ProductSum {
   static at::Tensor add_low_rank(const at::Tensor& y, const at::Tensor& p, const Term& term) {
     const auto type = p.scalar_type();
     if (y.dim() == 2) return at::addmm(in_type(y, type), p, term.B.t(), /*beta=*/1, term.scale);
-    if (torch::jit::tracer::isTracing()) {  // which would write down the sizes of y as numbers
-      const auto update = at::matmul(p, term.B.t());
-      return in_type(y, type) + (term.scale == 1 ? update : update * term.scale);
-    }
     const auto flat = [&](const at::Tensor& t) { return in_type(t.reshape({-1, t.size(-1)}), type); };
-    return at::addmm(flat(y), flat(p), term.B.t(), 1, term.scale).view(y.sizes());
+    return at::addmm(flat(y), flat(p), term.B.t(), 1, term.scale).view_as(y);
   }
 
   /// The outputs of `rows`.
@@ -446,6 +442,14 @@ inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> 
   using detail::Dropout;
   const auto* in_rows = detail::with_rows(updates);
   const auto adds = [&](const Update& update) { return detail::can_add(product, update); };
+  const auto apart = [&](const auto& compute) {  // each group of rows
+    detail::check_one_batch(updates, *in_rows);
+    return detail::by_groups(product.x, *in_rows, [&](const at::Tensor& x, size_t group) {
+      auto own = product;
+      own.x = x;
+      return compute(own, detail::of_group(updates, group), group);
+    });
+  };
   if (std::all_of(updates.begin(), updates.end(), adds)) {
     detail::Terms terms;
     for (const auto& update : updates)
@@ -457,22 +461,12 @@ inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> 
     if (in_rows == nullptr) return add_up(product, updates, terms);
     const detail::FusedProduct fused(product, updates, terms);
     if (fused.is_possible()) return fused.result();
-    detail::check_one_batch(updates, *in_rows);
-    return detail::by_groups(product.x, *in_rows, [&](const at::Tensor& x, size_t group) {
-      auto own = product;
-      own.x = x;
-      return add_up(own, detail::of_group(updates, group), detail::of_group(terms, updates, group));
+    return apart([&](const Product& own, const Updates& acting, size_t group) {
+      return add_up(own, acting, detail::of_group(terms, updates, group));
     });
   }
-  if (in_rows != nullptr) {
-    detail::check_one_batch(updates, *in_rows);
-    return detail::by_groups(product.x, *in_rows, [&](const at::Tensor& x, size_t group) {
-      auto own = product;
-      own.x = x;
-      const auto acting = detail::of_group(updates, group);
-      return acting.empty() ? own.frozen() : adapted_product(own, acting);
-    });
-  }
+  if (in_rows != nullptr)
+    return apart([](const Product& own, const Updates& acting, size_t) { return adapted_product(own, acting); });
 
   // The numbers of columns cannot be dropped.
   const bool is_lookup = !at::isFloatingType(product.x.scalar_type());

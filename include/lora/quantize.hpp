@@ -70,6 +70,15 @@ struct FormerMemory {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
 };
 
+/// Notes a weight that is about to be held in few bits.
+inline void note(const std::string& layer, const at::Tensor& weight, const QuantizedWeight& packed,
+                 std::vector<FormerMemory>& former, QuantizeReport& report) {
+  report.layers.push_back(layer);
+  report.bytes_before += held_bytes(weight);
+  report.bytes_after += packed.nbytes();
+  if (!is_quantized(weight)) former.push_back({layer, weight.storage().getWeakStorageImpl()});
+}
+
 /// Notes the memory that was not freed.
 inline void note_held_elsewhere(const std::vector<FormerMemory>& former, QuantizeReport& report) {
   std::set<const c10::StorageImpl*> counted;
@@ -110,12 +119,7 @@ inline QuantizeReport quantize(const Model& model, const Quantization& scheme, c
     error.add(weight, *held.back().packed);
   }
   std::vector<detail::FormerMemory> former;
-  for (const auto& [site, packed] : held) {
-    report.layers.push_back(site->name());
-    report.bytes_before += detail::held_bytes(site->weight());
-    report.bytes_after += packed->nbytes();
-    former.push_back({site->name(), site->weight().storage().getWeakStorageImpl()});
-  }
+  for (const auto& [site, packed] : held) detail::note(site->name(), site->weight(), *packed, former, report);
   detail::hold(held);
   detail::note_held_elsewhere(former, report);
   report.error = error.relative();

@@ -9,6 +9,7 @@
 #include <lora/quantize.hpp>
 #include <lora/version.hpp>
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -29,11 +30,10 @@ class QuantizedLoading {
   /// The layers of `sites` are held by `scheme`, where the file has their numbers.
   QuantizedLoading(const Model& model, const std::filesystem::path& file, const Quantization* scheme,
                    const std::vector<std::shared_ptr<Site>>& sites)
-      : file_(file), reader_(file), places_(model.tensors()), scheme_(scheme) {
+      : file_(file), reader_(opened(file)), places_(model.tensors()), scheme_(scheme) {
     for (const auto& info : reader_.tensors()) stored_.emplace(info.name, info);
     for (const auto& site : sites) to_pack_.insert(site->weight().unsafeGetTensorImpl());
     for (const auto* adapter : adapter_tensors(model)) not_read_.insert(adapter);
-    for (const auto& name : packed_names()) read_parts(name);
   }
 
   void prepare() {
@@ -59,14 +59,12 @@ class QuantizedLoading {
 
   QuantizeReport put() {
     QuantizeReport report;
-    report.error = error_.relative();
+    std::vector<FormerMemory> former;
     for (const auto& tensor : places_) {
       const auto& place = tensor.place;
       const auto value = place.slot->read();
       if (const auto found = held_.find(place.name); found != held_.end()) {
-        report.layers.push_back(owner_of(place.name));
-        report.bytes_before += static_cast<int64_t>(value.nbytes());
-        report.bytes_after += found->second->nbytes();
+        note(owner_of(place.name), value, *found->second, former, report);
         hold(place.slot->handles(), std::move(found->second), value.scalar_type(), owner_of(place.name));
       } else if (is_read(value) && stored_.count(place.name) > 0) {
         const auto numbers = reader_.read(place.name);
@@ -77,43 +75,40 @@ class QuantizedLoading {
         }
       }
     }
+    note_held_elsewhere(former, report);
+    report.error = error_.relative();
     return report;
   }
 
  private:
+  static SafetensorsReader opened(const std::filesystem::path& file) {
+    return file.extension() == ".json" ? SafetensorsReader::of_index(file) : SafetensorsReader(file);
+  }
+
   /// Adapters that layers have of their own are no part of the base.
   bool is_read(const at::Tensor& value) const {
     return value.defined() && not_read_.count(value.unsafeGetTensorImpl()) == 0;
   }
 
-  /// The weights that the file has in few bits.
-  std::set<std::string> packed_names() const {
-    std::set<std::string> names;
-    for (const auto& item : stored_) {
-      const auto& name = item.first;
-      const bool has_scale = stored_.count(scale_name(name)) > 0;
-      const bool has_state = stored_.count(state_name(name, FourBitType::kNF4)) > 0 ||
-                             stored_.count(state_name(name, FourBitType::kFP4)) > 0;
-      if (has_scale || has_state) names.insert(name);
+  /// What the file has of a weight in few bits; nothing where it has none.
+  std::map<std::string, at::Tensor> parts_of(const std::string& name) const {
+    const auto has = [&](const std::string& part) { return stored_.count(part) > 0; };
+    std::map<std::string, at::Tensor> parts;
+    const auto types = {FourBitType::kNF4, FourBitType::kFP4};
+    const auto has_state = [&](FourBitType type) { return has(state_name(name, type)); };
+    if (!has(scale_name(name)) && std::none_of(types.begin(), types.end(), has_state)) return parts;
+    for (const auto& part : bitsandbytes_names(name)) {
+      if (has(part)) parts.emplace(part, reader_.read(part));
     }
-    return names;
-  }
-
-  void read_parts(const std::string& name) {
-    const auto prefix = name + ".";
-    for (auto item = stored_.lower_bound(prefix); item != stored_.end() && item->first.rfind(prefix, 0) == 0; ++item)
-      parts_.emplace(item->first, reader_.read(item->first));
-    for (const auto& other : {name, scale_name(name), format_name(name)}) {
-      if (stored_.count(other) > 0) parts_.emplace(other, reader_.read(other));
-    }
+    return parts;
   }
 
   void prepare(const Place& place, const at::Tensor& value) {
     const auto& name = place.name;
-    if (is_bitsandbytes_weight(name, parts_)) {
-      auto read = read_bitsandbytes_weight(name, parts_).weight;
+    if (const auto parts = parts_of(name); is_bitsandbytes_weight(name, parts)) {
+      auto read = read_bitsandbytes_weight(name, parts).weight;
       check_sizes(name, read->sizes(), value);
-      for (const auto& item : bitsandbytes_tensors(name, *read, at::kFloat)) taken_.insert(item.first);
+      for (const auto& item : parts) taken_.insert(item.first);
       keep(name, std::move(read), value);
     } else if (const auto found = stored_.find(name); found != stored_.end()) {
       check_sizes(name, found->second.shape, value);
@@ -149,7 +144,6 @@ class QuantizedLoading {
   std::filesystem::path file_;
   SafetensorsReader reader_;
   std::map<std::string, TensorInfo> stored_;
-  std::map<std::string, at::Tensor> parts_;  // of weights that the file has in few bits
   LayerWeights places_;
   const Quantization* scheme_;
   std::set<const void*> to_pack_, filled_, not_read_;
@@ -176,11 +170,10 @@ inline QuantizeReport load_quantized(const Model& model, const std::filesystem::
 
 /// Writes every parameter and buffer of a model, without the adapters that layers have of their own, under its name as
 /// a safetensors file, those in 4 or 8 bits as they are, under the names that bitsandbytes gives them
-/// (lora/files/bitsandbytes.hpp): Python's Transformers loads it, with a config.json beside it that says so. What is
-/// tied is written once.
+/// (lora/files/bitsandbytes.hpp): each of which bitsandbytes reads. What is tied is written once.
 ///
 /// Errors: CheckpointError with the path and the reason of the operating system; c10::Error for weights in a way of
-/// packing that bitsandbytes does not know, or that stand for ones of another type than Float, Half and BFloat16.
+/// packing that bitsandbytes does not know, or in 4 bits for ones of another type than Float, Half and BFloat16.
 inline void save_quantized(const Model& model, const std::filesystem::path& file) {
   const detail::BelowInterception below;
   std::map<std::string, at::Tensor> tensors;
@@ -207,12 +200,14 @@ inline void save_quantized(torch::nn::Module& model, const std::filesystem::path
 /// model's, whatever these are, and stand for weights of their type; everything else is copied. The file has to have
 /// each tensor of the model, and no other. With a scheme, weights of which the file has the numbers are held in few
 /// bits as by `quantize`: beside the model as it was and what is held in few bits, one tensor of the file is in memory
-/// at a time. (Parameters that were made by torch::empty take no memory before they are written.)
+/// at a time. (Parameters that were made by torch::empty take no memory before they are written.) A file
+/// "model.safetensors.index.json" is read with those that it names. In the report `error` is that of what was packed
+/// here.
 ///
 ///   lora::load_quantized(*model, "model.safetensors", lora::NF4(), lora::QuantizeOptions().exclude_modules({"head"}));
 ///
 /// Errors, with nothing changed: CheckpointError that names what is missing, unknown or does not fit; those of
-/// `quantize`.
+/// `quantize`. What the operating system cannot read while the model is written ends with what was read before.
 inline QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file) {
   return detail::load_quantized(model, file, nullptr, {});
 }

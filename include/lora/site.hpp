@@ -134,7 +134,6 @@ class Site {
   void hold(std::shared_ptr<const QuantizedWeight> packed) {
     const detail::BelowInterception below;
     detail::hold(place_.slot->handles(), std::move(packed), weight().scalar_type(), name());
-    ++merges_;  // what acts on the weight is made anew
   }
 
   /// Whether it is held so, also if something is merged into it now.
@@ -147,7 +146,6 @@ class Site {
     const auto handles = place_.slot->handles();
     if (!detail::is_quantized(handles.member)) return;
     detail::release(handles, detail::dequantized(handles.member));
-    ++merges_;
   }
 
   /// Throws for a weight that is merged, is no matrix to methods, or has no finite numbers of floating point.
@@ -199,8 +197,8 @@ class Site {
     const auto weight = place_.slot->read();
     if (is_told_apart()) {
       auto former = place_.slot->handles();
-      place_.slot->set({values, values});
       auto entry = entry_of(values, former.member);
+      place_.slot->set({values, values});
       merged_ = Merged{std::move(former),  values,          detail::Stamp(values), /*is_apart=*/true,
                        std::move(methods), std::move(entry)};
       return;

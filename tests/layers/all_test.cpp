@@ -323,16 +323,10 @@ TEST_CASE("Every kind of layer computes with a weight that is held in few bits a
   CAPTURE(f.kind.name, type, training);
   if (!testing::error_of([&] { f.run(); }).empty()) return;  // LibTorch has no such layer in half precision
   auto expected = lora::attach(*rounded.holder, rounded.config());
-  {
-    torch::NoGradGuard no_grad;
-    for (const auto& site : expected.sites()) site->weight().copy_(site->weight().to(torch::kHalf));
-  }
+  testing::round_to_halves(expected);
   auto adapters = lora::attach(*f.holder, f.config().quantize(testing::Halves()));
   testing::randomize(adapters.parameters(), 0.5);
-  {
-    torch::NoGradGuard no_grad;
-    for (const auto& item : adapters.named_parameters()) expected.named_parameters()[item.key()].copy_(item.value());
-  }
+  testing::copy_numbers(adapters, expected);
   CHECK(testing::error_of([&] { f.run(); }).find("is held in 16 bits (halves)") != std::string::npos);
   const auto forward = [](const Fixture& fixture, lora::Adapters& attached) {
     auto active = attached.activate();

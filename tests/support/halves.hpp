@@ -1,8 +1,9 @@
-// A base of a user's own: weights held in half precision.
+// A base of a user's own: weights held in half precision; and what it is compared with.
 #pragma once
 
 #include "support/testing.hpp"
 
+#include <lora/adapters.hpp>
 #include <lora/weight/quantized.hpp>
 
 namespace testing {
@@ -44,5 +45,18 @@ struct Halves {
     return std::make_shared<HalvesWeight>(weight.to(torch::kHalf).contiguous());
   }
 };
+
+/// Gives the weights that are adapted the numbers that half precision has for them.
+inline void round_to_halves(const lora::Adapters& adapters) {
+  torch::NoGradGuard no_grad;
+  for (const auto& site : adapters.sites()) site->weight().copy_(site->weight().to(torch::kHalf));
+}
+
+/// Gives an adapter the numbers of another one of the same shapes.
+inline void copy_numbers(const lora::Adapters& from, const lora::Adapters& to) {
+  torch::NoGradGuard no_grad;
+  const auto tensors = to.named_parameters();
+  for (const auto& item : from.named_parameters()) tensors[item.key()].copy_(item.value());
+}
 
 }  // namespace testing

@@ -364,7 +364,6 @@ TEST_CASE("every kernel gives the codes of the plain one") {
   torch::manual_seed(6);
   const auto& code = GENERATE(lora::detail::kNF4, lora::detail::kFP4);
   const auto block_size = GENERATE(32, 64, 4096);
-  namespace plain = lora::detail::plain;
   const std::vector<float> bounds(code.bounds, code.bounds + 15);
   for (const int64_t count : {1, 2, 15, 16, 17, 31, 33, 64, 65, 4099, 70000}) {
     auto x = torch::randn({count});

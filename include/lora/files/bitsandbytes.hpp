@@ -234,10 +234,10 @@ class BitsandbytesReader {
 }  // namespace detail
 
 /// What bitsandbytes would write for the weight of that name. `dtype` is what the weight is computed in: Float, Half or
-/// BFloat16. The tensors are on the weight's device, and share its memory.
+/// BFloat16, which files of 8 bits do not say. The tensors are on the weight's device, and share its memory.
 ///
-/// Throws c10::ValueError for another type, and c10::NotImplementedError for a weight that is in neither NF4, FP4 nor
-/// int8.
+/// Throws c10::ValueError for another type of a weight in 4 bits, and c10::NotImplementedError for a weight that is in
+/// neither NF4, FP4 nor int8.
 inline std::map<std::string, at::Tensor> bitsandbytes_tensors(const std::string& name, const QuantizedWeight& weight,
                                                               at::ScalarType dtype) {
   if (const auto* int8 = dynamic_cast<const Int8Weight*>(&weight))

@@ -94,6 +94,16 @@ inline std::map<std::string, std::vector<std::string>> read_weight_map(const std
   return shards;
 }
 
+/// Throws when a shard does not have what an index says.
+template <class Found>
+void check_shard(const Found& found, const std::vector<std::string>& names, const std::filesystem::path& shard,
+                 const std::filesystem::path& index) {
+  for (const auto& name : names) {
+    if (found.count(name) == 0)
+      throw CheckpointError(shard, "has no tensor \"", name, "\", which ", index.string(), " says it has");
+  }
+}
+
 }  // namespace detail
 
 /// Maps a model that is split over several files, given the `model.safetensors.index.json` beside them. Exactly the
@@ -105,12 +115,8 @@ inline std::map<std::string, torch::Tensor> read_safetensors_index(const std::fi
   for (const auto& [shard, names] : detail::read_weight_map(index_json)) {
     const auto path = index_json.parent_path() / shard;
     auto content = read_safetensors(path);
-    for (const auto& name : names) {
-      const auto found = content.find(name);
-      if (found == content.end())
-        throw CheckpointError(path, "has no tensor \"", name, "\", which ", index_json.string(), " says it has");
-      tensors.insert(*found);
-    }
+    detail::check_shard(content, names, path, index_json);
+    for (const auto& name : names) tensors.insert(*content.find(name));
   }
   return tensors;
 }
@@ -122,18 +128,14 @@ inline std::map<std::string, torch::Tensor> read_safetensors_index(const std::fi
 class SafetensorsReader {
  public:
   /// The tensors of one file.
-  explicit SafetensorsReader(const std::filesystem::path& path) { add(path, nullptr); }
+  explicit SafetensorsReader(const std::filesystem::path& path) : source_(path) { add(path, nullptr); }
   /// Those of a model that is split over several files, as `read_safetensors_index` finds them.
   static SafetensorsReader of_index(const std::filesystem::path& index_json) {
-    SafetensorsReader reader;
+    SafetensorsReader reader(index_json, nullptr);
     for (const auto& [shard, names] : detail::read_weight_map(index_json)) {
       const auto path = index_json.parent_path() / shard;
       const std::set<std::string> wanted(names.begin(), names.end());
-      const auto found = reader.add(path, &wanted);
-      for (const auto& name : names) {
-        if (found.count(name) == 0)
-          throw CheckpointError(path, "has no tensor \"", name, "\", which ", index_json.string(), " says it has");
-      }
+      detail::check_shard(reader.add(path, &wanted), names, path, index_json);
     }
     return reader;
   }
@@ -147,7 +149,7 @@ class SafetensorsReader {
 
   torch::Tensor read(const std::string& name) const {
     const auto found = places_.find(name);
-    if (found == places_.end()) throw CheckpointError(files_.front().path, "has no tensor \"", name, "\"");
+    if (found == places_.end()) throw CheckpointError(source_, "has no tensor \"", name, "\"");
     const auto& [stored, number] = found->second;
     const auto& file = files_[number];
     auto tensor = at::empty(stored.info.shape, stored.info.dtype);
@@ -168,7 +170,7 @@ class SafetensorsReader {
     size_t file;
   };
 
-  SafetensorsReader() = default;
+  SafetensorsReader(std::filesystem::path index, std::nullptr_t) : source_(std::move(index)) {}
 
   /// Adds the tensors of a file, or those of these names; returns the names.
   std::set<std::string> add(const std::filesystem::path& path, const std::set<std::string>* wanted) {
@@ -185,9 +187,17 @@ class SafetensorsReader {
     return names;
   }
 
+  std::filesystem::path source_;
   std::vector<File> files_;
   std::map<std::string, Place> places_;
 };
+
+/// What a `SafetensorsWriter` has to know of tensors before it gets them.
+inline std::vector<TensorInfo> tensor_infos(const std::map<std::string, torch::Tensor>& tensors) {
+  std::vector<TensorInfo> infos;
+  for (const auto& [name, tensor] : tensors) infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  return infos;
+}
 
 /// Writes a safetensors file one tensor at a time, so that no more than one has to be in memory.
 ///
@@ -263,12 +273,10 @@ namespace detail {
 template <typename Finish>
 void write_tensors(const std::filesystem::path& path, const std::map<std::string, torch::Tensor>& tensors,
                    std::map<std::string, std::string> metadata, Finish finish) {
-  std::vector<TensorInfo> infos;
   for (const auto& [name, tensor] : tensors) {
     if (!tensor.defined()) throw CheckpointError(path, "tensor \"", name, "\" is undefined");
-    infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
   }
-  SafetensorsWriter writer(path, std::move(infos), std::move(metadata));
+  SafetensorsWriter writer(path, tensor_infos(tensors), std::move(metadata));
   for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
   finish(writer);
 }

@@ -7,6 +7,7 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_bag.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/embedding_renorm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -172,18 +173,15 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
   const BelowInterception below;
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding");
   if (updates.empty()) note_input(indices, indices.dim());
-  if (updates.empty() && is_quantized(table)) return quantized_entries(table, indices);
-  if (updates.empty()) return at::embedding(table, indices, padding_idx, scale_grad_by_freq, sparse);
-  const auto limit = PendingLimit::take(table, indices);
   const auto look_up = [&](const at::Tensor& i, const at::Tensor& entries, const at::Tensor& /*bias*/) {
     return at::embedding(entries, i, padding_idx, scale_grad_by_freq, sparse && entries.is_same(table));
   };
   const auto times = [&](const at::Tensor& i, const at::Tensor& matrix) { return look_up(i, matrix.t(), {}); };
-  const auto entries =
-      is_detached(table)
-          ? look_up(indices, stand_in(table, updates, "aten::embedding"), {})
-          : adapted_product({indices, table, {}, look_up, times, are_lookups(updates), Product::Form::kEntries},
-                            updates);
+  const Product product{indices, table, {}, look_up, times, are_lookups(updates), Product::Form::kEntries};
+  if (updates.empty()) return product.frozen();
+  const auto limit = PendingLimit::take(table, indices);
+  const auto entries = is_detached(table) ? look_up(indices, stand_in(table, updates, "aten::embedding"), {})
+                                          : adapted_product(product, updates);
   return limit ? limit->apply(entries) : entries;
 }
 
@@ -241,8 +239,11 @@ inline void cast_kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack)
   const BelowInterception below;
   auto& first = torch::jit::peek(*stack, 0, op.schema().arguments().size());
   const auto operand = first.toTensor();
-  first = dequantized(operand);
+  const bool is_held = is_whole_placeholder(operand);
+  // Of one that is held in few bits the type is asked for, and the product goes on with the bits.
+  first = is_held ? at::empty({0}, operand.options()) : dequantized(operand);
   op.callBoxed(stack);
+  if (is_held) stack->back() = moved(operand, operand.device(), stack->back().toTensor().scalar_type());
   const auto cast = stack->back().toTensor();
   if (share_memory(cast, operand)) return;  // one that changes nothing is seen in the product
   const auto* name = op.operator_name().name.c_str();

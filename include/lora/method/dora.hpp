@@ -61,8 +61,9 @@ struct DoRA : Method {
     at::NoGradGuard no_grad;
     const auto type = adapter_dtype(lora_A.scalar_type());
     const auto A = lora_A.detach().to(type), B_t = lora_B.detach().to(type).mT();
-    const auto changes = base.product(A).mul_(2 * scaling).add_(A.matmul(A.mT()).matmul(B_t), scaling * scaling);
-    const auto squares = base.row_squares(type).add(changes.mul_(B_t).sum(-2));
+    const auto [product, squares_of_W] = base.product_and_squares(A);
+    const auto changes = product.mul(2 * scaling).add_(A.matmul(A.mT()).matmul(B_t), scaling * scaling);
+    const auto squares = squares_of_W.add(changes.mul_(B_t).sum(-2));
     return squares.clamp_min_(0).sqrt_();
   }
 };

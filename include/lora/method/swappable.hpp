@@ -31,10 +31,7 @@ struct Swappable : Method {
   }
 
   /// The scale goes to B, the smaller of what it could be multiplied with.
-  Term term(const Base& /*base*/) const {
-    const bool is_batch = lora_scale.dim() > 0;
-    return {lora_A, lora_B * (is_batch ? lora_scale.unsqueeze(-1).unsqueeze(-1) : lora_scale)};
-  }
+  Term term(const Base& /*base*/) const { return {lora_A, lora_B * lora_scale.unsqueeze(-1).unsqueeze(-1)}; }
 
   at::Tensor lora_A, lora_B, lora_scale;
 };

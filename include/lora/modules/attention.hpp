@@ -37,8 +37,9 @@ struct AttentionProjection {
 
   at::Tensor forward(const at::Tensor& x) const {
     if (adapted) return adapted->forward(x);
-    const bool is_known = detail::is_quantized(frozen->weight) && !detail::is_in_scope(frozen->weight);
-    return is_known ? detail::quantized_linear(x, frozen->weight.t(), frozen->bias) : frozen->forward(x);
+    if (!detail::is_quantized(frozen->weight) || detail::is_in_scope(frozen->weight)) return frozen->forward(x);
+    const auto op = [](const at::Tensor& in, const at::Tensor& w, const at::Tensor& b) { return at::linear(in, w, b); };
+    return Product{x, frozen->weight, frozen->bias, op, linear_times, /*adds=*/true, Product::Form::kRows}.frozen();
   }
   /// Whether it has an update of its own to add.
   bool acts() const { return adapted && adapted->acts(); }

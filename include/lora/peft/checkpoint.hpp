@@ -184,7 +184,8 @@ inline void write_adapter(const Adapters& adapters, const std::string& name, con
   }
   if (!adapter->frozen.empty()) {
     const auto frozen = detail::frozen_tensors(adapters);
-    for (const auto& item : adapter->frozen) tensors.emplace(detail::kPrefix + item.first, frozen.at(item.second));
+    for (const auto& item : adapter->frozen)
+      tensors.emplace(detail::kPrefix + item.first, detail::dequantized(frozen.at(item.second)));
   }
   const auto written = detail::written_config(*adapter, stacked);
   const auto text = detail::PeftConfigWriter(directory / detail::kAdapterConfig, written).text();
@@ -208,10 +209,11 @@ inline void write_merged(Adapters& adapters, const std::string& name, const std:
       [&](const AdapterPart&, const NamedTensor& tensor) { merged_in.insert(tensor.tensor->unsafeGetTensorImpl()); });
   for (const auto& tensor : adapters.model().tensors()) {
     const auto value = tensor.place.slot->read();
-    if (value.defined() && merged_in.count(value.unsafeGetTensorImpl()) == 0)
-      tensors.emplace(tensor.place.name, detail::dequantized(value));
+    if (value.defined() && merged_in.count(value.unsafeGetTensorImpl()) == 0) tensors.emplace(tensor.place.name, value);
   }
-  write_safetensors(file, tensors);
+  SafetensorsWriter writer(file, tensor_infos(tensors));
+  for (const auto& item : tensors) writer.write(item.first, detail::dequantized(item.second));  // one at a time
+  writer.finish();
 }
 
 /// Adds the adapter in a PEFT directory to those of a model. Errors: those of `load_adapter`.

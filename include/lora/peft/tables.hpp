@@ -17,7 +17,7 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// The tensors of the model of some adapters by name, as they are without what is merged.
+/// The tensors of the model of some adapters by name, as they are without what is merged; some may be held in few bits.
 inline std::map<std::string, at::Tensor> frozen_tensors(const Adapters& adapters) {
   std::map<const void*, at::Tensor> merged;
   for (const auto& name : adapters.names()) {
@@ -29,7 +29,7 @@ inline std::map<std::string, at::Tensor> frozen_tensors(const Adapters& adapters
   for (const auto& tensor : adapters.model().tensors()) {
     const auto found = merged.find(tensor.place.slot->place());
     const auto value = found == merged.end() ? tensor.place.slot->read() : found->second;
-    if (value.defined()) tensors.emplace(tensor.place.name, dequantized(value));
+    if (value.defined()) tensors.emplace(tensor.place.name, value);
   }
   return tensors;
 }
@@ -87,7 +87,7 @@ class TakenTables {
     const auto& theirs = found->second;
     const bool fits = theirs.is_floating_point() && theirs.dim() > 0 && theirs.dim() == own.dim() &&
                       theirs.sizes().slice(1) == own.sizes().slice(1) && theirs.size(0) >= own.size(0);
-    if (!fits || is_same(theirs, dequantized(own))) return;
+    if (!fits || is_same(theirs, own)) return;
     auto values = theirs.to(own.options(), /*non_blocking=*/false, /*copy=*/true);
     if (!saving_entry(config, owner).empty()) {  // the adapter has all of it
       if (theirs.size(0) == own.size(0)) return;

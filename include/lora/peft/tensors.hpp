@@ -102,9 +102,9 @@ inline std::optional<OtherBeginning> other_beginning(const std::vector<std::stri
 
 /// Whether a tensor of a file is one of the model, which may be of another type.
 inline bool is_same(const at::Tensor& theirs, const at::Tensor& frozen) {
-  const auto own = frozen.to(theirs.device());
-  return theirs.sizes() == own.sizes() &&
-         (own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs));
+  if (theirs.sizes() != frozen.sizes()) return false;
+  const auto own = dequantized(frozen).to(theirs.device());
+  return own.equal(theirs.to(own.scalar_type())) || own.to(theirs.scalar_type()).equal(theirs);
 }
 
 /// The tensors of an adapter file, by their names in the model at hand.

@@ -23,11 +23,11 @@ class Base {
   virtual at::ScalarType dtype() const = 0;
   /// W (out, in) or (batch, out, in).
   virtual at::Tensor dense() const = 0;
-  /// x W^T (..., rows, out) for x (..., rows, in), in the type of x; without a gradient.
-  virtual at::Tensor product(const at::Tensor& x) const { return at::matmul(x, dense().to(x.scalar_type()).mT()); }
-  /// The sum of the squares of each row of W (out) or (batch, out), in that type.
-  virtual at::Tensor row_squares(at::ScalarType type) const {
-    return at::linalg_vector_norm(dense().to(type), 2, {-1}).square();
+  /// x W^T (..., rows, out) for x (..., rows, in), and the sum of the squares of each row of W (out) or (batch, out),
+  /// both in the type of x; without a gradient.
+  virtual std::pair<at::Tensor, at::Tensor> product_and_squares(const at::Tensor& x) const {
+    const auto W = dense().to(x.scalar_type());
+    return {at::matmul(x, W.mT()), at::linalg_vector_norm(W, 2, {-1}).square()};
   }
   /// A tensor in the layout of the layer's weight as such a matrix, and the other way.
   virtual at::Tensor matrix(const at::Tensor& weight) const = 0;
@@ -51,11 +51,10 @@ class WeightBase final : public Base {
   const MatrixShape& shape() const override { return view_->shape(); }
   at::ScalarType dtype() const override { return weight_.scalar_type(); }
   at::Tensor dense() const override { return view_->matrix(detail::dequantized(is_merged() ? pristine_ : weight_)); }
-  at::Tensor product(const at::Tensor& x) const override {
-    return is_held_matrix() && x.dim() == 2 ? detail::quantized_mm_value(x, weight_.t(), {}) : Base::product(x);
-  }
-  at::Tensor row_squares(at::ScalarType type) const override {
-    return is_held_matrix() ? detail::held_numbers(weight_)->row_squares().to(type) : Base::row_squares(type);
+  std::pair<at::Tensor, at::Tensor> product_and_squares(const at::Tensor& x) const override {
+    if (!is_held_matrix() || x.dim() != 2) return Base::product_and_squares(x);
+    return {detail::quantized_mm_value(x, weight_.t(), {}),
+            detail::held_numbers(weight_)->row_squares().to(x.scalar_type())};
   }
   at::Tensor matrix(const at::Tensor& weight) const override { return view_->matrix(weight); }
   at::Tensor layout(const at::Tensor& matrix) const override { return view_->weight(matrix); }

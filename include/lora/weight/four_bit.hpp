@@ -108,24 +108,21 @@ constexpr float kLeastAbsmax = 1e-38F;
 /// Codes and largest values on the CPU; false when a number is not finite.
 inline bool quantize_blocks(const CodecKernels& kernels, const FourBitCode& code, const float* numbers, int64_t count,
                             int64_t block_size, std::uint8_t* codes, float* absmax) {
-  constexpr std::uint32_t kInfinity = 0x7F800000;
   std::atomic<bool> finite{true};
   const auto blocks = (count + block_size - 1) / block_size;
   at::parallel_for(0, blocks, std::max<int64_t>(1, kNumbersPerThread / block_size), [&](int64_t from, int64_t to) {
     for (auto block = from; block < to; ++block) {
       const auto first = block * block_size, size = std::min(block_size, count - first);
-      const auto bits = kernels.largest(numbers + first, size);
-      if (bits >= kInfinity) {
+      const auto most = finite_absmax(kernels, numbers + first, size);
+      if (!most) {
         finite = false;
         return;
       }
-      float most = 0;
-      std::memcpy(&most, &bits, sizeof(most));
       if (size == block_size) {
-        absmax[block] = most;
-        kernels.quantize4(code, numbers + first, size, 1.0F / std::max(most, kLeastAbsmax), codes + first / 2);
+        absmax[block] = *most;
+        kernels.quantize4(code, numbers + first, size, 1.0F / std::max(*most, kLeastAbsmax), codes + first / 2);
       } else {  // bitsandbytes divides here, and raises what it keeps
-        absmax[block] = std::max(most, kLeastAbsmax);
+        absmax[block] = std::max(*most, kLeastAbsmax);
         std::vector<float> scaled(numbers + first, numbers + count);
         for (auto& number : scaled) number /= absmax[block];
         kernels.quantize4(code, scaled.data(), size, 1.0F, codes + first / 2);
@@ -377,7 +374,7 @@ class FourBitWeight final : public QuantizedWeight {
   int64_t bits() const override { return 4; }
   at::IntArrayRef sizes() const override { return packed_.sizes; }
   at::Device device() const override { return packed_.codes.device(); }
-  /// What all weights have in common, the 256 numbers of the map, is not counted.
+  /// The 256 numbers of the map, which the weights of a CPU have in common, are not counted.
   int64_t nbytes() const override {
     size_t bytes = packed_.codes.nbytes() + packed_.absmax.nbytes();
     if (packed_.double_quantized()) bytes += packed_.nested_absmax.nbytes() + sizeof(packed_.offset);

@@ -57,16 +57,15 @@ inline float int8_factor(float absmax) {
 /// Codes and largest values on the CPU; false when a number is not finite.
 inline bool quantize_rows(const CodecKernels& kernels, const float* numbers, int64_t rows, int64_t columns,
                           std::int8_t* codes, float* absmax) {
-  constexpr std::uint32_t kInfinity = 0x7F800000;
   std::atomic<bool> finite{true};
   at::parallel_for(0, rows, std::max<int64_t>(1, kNumbersPerThread / columns), [&](int64_t from, int64_t to) {
     for (auto row = from; row < to; ++row) {
-      const auto bits = kernels.largest(numbers + row * columns, columns);
-      if (bits >= kInfinity) {
+      const auto most = finite_absmax(kernels, numbers + row * columns, columns);
+      if (!most) {
         finite = false;
         return;
       }
-      std::memcpy(absmax + row, &bits, sizeof(float));
+      absmax[row] = *most;
       kernels.quantize8(numbers + row * columns, columns, int8_factor(absmax[row]), codes + row * columns);
     }
   });

@@ -76,9 +76,7 @@ inline bool is_whole_placeholder(const at::Tensor& tensor) {
 inline at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at::ScalarType dtype,
                               const std::string& name) {
   const auto device = weight->device();
-  int64_t numbers = 1;
-  for (const auto size : weight->sizes()) numbers *= size;
-  const auto bytes = static_cast<size_t>(numbers) * c10::elementSize(dtype);
+  const auto bytes = static_cast<size_t>(c10::multiply_integers(weight->sizes())) * c10::elementSize(dtype);
   const auto sizes = weight->sizes().vec();
   const auto text =
       c10::str("lora: ", name.empty() ? "this weight" : name, " is held in ", weight->bits(), " bits (",
@@ -123,28 +121,14 @@ inline std::optional<HeldRows> held_rows(const at::Tensor& operand) {
   return std::nullopt;
 }
 
-/// The numbers of such rows, not transposed.
-inline at::Tensor dequantized_rows(const HeldRows& rows, at::ScalarType type) {
-  if (rows.weight->device() != at::kCPU)
-    return rows.weight->dense().view({-1, rows.columns}).narrow(0, rows.first, rows.count).to(type);
-  auto numbers = at::empty({rows.count, rows.columns}, at::TensorOptions(at::kFloat).device(at::kCPU));
-  rows.weight->unpack(rows.first * rows.columns, rows.count * rows.columns, numbers.mutable_data_ptr<float>());
+/// So many numbers of a weight from `first` on, in the order of memory, as a tensor of these sizes.
+inline at::Tensor dequantized(const QuantizedWeight& weight, int64_t first, at::IntArrayRef sizes,
+                              at::ScalarType type) {
+  const auto count = c10::multiply_integers(sizes);
+  if (weight.device() != at::kCPU) return weight.dense().flatten().narrow(0, first, count).view(sizes).to(type);
+  auto numbers = at::empty(sizes, at::TensorOptions(at::kFloat).device(at::kCPU));
+  weight.unpack(first, count, numbers.mutable_data_ptr<float>());
   return numbers.to(type);
-}
-
-/// The rows [first, first + count) of a quantized weight, in the order of memory and a type of floating point.
-inline at::Tensor dequantized_rows(const QuantizedWeight& weight, int64_t first, int64_t count, at::ScalarType type) {
-  auto sizes = weight.sizes().vec();
-  if (weight.device() != at::kCPU || sizes.empty()) {
-    const auto all = weight.dense().to(type);
-    return sizes.empty() || count == sizes.front() ? all : all.narrow(0, first, count);
-  }
-  int64_t columns = 1;
-  for (size_t i = 1; i < sizes.size(); ++i) columns *= sizes[i];
-  sizes.front() = count;
-  auto rows = at::empty(sizes, at::TensorOptions(at::kFloat).device(at::kCPU));
-  weight.unpack(first * columns, count * columns, rows.mutable_data_ptr<float>());
-  return rows.to(type);
 }
 
 /// Whether two tensors lie in the same memory; of placeholders, whether they are views of the same one.
@@ -162,14 +146,15 @@ inline constexpr int64_t kPanel = 1 << 20;
 /// Calls `visit(first, numbers)` for one panel of rows after the other.
 template <class Visit>
 void for_each_panel(const QuantizedWeight& weight, at::ScalarType type, const Visit& visit) {
-  const auto sizes = weight.sizes();
-  const auto rows = sizes.empty() ? 1 : sizes[0];
+  auto sizes = weight.sizes().vec();
+  const auto rows = sizes.empty() ? 1 : sizes.front();
   const auto columns = c10::multiply_integers(sizes) / std::max<int64_t>(1, rows);
-  const bool is_apart = weight.device() != at::kCPU;  // where all numbers are written out in any case
-  const auto height =
-      is_apart ? std::max<int64_t>(1, rows) : std::max<int64_t>(1, kPanel / std::max<int64_t>(1, columns));
-  for (int64_t row = 0; row < rows; row += height)
-    visit(row, dequantized_rows(weight, row, std::min(height, rows - row), type));
+  const bool is_here = weight.device() == at::kCPU;  // elsewhere all numbers are written out in any case
+  const auto height = is_here ? std::max<int64_t>(1, kPanel / std::max<int64_t>(1, columns)) : rows;
+  for (int64_t row = 0; row < rows; row += height) {
+    if (!sizes.empty()) sizes.front() = std::min(height, rows - row);
+    visit(row, dequantized(weight, row * columns, sizes, type));
+  }
 }
 
 inline const at::Tensor& HeldNumbers::row_squares() const {
@@ -191,14 +176,12 @@ inline at::Tensor dequantized(const at::Tensor& operand) {
   const BelowInterception below;
   const at::tracer::impl::NoTracerDispatchMode untraced;  // the numbers are a constant of what is traced
   at::NoGradGuard no_grad;
-  if (const auto rows = held_rows(operand)) {
-    const auto numbers = dequantized_rows(*rows, operand.scalar_type());
-    return rows->is_transposed ? numbers.t() : numbers;
-  }
-  return weight->dense()
-      .to(operand.scalar_type())
-      .contiguous()
-      .as_strided(operand.sizes(), operand.strides(), operand.storage_offset());
+  const auto type = operand.scalar_type();
+  const auto first = operand.storage_offset();
+  if (operand.is_contiguous()) return dequantized(*weight, first, operand.sizes(), type);
+  if (operand.dim() == 2 && operand.t().is_contiguous())
+    return dequantized(*weight, first, operand.t().sizes(), type).t();
+  return weight->dense().to(type).as_strided(operand.sizes(), operand.strides(), first);
 }
 
 /// `tensor.to(device, type)`, of a placeholder another one; `copies` says whether that is so where nothing changes,

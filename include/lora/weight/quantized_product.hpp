@@ -37,55 +37,56 @@ inline at::Tensor columns_of(const at::Tensor& bias, int64_t first, int64_t coun
   return bias.dim() == 0 || bias.size(-1) == 1 ? bias : bias.narrow(-1, first, count);
 }
 
-/// y (N, count) = x (N, columns) W^T + b for rows W of a weight on the CPU, a panel of rows at a time.
+/// y = x M + b for x (N, k), where `columns(out, first, count, numbers)` writes the columns [first, first + count) of M
+/// (k, n) to `out`, the memory of `numbers`, and gives them as a matrix (k, count). Each number of y is written once.
+template <class Columns>
+at::Tensor in_panels(const at::Tensor& x, int64_t outputs, int64_t width, const at::Tensor& bias,
+                     const Columns& columns) {
+  auto y = at::empty({x.size(0), outputs}, x.options());
+  const auto numbers = at::empty({x.size(1) * std::min(width, outputs)}, x.options().dtype(at::kFloat));
+  for (int64_t first = 0; first < outputs; first += width) {
+    const auto count = std::min(width, outputs - first);
+    const auto panel = columns(numbers.mutable_data_ptr<float>(), first, count, numbers).to(x.scalar_type());
+    auto out = y.narrow(1, first, count);
+    bias.defined() ? at::addmm_out(out, columns_of(bias, first, count), x, panel) : at::mm_out(out, x, panel);
+  }
+  return y;
+}
+
+/// y (N, count) = x (N, columns) W^T + b for rows W of a weight on the CPU.
 inline at::Tensor times_transposed_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
-  const auto type = x.scalar_type();
-  auto y = at::empty({x.size(0), rows.count}, x.options());
-  if (x.size(0) <= kFewRows && type == at::kFloat && rows.weight->sizes().size() == 2) {
+  if (x.size(0) <= kFewRows && x.scalar_type() == at::kFloat && rows.weight->sizes().size() == 2) {
+    auto y = at::empty({x.size(0), rows.count}, x.options());
     const auto in = x.contiguous();
     for (int64_t i = 0; i < x.size(0); ++i)
       rows.weight->dot_rows(rows.first, rows.count, in.const_data_ptr<float>() + i * rows.columns,
                             y.mutable_data_ptr<float>() + i * rows.count);
     return bias.defined() ? y.add_(bias) : y;
   }
-  const auto height = std::min(rows.count, std::max<int64_t>(1, kPanel / std::max<int64_t>(1, rows.columns)));
-  const auto numbers = at::empty({height, rows.columns}, x.options().dtype(at::kFloat));
-  for (int64_t row = 0; row < rows.count; row += height) {
-    const auto count = std::min(height, rows.count - row);
-    rows.weight->unpack((rows.first + row) * rows.columns, count * rows.columns, numbers.mutable_data_ptr<float>());
-    const auto panel = numbers.narrow(0, 0, count).to(type).t();
-    auto out = y.narrow(1, row, count);
-    bias.defined() ? at::addmm_out(out, columns_of(bias, row, count), x, panel) : at::mm_out(out, x, panel);
-  }
-  return y;
+  const auto height = std::max<int64_t>(1, kPanel / std::max<int64_t>(1, rows.columns));
+  return in_panels(x, rows.count, height, bias, [&](float* out, int64_t row, int64_t count, const at::Tensor& numbers) {
+    rows.weight->unpack((rows.first + row) * rows.columns, count * rows.columns, out);
+    return numbers.narrow(0, 0, count * rows.columns).view({count, rows.columns}).t();
+  });
 }
 
-/// y (N, columns) = x (N, count) W + b for rows W of a weight on the CPU, a panel of columns at a time, so that each
-/// number of y is written once.
+/// y (N, columns) = x (N, count) W + b for rows W of a weight on the CPU.
 inline at::Tensor times_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
   constexpr int64_t kMultiple = 64;  // of what codes share in most schemes
-  const auto type = x.scalar_type();
-  auto y = at::empty({x.size(0), rows.columns}, x.options());
   const auto fitting = kPanel / std::max<int64_t>(1, rows.count) / kMultiple * kMultiple;
-  const auto width = std::min(rows.columns, std::max(kMultiple, fitting));
-  const auto numbers = at::empty({rows.count * width}, x.options().dtype(at::kFloat));
-  for (int64_t column = 0; column < rows.columns; column += width) {
-    const auto count = std::min(width, rows.columns - column);
-    auto* out = numbers.mutable_data_ptr<float>();
-    if (count == rows.columns) {
-      rows.weight->unpack(rows.first * rows.columns, rows.count * count, out);
-    } else {
-      at::parallel_for(0, rows.count, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
-        for (auto row = begin; row < end; ++row)
-          rows.weight->unpack((rows.first + row) * rows.columns + column, count, out + row * count);
-      });
-    }
-    const auto panel = numbers.narrow(0, 0, rows.count * count).view({rows.count, count}).to(type);
-    auto columns_of_y = y.narrow(1, column, count);
-    bias.defined() ? at::addmm_out(columns_of_y, columns_of(bias, column, count), x, panel)
-                   : at::mm_out(columns_of_y, x, panel);
-  }
-  return y;
+  const auto width = std::max(kMultiple, fitting);
+  return in_panels(x, rows.columns, width, bias,
+                   [&](float* out, int64_t column, int64_t count, const at::Tensor& numbers) {
+                     if (count == rows.columns) {
+                       rows.weight->unpack(rows.first * rows.columns, rows.count * count, out);
+                     } else {
+                       at::parallel_for(0, rows.count, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+                         for (auto row = begin; row < end; ++row)
+                           rows.weight->unpack((rows.first + row) * rows.columns + column, count, out + row * count);
+                       });
+                     }
+                     return numbers.narrow(0, 0, rows.count * count).view({rows.count, count});
+                   });
 }
 
 /// x M + b for x (N, k) and a view M (k, n) of a quantized weight, in the type of x, without a gradient.
@@ -169,19 +170,25 @@ inline at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& op
 inline at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices) {
   auto sizes = indices.sizes().vec();
   sizes.push_back(table.size(1));
-  const auto rows = table.device() == at::kCPU ? held_rows(table) : std::nullopt;
-  if (!rows || rows->is_transposed || torch::jit::tracer::isTracing())
+  const bool is_here = table.device() == at::kCPU && indices.device() == at::kCPU && !torch::jit::tracer::isTracing();
+  const auto rows = is_here ? held_rows(table) : std::nullopt;
+  const bool are_integers = at::isIntegralType(indices.scalar_type(), /*includeBool=*/false);
+  if (!rows || rows->is_transposed || !are_integers)  // what does not fit is refused there
     return dequantized(table).index_select(0, indices.flatten()).view(sizes);
   const auto wanted = indices.to(at::kLong).contiguous();
   const auto* numbers = wanted.const_data_ptr<int64_t>();
   auto entries = at::empty(sizes, table.options().dtype(at::kFloat).requires_grad(false));
   auto* out = entries.mutable_data_ptr<float>();
   const auto columns = rows->columns;
-  for (int64_t i = 0; i < wanted.numel(); ++i) {
-    TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < rows->count, "lora: index ", numbers[i],
-                      " is looked up in a table of ", rows->count, " entries");
-    rows->weight->unpack((rows->first + numbers[i]) * columns, columns, out + i * columns);
-  }
+  constexpr int64_t kGrain = 1 << 15;  // numbers
+  at::parallel_for(0, wanted.numel(), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
+                   [&](int64_t begin, int64_t end) {
+                     for (auto i = begin; i < end; ++i) {
+                       TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < rows->count, "lora: index ", numbers[i],
+                                         " is looked up in a table of ", rows->count, " entries");
+                       rows->weight->unpack((rows->first + numbers[i]) * columns, columns, out + i * columns);
+                     }
+                   });
   return entries.to(table.scalar_type());
 }
 

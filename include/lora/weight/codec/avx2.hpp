@@ -51,23 +51,21 @@ LORA_AVX2 inline float sum_of(__m256 eight) {
 
 LORA_AVX2 inline void scales(const BlockScales& blocks, std::int64_t first, std::int64_t count, float* out) {
   std::int64_t b = first;
-  if (blocks.absmax == nullptr && count >= 8) {
-    const auto offset = _mm256_set1_ps(blocks.offset);
-    for (; b + 8 <= first + count; b += 8, out += 8) {
-      const auto codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(blocks.codes + b)));
-      // Eight blocks have one nested scale, or two.
-      const auto changes = static_cast<int>(std::min<std::int64_t>(8, kNestedBlockSize - b % kNestedBlockSize));
-      const float* nested = blocks.nested_absmax + b / kNestedBlockSize;
-      auto product = _mm256_set1_ps(*nested);
-      if (changes < 8) {
-        const auto places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-        const auto second = _mm256_castsi256_ps(_mm256_cmpgt_epi32(places, _mm256_set1_epi32(changes - 1)));
-        product = _mm256_blendv_ps(product, _mm256_set1_ps(nested[1]), second);
-      }
-      product = _mm256_mul_ps(_mm256_i32gather_ps(blocks.map, codes, 4), product);
-      __asm__("" : "+x"(product));  // no single instruction with the sum: it rounds in another way
-      _mm256_storeu_ps(out, _mm256_add_ps(product, offset));
+  const auto offset = _mm256_set1_ps(blocks.offset);
+  for (; b + 8 <= first + count; b += 8, out += 8) {
+    const auto codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(blocks.codes + b)));
+    // Eight blocks have one nested scale, or two.
+    const auto changes = static_cast<int>(std::min<std::int64_t>(8, kNestedBlockSize - b % kNestedBlockSize));
+    const float* nested = blocks.nested_absmax + b / kNestedBlockSize;
+    auto product = _mm256_set1_ps(*nested);
+    if (changes < 8) {
+      const auto places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const auto second = _mm256_castsi256_ps(_mm256_cmpgt_epi32(places, _mm256_set1_epi32(changes - 1)));
+      product = _mm256_blendv_ps(product, _mm256_set1_ps(nested[1]), second);
     }
+    product = _mm256_mul_ps(_mm256_i32gather_ps(blocks.map, codes, 4), product);
+    __asm__("" : "+x"(product));  // no single instruction with the sum: it rounds in another way
+    _mm256_storeu_ps(out, _mm256_add_ps(product, offset));
   }
   plain::scales(blocks, b, first + count - b, out);
 }

@@ -31,20 +31,18 @@ LORA_AVX512 inline __m512i nibbles(const std::uint8_t* bytes) {
 
 LORA_AVX512 inline void scales(const BlockScales& blocks, std::int64_t first, std::int64_t count, float* out) {
   std::int64_t b = first;
-  if (blocks.absmax == nullptr && count >= 16) {
-    const auto offset = _mm512_set1_ps(blocks.offset);
-    for (; b + 16 <= first + count; b += 16, out += 16) {
-      const auto codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks.codes + b)));
-      // Sixteen blocks have one nested scale, or two.
-      const auto changes = static_cast<int>(std::min<std::int64_t>(16, kNestedBlockSize - b % kNestedBlockSize));
-      const float* nested = blocks.nested_absmax + b / kNestedBlockSize;
-      auto product = _mm512_set1_ps(*nested);
-      if (changes < 16)
-        product = _mm512_mask_mov_ps(product, static_cast<__mmask16>(0xFFFFU << changes), _mm512_set1_ps(nested[1]));
-      product = _mm512_mul_ps(_mm512_i32gather_ps(codes, blocks.map, 4), product);
-      __asm__("" : "+v"(product));  // no single instruction with the sum: it rounds in another way
-      _mm512_storeu_ps(out, _mm512_add_ps(product, offset));
-    }
+  const auto offset = _mm512_set1_ps(blocks.offset);
+  for (; b + 16 <= first + count; b += 16, out += 16) {
+    const auto codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks.codes + b)));
+    // Sixteen blocks have one nested scale, or two.
+    const auto changes = static_cast<int>(std::min<std::int64_t>(16, kNestedBlockSize - b % kNestedBlockSize));
+    const float* nested = blocks.nested_absmax + b / kNestedBlockSize;
+    auto product = _mm512_set1_ps(*nested);
+    if (changes < 16)
+      product = _mm512_mask_mov_ps(product, static_cast<__mmask16>(0xFFFFU << changes), _mm512_set1_ps(nested[1]));
+    product = _mm512_mul_ps(_mm512_i32gather_ps(codes, blocks.map, 4), product);
+    __asm__("" : "+v"(product));  // no single instruction with the sum: it rounds in another way
+    _mm512_storeu_ps(out, _mm512_add_ps(product, offset));
   }
   plain::scales(blocks, b, first + count - b, out);
 }

@@ -6,6 +6,8 @@
 #include <lora/version.hpp>
 
 #include <cstdint>
+#include <cstring>
+#include <optional>
 #include <vector>
 
 namespace lora {
@@ -42,6 +44,16 @@ inline std::vector<CodecKernels> runnable_codec_kernels() {
   kernels.push_back({"plain", plain::scales, plain::unpack4, plain::dot4, plain::largest, plain::quantize4,
                      plain::unpack8, plain::dot8, plain::quantize8});
   return kernels;
+}
+
+/// The largest absolute value of numbers; nothing where not all of them are finite.
+inline std::optional<float> finite_absmax(const CodecKernels& kernels, const float* numbers, std::int64_t count) {
+  constexpr std::uint32_t kInfinity = 0x7F800000;
+  const auto bits = kernels.largest(numbers, count);
+  if (bits >= kInfinity) return std::nullopt;
+  float largest = 0;
+  std::memcpy(&largest, &bits, sizeof(largest));
+  return largest;
 }
 
 /// The fastest that this processor can run.

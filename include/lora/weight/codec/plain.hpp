@@ -77,12 +77,8 @@ struct WholeBlocks {
 /// results to the bit, but for the sums of products.
 namespace plain {
 
-/// The scales of the blocks [first, first + count).
+/// The scales of the blocks [first, first + count), which have codes.
 inline void scales(const BlockScales& blocks, std::int64_t first, std::int64_t count, float* out) {
-  if (blocks.absmax != nullptr) {
-    std::copy_n(blocks.absmax + first, count, out);
-    return;
-  }
   for (std::int64_t b = first; b < first + count; ++b) {
     // Kept from becoming one instruction with the sum, which rounds in another way.
     const volatile float product = blocks.map[blocks.codes[b]] * blocks.nested_absmax[b / kNestedBlockSize];
