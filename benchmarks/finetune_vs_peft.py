@@ -29,12 +29,38 @@ TOLERANCE = 0.02
 GIBIBYTE = 1 << 30
 
 
-def run_measured(command, threads):
-    """Runs a program to its end and returns its exit status and its peak memory in bytes."""
+def run_measured(command, threads, output=None):
+    """Runs a program to its end; returns its exit status, its peak memory in bytes and its processor time in seconds,
+    that in the kernel left out. What it prints is not shown, but passed line by line to `output` if there is one."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    process = subprocess.Popen([str(part) for part in command], env=environment)
+    stdout = subprocess.PIPE if output else None
+    process = subprocess.Popen([str(part) for part in command], env=environment, stdout=stdout, text=True)
+    if output:
+        with process.stdout as lines:
+            for line in lines:
+                output(line)
     _, status, usage = os.wait4(process.pid, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, usage.ru_utime
+
+
+def finetune_options(description):
+    """A parser of the options that every benchmark of finetune_gpt has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of finetune_gpt")
+    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face directory")
+    parser.add_argument("--text", type=Path, default=ROOT / "build/text/kjv.txt")
+    parser.add_argument("--out", type=Path, help="keep the runs there")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser
+
+
+def require(script, *paths):
+    """Ends the program when something is missing that the script makes."""
+    for path in paths:
+        if not path.exists():
+            sys.exit(f"error: {path} is missing; sh {script} makes it")
 
 
 def our_seconds_per_step(metrics, tokens_per_step):
@@ -55,12 +81,12 @@ def measure(options, out):
     settings = ["--export-run", run, "--device", "cpu", "--sample-tokens", 0, "--no-merge", "--overwrite"]
     schedule = ["--steps", options.steps, "--warmup", min(10, options.steps)]
     sizes = [*schedule, "--seed", options.seed, "--threads", options.threads]
-    status, our_memory = run_measured([*fine_tune, *settings, *sizes], options.threads)
+    status, our_memory, _ = run_measured([*fine_tune, *settings, *sizes], options.threads)
     if status != 0:
         sys.exit(f"error: finetune_gpt ended with {status}")
     tolerances = ["--tolerance-each", TOLERANCE, "--tolerance-validation", TOLERANCE, "--summary", summary]
     command = [sys.executable, REPLAY, run, metrics, *tolerances, "--trained-adapter", out / "adapter"]
-    status, peft_memory = run_measured(command, options.threads)
+    status, peft_memory, _ = run_measured(command, options.threads)
     if not summary.exists():
         sys.exit(f"error: the replay in peft ended with {status}")
     ours = our_seconds_per_step(metrics, options.tokens_per_step), our_memory
@@ -81,20 +107,10 @@ def same_logits(options, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of finetune_gpt")
-    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face directory")
-    parser.add_argument("--text", type=Path, default=ROOT / "build/text/kjv.txt")
-    parser.add_argument("--out", type=Path, help="keep the runs there")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    options = parser.parse_args()
+    options = finetune_options(__doc__.splitlines()[0]).parse_args()
     options.tokens_per_step = 4 * 128  # the defaults of finetune_gpt
-    needed = [options.programs / "finetune_gpt", options.model, options.text, options.programs / "print_logits"]
-    for path, script in zip(needed, ["examples/finetune_gpt/run.sh"] * 3 + ["tests/run.sh"]):
-        if not path.exists():
-            sys.exit(f"error: {path} is missing; sh {script} makes it")
+    require("examples/finetune_gpt/run.sh", options.programs / "finetune_gpt", options.model, options.text)
+    require("tests/run.sh", options.programs / "print_logits")
 
     with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as temporary:
         out = options.out or Path(temporary)

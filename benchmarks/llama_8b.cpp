@@ -5,16 +5,18 @@
 //   llama_8b [LAYERS] [TOKENS] [bfloat16|float32]      32 64 bfloat16
 //
 // Linear layers are held in NF4. With bfloat16 the embedding and the head are of that type, and so is all that is
-// computed; with float32 both are held in NF4, too. Full size takes 6 GB of memory.
+// computed; with float32 both are held in NF4, too. Full size takes 7 GB of memory.
 #include <torch/torch.h>
 
 #include <lora/lora.hpp>
 
 #include <fmt/format.h>
 
-#include <chrono>
 #include <cmath>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
 
 #include "llama.hpp"
@@ -22,10 +24,6 @@
 #include "weight_format.hpp"
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 gpt::ModelConfig llama_8b(int64_t layers) {
   gpt::ModelConfig config;
@@ -76,10 +74,10 @@ int main(int argc, char** argv) {
                                           : gpt::WeightFormat(torch::kFloat, "nf4", "nf4");
   torch::manual_seed(0);
   print_memory("LibTorch", 0);
-  auto start = Clock::now();
+  gpt::Stopwatch watch;
   auto model = random_model(llama_8b(layers), format);
   auto adapters = lora::attach(*model, lora::LoRAConfig(8).alpha(16).target_modules({"q_proj", "v_proj"}));
-  print_memory("model and adapters", seconds_since(start));
+  print_memory("model and adapters", watch.seconds());
   const auto report = adapters.report();
   fmt::print("{:.3f} billion parameters take {}; {:.1f} million are trained; {} threads\n",
              static_cast<double>(report.base) / 1e9, gpt::weight_memory(report),
@@ -88,20 +86,20 @@ int main(int argc, char** argv) {
   torch::optim::AdamW optimizer(adapters.parameters(), torch::optim::AdamWOptions(1e-3));
   const auto ids = torch::randint(model->config.vocab_size, {1, tokens + 1}, torch::kLong);
   model->train();
-  start = Clock::now();
+  watch = {};
   auto active = adapters.activate();
   const auto logits = model->forward(ids.narrow(1, 0, tokens)).squeeze(0).to(torch::kFloat);
   const auto loss = torch::nn::functional::cross_entropy(logits, ids[0].narrow(0, 1, tokens));
-  print_memory("forward", seconds_since(start));
-  start = Clock::now();
+  print_memory("forward", watch.seconds());
+  watch = {};
   loss.backward();
-  print_memory("backward", seconds_since(start));
-  start = Clock::now();
+  print_memory("backward", watch.seconds());
+  watch = {};
   double square = 0;
   for (const auto& parameter : adapters.parameters())
     square += parameter.grad().defined() ? parameter.grad().square().sum().item<double>() : 0;
   optimizer.step();
-  print_memory("AdamW", seconds_since(start));
+  print_memory("AdamW", watch.seconds());
   const auto value = loss.item<double>(), norm = std::sqrt(square);
   fmt::print("loss {:.4f}, gradient norm {:.4g}\n", value, norm);
   return std::isfinite(value) && std::isfinite(norm) && norm > 0 ? 0 : 1;

@@ -14,19 +14,16 @@ thread, which hardly depends on what else the machine does: that of a run of six
 the table, the share for the linear layers alone, of which some bases hold everything else in floating point.
 """
 
-import argparse
 import csv
-import os
+import math
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from finetune_vs_peft import finetune_options, require, run_measured
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "build" / "models" / "SmolLM2-135M-Instruct"
 BASES = {  # name: --dtype, --quantize, --quantize-embedding
     "float32": ("float32", "none", "none"),
     "bfloat16": ("bfloat16", "none", "none"),
@@ -40,19 +37,18 @@ BASES = {  # name: --dtype, --quantize, --quantize-embedding
 MEMORY = re.compile(r"the model takes ([\d.]+) GB \(([\d.]+) GB in float32\); ([\d.]+) GB at most while it was loaded")
 
 
-def run_measured(command, threads):
-    """Runs a program to its end; returns what it prints, its peak memory in bytes and its processor time in seconds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    process = subprocess.Popen([str(part) for part in command], env=environment, stdout=subprocess.PIPE, text=True)
+def run(command, threads):
+    """Runs a program that has to succeed; returns what it prints, its peak memory in bytes and its processor time."""
     lines = []
-    for line in process.stdout:
+
+    def show(line):
         lines.append(line)
         print("  ", line, end="", file=sys.stderr, flush=True)
-    process.stdout.close()
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        sys.exit(f"error: {command[0]} ended with {os.waitstatus_to_exitcode(status)}")
-    return "".join(lines), usage.ru_maxrss * 1024, usage.ru_utime
+
+    status, peak, seconds = run_measured(command, threads, show)
+    if status != 0:
+        sys.exit(f"error: {command[0]} ended with {status}")
+    return "".join(lines), peak, seconds
 
 
 def read_metrics(path):
@@ -70,9 +66,9 @@ def measure(options, base, out):
     command += ["--targets", *options.targets, "--seed", options.seed, "--device", "cpu"]
     command += ["--sample-tokens", 0, "--no-merge", "--overwrite"]
     short = [*command, "--eval-every", 0, "--validation-blocks", 1, "--threads", 1]
-    one, six = (run_measured([*short, "--steps", steps], 1)[2] for steps in (1, 6))
+    one, six = (run([*short, "--steps", steps], 1)[2] for steps in (1, 6))
     whole = [*command, "--threads", options.threads, "--steps", options.steps]
-    printed, peak, _ = run_measured(whole, options.threads)
+    printed, peak, _ = run(whole, options.threads)
     memory, in_float, loading = map(float, MEMORY.search(printed).groups())
     before, after = read_metrics(out / "metrics.csv")
     return {
@@ -92,9 +88,7 @@ def count_numbers(model):
     with safe_open(model / "model.safetensors", "pt") as file:
         for name in file.keys():
             shape = file.get_slice(name).get_shape()
-            numbers = 1
-            for size in shape:
-                numbers *= size
+            numbers = math.prod(shape)
             total += numbers
             is_table = any(part in name for part in ("embed_tokens", "lm_head", "wte", "wpe"))
             linear += numbers if len(shape) == 2 and not is_table else 0
@@ -102,20 +96,11 @@ def count_numbers(model):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of finetune_gpt")
-    parser.add_argument("--model", type=Path, default=MODEL, help="Hugging Face directory")
-    parser.add_argument("--text", type=Path, default=ROOT / "build/text/kjv.txt")
-    parser.add_argument("--out", type=Path, help="keep the runs there")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser = finetune_options(__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], metavar="NAME", help="or all-linear")
     parser.add_argument("--only", nargs="+", choices=list(BASES), default=list(BASES), metavar="NAME")
     options = parser.parse_args()
-    for path in (options.programs / "finetune_gpt", options.model, options.text):
-        if not path.exists():
-            sys.exit(f"error: {path} is missing; sh examples/finetune_gpt/run.sh makes it")
+    require("examples/finetune_gpt/run.sh", options.programs / "finetune_gpt", options.model, options.text)
 
     results = {}
     with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as temporary:

@@ -162,6 +162,13 @@ inline const char* dtype_name(torch::ScalarType dtype) {
   }
 }
 
+// What a file of these tensors announces.
+inline std::vector<lora::TensorInfo> tensor_infos(const TensorMap& tensors) {
+  std::vector<lora::TensorInfo> infos;
+  for (const auto& [name, tensor] : tensors) infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  return infos;
+}
+
 // What a directory holds beside the weights and config.json.
 inline const std::vector<std::string>& companion_files() {
   static const std::vector<std::string> names = {
@@ -237,9 +244,7 @@ inline void copy_model_files(const std::filesystem::path& source_dir, const std:
   const char* dtype_key = config.contains("dtype") ? "dtype" : "torch_dtype";  // since transformers 5, and before
   if (changes.dtype) config[dtype_key] = detail::dtype_name(*changes.dtype);
   if (changes.tie_word_embeddings) config["tie_word_embeddings"] = *changes.tie_word_embeddings;
-  std::ofstream target(target_dir / "config.json");
-  target << config.dump(2) << "\n";
-  if (!target.flush()) throw lora::CheckpointError(target_dir / "config.json", "cannot be written");
+  write_json(target_dir / "config.json", config);
 }
 
 /// Throws lora::CheckpointError when the target is the directory that the model came from.
@@ -268,12 +273,9 @@ inline void save_model(LanguageModelImpl& model, const std::filesystem::path& so
                        const std::filesystem::path& target_dir) {
   prepare_target(source_dir, target_dir);
   auto tensors = detail::stored_parameters(model);
-  std::vector<lora::TensorInfo> infos;
-  for (auto& [name, tensor] : tensors) {
+  for (auto& [name, tensor] : tensors)
     tensor = detail::is_stored_transposed(model.config, name) ? tensor.detach().t() : tensor.detach();
-    infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
-  }
-  lora::SafetensorsWriter writer(target_dir / kWeights, std::move(infos));
+  lora::SafetensorsWriter writer(target_dir / kWeights, detail::tensor_infos(tensors));
   for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
   remove_earlier_model(target_dir);
   writer.finish();

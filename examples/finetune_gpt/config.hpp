@@ -74,6 +74,16 @@ inline nlohmann::json read_json(const std::filesystem::path& file) {
   return json;
 }
 
+/// Writes JSON to a file, indented, the order of keys as `json` has it. Throws lora::CheckpointError when the file
+/// cannot be written.
+template <class Json>
+void write_json(const std::filesystem::path& file, const Json& json) {
+  std::ofstream stream(file);
+  stream << json.dump(2) << "\n";
+  stream.close();  // which writes what is left, and may fail to
+  if (!stream) throw lora::CheckpointError(file, "cannot be written");
+}
+
 namespace detail {
 
 // Typed look-ups in one JSON file, whose errors name the file and the key.

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -13,6 +12,7 @@
 
 #include <lora/lora.hpp>
 
+#include "config.hpp"
 #include "data.hpp"
 #include "options.hpp"
 #include "trainer.hpp"
@@ -68,9 +68,7 @@ inline void export_run(const std::filesystem::path& folder, const Options& optio
   std::filesystem::create_directories(folder);
   adapters.save(folder / "initial_adapter");
   lora::write_safetensors(folder / "batches.safetensors", detail::all_batches(options, data));
-  std::ofstream file(folder / "run.json");
-  file << detail::run_description(options).dump(2) << "\n";
-  TORCH_CHECK(file.flush(), (folder / "run.json").string(), ": cannot be written");
+  write_json(folder / "run.json", detail::run_description(options));
 }
 
 }  // namespace gpt

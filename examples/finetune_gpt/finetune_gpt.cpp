@@ -4,7 +4,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <functional>
@@ -295,25 +294,24 @@ double allowed_difference(const Options& options, const LogitDifferences& differ
   return 0.1 * difference.adapted_base + 0.5;
 }
 
+/// How fast the base model is, with adapters, and, where it `merges`, with them merged.
+void print_speeds(LanguageModelImpl& model, lora::Adapters& adapters, const Batch& batch, bool merges) {
+  const auto speeds = measure_speeds(model, adapters, batch, merges);
+  const auto merged = speeds.merged ? fmt::format(", {:.0f} merged", *speeds.merged) : "";
+  fmt::print("forward   {:.0f} tokens/s base, {:.0f} adapted{} (medians of {} passes in turn)\n", speeds.base,
+             speeds.adapted, merged, kSpeedPasses);
+}
+
 /// Folds the adapter that was saved into the weights of the files, of which the model has but few bits.
-void merge_into_files(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
-  const auto batch = in_batches(data.validation, options.batch).front().to(adapters.parameters().front().device());
-  const auto speeds = measure_speeds(model, adapters, batch, /*merges=*/false);
-  fmt::print("forward   {:.0f} tokens/s base, {:.0f} adapted (medians of {} passes in turn)\n", speeds.base,
-             speeds.adapted, kSpeedPasses);
+void merge_into_files(const Options& options) {
   merge_files(options.model, options.out / "adapter", options.out / "merged");
   fmt::print("merge     into the weights as they are in {}, not in {}\n", options.model.string(),
              options.quantize != "none" ? options.quantize : options.quantize_embedding);
 }
 
-/// Compares speed and results of the base model, with adapters, and merged; then merges for good. Throws c10::Error,
-/// with nothing written, when the merged model is not the adapted one.
-void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
-  const auto device = adapters.parameters().front().device();
-  const auto batch = in_batches(data.validation, options.batch).front().to(device);
-  const auto speeds = measure_speeds(model, adapters, batch, /*merges=*/true);
-  fmt::print("forward   {:.0f} tokens/s base, {:.0f} adapted, {:.0f} merged (medians of {} passes in turn)\n",
-             speeds.base, speeds.adapted, *speeds.merged, kSpeedPasses);
+/// Compares the results of the base model, with adapters, and merged; then merges for good. Throws c10::Error, with
+/// nothing written, when the merged model is not the adapted one.
+void merge_in_memory(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Batch& batch) {
   const auto difference = compare_merged(model, adapters, batch.inputs);
   fmt::print(
       "merge     logits differ by at most {:.3g} from the adapted model's, and those by up to {:.3g} from the base "
@@ -325,6 +323,19 @@ void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& ada
               " is rounding; no merged model was written, the adapter is in ", (options.out / "adapter").string());
   adapters.merge_and_unload();
   save_model(model, options.model, options.out / "merged");
+}
+
+/// Writes the merged model.
+void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
+  const auto device = adapters.parameters().front().device();
+  const auto batch = in_batches(data.validation, options.batch).front().to(device);
+  const bool has_numbers = !options.format().is_quantized();
+  print_speeds(model, adapters, batch, /*merges=*/has_numbers);
+  if (has_numbers) {
+    merge_in_memory(options, model, adapters, batch);
+  } else {
+    merge_into_files(options);
+  }
 }
 
 /// Says in the adapter's and the merged model's generation_config.json with which tokens texts were trained to end,
@@ -399,7 +410,7 @@ int run(const Options& options) {
   adapters.save(options.out / "adapter");
   std::filesystem::remove(options.out / "adapter" / kGenerationConfig);  // of an earlier run
   print_sample("after", options, *model, adapters, texts, data, prompt);
-  if (!options.no_merge) (options.format().is_quantized() ? merge_into_files : merge)(options, *model, adapters, data);
+  if (!options.no_merge) merge(options, *model, adapters, data);
   save_ends(options, data, texts);
   print_summary(options, metrics);
   return 0;

@@ -3,7 +3,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <iostream>
@@ -173,17 +172,17 @@ void run(const Options& options) {
     fmt::print(stderr, "{} asks for {}, which is not done here\n", config.file.string(),
                fmt::join(config.ignored, ", "));
 
-  std::chrono::steady_clock::time_point start;
+  std::optional<Stopwatch> watch;
   auto write = [&] {
-    start = std::chrono::steady_clock::now();
+    watch.emplace();
     return generate(*model, prompt, sampling, config.eos_token_ids,
                     [&](int64_t token) { print_token(tokenizer, token); });
   };
   const auto tokens = in_scope(options, *model, write);
-  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  const auto seconds = watch->seconds();
   fmt::print("\n");
   fmt::print(stderr, "{} tokens after a prompt of {} in {:.1f} s: {:.1f} tokens/s; {}\n", tokens.size(), prompt.size(),
-             time.count(), static_cast<double>(tokens.size()) / time.count(), describe(sampling));
+             seconds, static_cast<double>(tokens.size()) / seconds, describe(sampling));
   print_memory(*model, device);
 }
 

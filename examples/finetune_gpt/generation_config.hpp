@@ -122,9 +122,7 @@ inline void write_ends(const GenerationConfig& config, const std::vector<int64_t
   }
   content.erase("_from_model_config");  // transformers would take such a file for a copy of config.json
   content["eos_token_id"] = all;
-  std::ofstream target(target_dir / kGenerationConfig);
-  target << content.dump(2) << "\n";
-  if (!target.flush()) throw lora::CheckpointError(target_dir / kGenerationConfig, "cannot be written");
+  write_json(target_dir / kGenerationConfig, content);
 }
 
 }  // namespace gpt

@@ -7,7 +7,6 @@
 #include <torch/torch.h>
 
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <string>
@@ -140,10 +139,8 @@ inline void separate_head(const MergedWeights& merged, Shards& shards) {
 
 inline std::unique_ptr<lora::SafetensorsWriter> write_shard(const std::filesystem::path& file, const TensorMap& tensors,
                                                             const MergedWeights& merged) {
-  std::vector<lora::TensorInfo> infos;
-  for (const auto& [name, tensor] : tensors) infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
   std::filesystem::create_directories(file.parent_path());
-  auto writer = std::make_unique<lora::SafetensorsWriter>(file, std::move(infos));
+  auto writer = std::make_unique<lora::SafetensorsWriter>(file, tensor_infos(tensors));
   for (const auto& [name, tensor] : tensors) writer->write(name, merged.at(name, tensor));
   return writer;
 }
@@ -160,12 +157,6 @@ inline nlohmann::json make_index(const std::filesystem::path& base, const Shards
   }
   index["metadata"]["total_size"] = size;
   return index;
-}
-
-inline void write_index(const std::filesystem::path& out, const nlohmann::json& index) {
-  std::ofstream stream(out / kWeightsIndex);
-  stream << index.dump(2) << "\n";
-  if (!stream.flush()) throw lora::CheckpointError(out / kWeightsIndex, "cannot be written");
 }
 
 }  // namespace detail
@@ -193,7 +184,7 @@ inline size_t merge_files(const std::filesystem::path& base, const std::filesyst
   const auto index = is_sharded ? detail::make_index(base, shards) : nlohmann::json();
   remove_earlier_model(out);
   for (const auto& writer : writers) writer->finish();
-  if (is_sharded) detail::write_index(out, index);
+  if (is_sharded) write_json(out / kWeightsIndex, index);
   ConfigChanges changes;
   const bool is_wrong = read_config(base).tie_word_embeddings && !model_config.tie_word_embeddings;
   if (merged.separates_head() || is_wrong) changes.tie_word_embeddings = false;

@@ -1,4 +1,5 @@
-// How a run is going, on a terminal as a bar that is drawn again and again, elsewhere as a line now and then.
+// How long work takes and how much memory, and how a run is going: on a terminal as a bar that is drawn again and
+// again, elsewhere as a line now and then.
 #pragma once
 
 #include <torch/torch.h>
@@ -8,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -17,6 +19,15 @@
 #include <fmt/format.h>
 
 namespace gpt {
+
+/// Counts from when it is made.
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
 
 /// Bytes of memory in use: on a CUDA device what LibTorch has allocated there, else what the process has in RAM.
 inline int64_t memory_in_use(torch::Device device) {

@@ -21,6 +21,8 @@
 #include <fmt/format.h>
 #include <lora/lora.hpp>
 
+#include "config.hpp"
+
 namespace gpt {
 
 namespace detail {
@@ -173,10 +175,7 @@ inline Checkpoint save_checkpoint(const std::filesystem::path& out, int64_t step
   write_folder(target, [&](const std::filesystem::path& folder) {
     save_adapter(folder / "adapter");
     lora::write_safetensors(folder / "state.safetensors", state_tensors(state));
-    std::ofstream file(folder / "run.json");
-    file << nlohmann::json{{"step", step}, {"settings", settings}}.dump(2) << "\n";
-    file.close();
-    TORCH_CHECK(file, (folder / "run.json").string(), ": cannot be written");
+    write_json(folder / "run.json", nlohmann::json{{"step", step}, {"settings", settings}});
   });
   remove_old_checkpoints(out, 2);
   return {step, target};

@@ -4,7 +4,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -14,17 +13,9 @@
 
 #include "data.hpp"
 #include "model.hpp"
+#include "progress.hpp"
 
 namespace gpt {
-
-/// Counts from when it is made.
-class Stopwatch {
- public:
-  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
 
 inline constexpr int kSpeedPasses = 5;
 
@@ -58,9 +49,8 @@ inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters,
   model.eval();
   std::vector<double> base, adapted, merged;
   for (int pass = -1; pass < kSpeedPasses; ++pass) {
-    if (merges) base.push_back(detail::timed_forward(model, batch.inputs));
-    if (!merges) {
-      auto active = adapters.activate("");
+    {
+      auto active = adapters.activate("");  // in which weights of few bits are found
       base.push_back(detail::timed_forward(model, batch.inputs));
     }
     {

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -32,14 +31,11 @@
 #include "checkpoint.hpp"
 #include "common.hpp"
 #include "generation_config.hpp"
+#include "progress.hpp"
 #include "sampling.hpp"
 #include "tokenizer.hpp"
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 struct Options {
   std::filesystem::path model, adapters;
@@ -189,20 +185,20 @@ double ask_all(Batcher& batcher, std::vector<Request>& requests, int64_t threads
   const auto ask = [&] {
     for (auto i = next++; i < requests.size(); i = next++) {
       auto& request = requests[i];
-      const auto start = Clock::now();
+      const gpt::Stopwatch watch;
       try {
         request.answer = batcher.ask(request.adapter, request.prompt).get();
       } catch (const std::exception& error) {
         request.refusal = error.what();
       }
-      request.seconds = seconds_since(start);
+      request.seconds = watch.seconds();
     }
   };
-  const auto start = Clock::now();
+  const gpt::Stopwatch watch;
   std::vector<std::thread> clients;
   for (int64_t i = 0; i < threads; ++i) clients.emplace_back(ask);
   for (auto& client : clients) client.join();
-  return seconds_since(start);
+  return watch.seconds();
 }
 
 /// Of sorted values: the least that `percent` of them do not exceed.
@@ -257,9 +253,9 @@ int64_t count_differences(const Service& service, const std::filesystem::path& d
     Tokens expected;
     {
       auto active = adapters.activate();
-      const auto start = Clock::now();
+      const gpt::Stopwatch watch;
       expected = alone(request.prompt);
-      seconds += seconds_since(start);
+      seconds += watch.seconds();
     }
     adapters.detach();
     const auto base = alone(request.prompt);

@@ -44,11 +44,6 @@ inline const nlohmann::json kGPT2Json = {
 
 inline void write_text(const std::filesystem::path& file, const std::string& text) { std::ofstream(file) << text; }
 
-inline nlohmann::json read_text(const std::filesystem::path& file) {
-  std::ifstream stream(file);
-  return nlohmann::json::parse(stream);
-}
-
 // Random tensors under the names and in the shapes that a checkpoint of this configuration has.
 inline gpt::TensorMap random_weights(const gpt::ModelConfig& config) {
   torch::manual_seed(7);

@@ -28,7 +28,6 @@ using testing::kLlamaJson;
 using testing::ModelFolder;
 using testing::random_ids;
 using testing::random_weights;
-using testing::read_text;
 using testing::write_text;
 
 std::string config_error(const nlohmann::json& config) {
@@ -204,7 +203,18 @@ TEST_CASE("of two tables that config.json ties the file says whether they are on
   CHECK_THAT(warnings.texts[0], contains("config.json ties the head to the embedding, but the file holds two"));
   testing::TemporaryFolder target;
   gpt::save_model(*model, folder.path(), target.path());
-  CHECK(read_text(target / "config.json").at("tie_word_embeddings") == false);
+  CHECK(gpt::read_json(target / "config.json").at("tie_word_embeddings") == false);
+}
+
+TEST_CASE("JSON that cannot be written is an error that names the file") {
+  const testing::TemporaryFolder folder;
+  const nlohmann::ordered_json json{{"b", {1, 2}}, {"a", nullptr}};
+  gpt::write_json(folder.path() / "file.json", json);
+  std::ifstream stream(folder.path() / "file.json");
+  CHECK(nlohmann::ordered_json::parse(stream).dump() == json.dump());
+  const auto none = (folder.path() / "none/file.json").string();
+  for (const auto& file : {none, std::string("/dev/full")})  // which opens, and has no room
+    CHECK_THAT(error_of([&] { gpt::write_json(file, json); }), contains(file + ": cannot be written"));
 }
 
 TEST_CASE("a merged head is saved apart from the embedding it was tied to") {
@@ -296,7 +306,7 @@ TEST_CASE("save_model and load_model give the same model back") {
   gpt::save_model(*half, folder.path(), target);
   CHECK(!std::filesystem::exists(target / "model.safetensors.index.json"));
   const char* key = config.contains("dtype") ? "dtype" : "torch_dtype";
-  CHECK(read_text(target / "config.json").at(key) == "bfloat16");
+  CHECK(gpt::read_json(target / "config.json").at(key) == "bfloat16");
   CHECK(lora::read_safetensors(target / "model.safetensors").begin()->second.scalar_type() == torch::kBFloat16);
 
   CHECK_THROWS_WITH(gpt::save_model(*model, folder.path(), folder.path()),

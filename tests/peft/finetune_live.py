@@ -4,14 +4,16 @@ For a Llama and a GPT-2, with LoRA and with DoRA: twenty steps, replayed by peft
 batches (every loss within 1e-5); every adapter tensor must have trained in both; the adapter written must give peft the
 logits that it gives here; and the merged directories of finetune_gpt and of merge_checkpoint must load in transformers
 and give the logits of peft's merged model. What generate says greedily, with that adapter or with it merged, is what
-peft's model says. A run in bfloat16 trains, and shows samples from before and after; so do runs with the base in few
-bits, whose adapters are merged into the weights of the files.
+peft's model says. A run in bfloat16 trains, and shows samples from before and after. Runs with the base in few bits
+train; their adapters are merged into the weights of the files, which again give the logits of peft's merged model, and
+generate says the same twice with them, to the last token.
 """
 
 import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,14 +56,20 @@ def write_data(folder):
     return {"--text": ["--text", text], "--jsonl": ["--jsonl", pairs], "conversations": ["--jsonl", conversations]}
 
 
-def run(program, *arguments, said=""):
-    """What the program prints, given `said` on its standard input."""
+def run_whole(program, *arguments, said=""):
+    """The program, which has to succeed, given `said` on its standard input."""
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would only wait for each other in models this small
     command = [program, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, env=one_thread, input=said.encode())
     if result.returncode != 0:
-        fail(f"{program.name} ended with {result.returncode}: {(result.stderr.strip() or result.stdout.strip()).decode()}")
-    return result.stdout
+        reason = (result.stderr.strip() or result.stdout.strip()).decode()
+        fail(f"{program.name} ended with {result.returncode}: {reason}")
+    return result
+
+
+def run(program, *arguments, said=""):
+    """What such a program prints."""
+    return run_whole(program, *arguments, said=said).stdout
 
 
 def fine_tune(programs, base, data, method, out):
@@ -145,7 +153,8 @@ def check_bfloat16(programs, base, data, out):
     """That it trains; what it costs in digits is in the tests of the library."""
     options = ["--model", base, *data, "--out", out, "--dtype", "bfloat16", "--lr", 2e-2, "--prompt", "The river"]
     sizes = ["--steps", 20, "--warmup", 2, "--batch", 2, "--block", 32, "--rank", 4, "--eval-every", 20]
-    said = run(programs / "finetune_gpt", *options, *sizes, "--sample-tokens", 5, "--device", "cpu").decode(errors="replace")
+    said = run(programs / "finetune_gpt", *options, *sizes, "--sample-tokens", 5, "--device", "cpu")
+    said = said.decode(errors="replace")
     samples = [line for line in said.splitlines() if line.startswith(("sample ", "  The river >>> "))]
     with open(out / "metrics.csv", newline="") as file:
         losses = [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
@@ -157,27 +166,44 @@ def check_bfloat16(programs, base, data, out):
     return shows_both and losses[-1] < losses[0] - 0.1
 
 
+def written_tokens(result):
+    """How many tokens generate says that it wrote, of which each is a byte or more of its output."""
+    count = int(re.search(rb"^(\d+) tokens after", result.stderr, re.MULTILINE).group(1))
+    return count if len(result.stdout) > count else 0
+
+
 def check_quantized(programs, base, data, out):
-    """A base in few bits trains; its adapter is merged into the weights of the files, and generate runs with it."""
+    """A base in few bits trains; its adapter is merged into the weights of the files, and generate runs with it.
+
+    That the numbers of such a model are right is in the tests of the library; here, that the options reach it.
+    """
     quantized = ["--quantize", "nf4", "--quantize-embedding", "int8"]
     options = ["--model", base, *data, "--out", out, *quantized, "--lr", 2e-2, "--device", "cpu", "--sample-tokens", 0]
     sizes = ["--steps", 20, "--warmup", 2, "--batch", 2, "--block", 32, "--rank", 4, "--eval-every", 20]
     said = run(programs / "finetune_gpt", *options, *sizes).decode()
     with open(out / "metrics.csv", newline="") as file:
         losses = [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
-    run(programs / "merge_checkpoint", base, out / "adapter", out / "merged_from_files")
+    generate = [programs / "generate", "--model", base, *quantized, "--prompt", "The river rises in"]
+    generate += ["--temperature", 0, "--max-new-tokens", TOKENS]
+    with_adapter = [*generate, "--adapter", out / "adapter"]
+    alone = run(*generate)
+    adapted, again = (run_whole(*with_adapter) for _ in range(2))
+    wrong = subprocess.run([*map(str, with_adapter), "--merge"], capture_output=True)
+    print(f"in few bits: validation losses {losses}; generate: {alone!r}, adapted {adapted.stdout!r}")
+    merged_logits = check_logits(programs, base, out)
     merged = [(out / name / "model.safetensors").read_bytes() for name in ("merged", "merged_from_files")]
-    load_base(out / "merged", "float32")
-    prompt = ["--model", base, *quantized, "--prompt", "The river rises in", "--temperature", 0, "--max-new-tokens", TOKENS]
-    alone = run(programs / "generate", *prompt)
-    adapted = run(programs / "generate", *prompt, "--adapter", out / "adapter")
-    wrong = subprocess.run(
-        list(map(str, [programs / "generate", *prompt, "--adapter", out / "adapter", "--merge"])), capture_output=True
-    )
-    print(f"in few bits: validation losses {losses}; generate: {alone!r}, adapted {adapted!r}")
-    refused = wrong.returncode == 2 and b"merge_checkpoint" in wrong.stderr
-    names = "linear layers but the head in nf4" in said and "embedding and head in int8" in said
-    return losses[-1] < losses[0] - 0.1 and merged[0] == merged[1] and len(adapted) > 1 and adapted != alone and refused and names
+    passed = {
+        "trains": losses[-1] < losses[0] - 0.1,
+        "says so": "linear layers but the head in nf4" in said and "embedding and head in int8" in said,
+        "merged as in peft": merged_logits,
+        "merges as merge_checkpoint": merged[0] == merged[1],  # by the same function: that it is called
+        "generates all tokens": written_tokens(adapted) == TOKENS,
+        "generates the same again": adapted.stdout == again.stdout,
+        "generates with the adapter": adapted.stdout != alone,  # that it is read
+        "refuses to merge": wrong.returncode == 2 and b"merge_checkpoint" in wrong.stderr,
+    }
+    print("in few bits:", "; ".join(f"{name}: {'yes' if is_so else 'NO'}" for name, is_so in passed.items()))
+    return all(passed.values())
 
 
 def check_same_files(out):
@@ -219,7 +245,8 @@ def main():
         if not check_bfloat16(programs, folder / "llama", data["--text"], folder / "bfloat16"):
             failed.append("bfloat16")
         for architecture in "llama", "gpt2":
-            if not check_quantized(programs, folder / architecture, data["--text"], folder / f"{architecture}_quantized"):
+            out = folder / f"{architecture}_quantized"
+            if not check_quantized(programs, folder / architecture, data["--text"], out):
                 failed.append(f"{architecture} in few bits")
     print(f"\n{count} checks, {len(failed)} failed{': ' if failed else ''}{'; '.join(failed)}")
     return int(bool(failed) or count != 5 * len(RUNS) + 3)

@@ -1,10 +1,11 @@
 """Replays an exported run in peft: python replay_run.py RUN_DIR METRICS_CSV [options]
 
 RUN_DIR holds run.json (model, steps, accumulate, lr of each step, betas, eps, weight_decay, clip, dropout, dtype,
-quantize, quantize_embedding, eval_every), batches.safetensors (train_inputs and train_targets, int64 (steps, accumulate, B, T), and
-validation_inputs and validation_targets, (n, T); targets are shifted already and -100 does not count) and
-initial_adapter, the PEFT directory from before the first step. The same batches go through transformers, peft and
-torch.optim.AdamW; the losses of METRICS_CSV are printed beside peft's. Exits with 1 when one is out of tolerance.
+quantize, quantize_embedding, eval_every), batches.safetensors (train_inputs and train_targets, int64 (steps,
+accumulate, B, T), and validation_inputs and validation_targets, (n, T); targets are shifted already and -100 does not
+count) and initial_adapter, the PEFT directory from before the first step. The same batches go through transformers,
+peft and torch.optim.AdamW; the losses of METRICS_CSV are printed beside peft's. Exits with 1 when one is out of
+tolerance.
 """
 
 import argparse
