@@ -162,13 +162,6 @@ inline const char* dtype_name(torch::ScalarType dtype) {
   }
 }
 
-// What a file of these tensors announces.
-inline std::vector<lora::TensorInfo> tensor_infos(const TensorMap& tensors) {
-  std::vector<lora::TensorInfo> infos;
-  for (const auto& [name, tensor] : tensors) infos.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
-  return infos;
-}
-
 // What a directory holds beside the weights and config.json.
 inline const std::vector<std::string>& companion_files() {
   static const std::vector<std::string> names = {
@@ -275,7 +268,7 @@ inline void save_model(LanguageModelImpl& model, const std::filesystem::path& so
   auto tensors = detail::stored_parameters(model);
   for (auto& [name, tensor] : tensors)
     tensor = detail::is_stored_transposed(model.config, name) ? tensor.detach().t() : tensor.detach();
-  lora::SafetensorsWriter writer(target_dir / kWeights, detail::tensor_infos(tensors));
+  lora::SafetensorsWriter writer(target_dir / kWeights, lora::tensor_infos(tensors));
   for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
   remove_earlier_model(target_dir);
   writer.finish();

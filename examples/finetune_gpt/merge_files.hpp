@@ -140,7 +140,7 @@ inline void separate_head(const MergedWeights& merged, Shards& shards) {
 inline std::unique_ptr<lora::SafetensorsWriter> write_shard(const std::filesystem::path& file, const TensorMap& tensors,
                                                             const MergedWeights& merged) {
   std::filesystem::create_directories(file.parent_path());
-  auto writer = std::make_unique<lora::SafetensorsWriter>(file, tensor_infos(tensors));
+  auto writer = std::make_unique<lora::SafetensorsWriter>(file, lora::tensor_infos(tensors));
   for (const auto& [name, tensor] : tensors) writer->write(name, merged.at(name, tensor));
   return writer;
 }
