@@ -29,6 +29,21 @@ class Site;
 struct Term;
 struct Update;
 
+namespace detail {
+
+struct ActiveAdapter;
+class ActiveSet;
+class ActiveSets;
+struct AdapterEntry;
+struct AdapterList;
+struct HeldWeight;
+struct Merging;
+class Scope;
+class ScopeGuard;
+class Usage;
+
+}  // namespace detail
+
 template <class Method>
 class LoRALinear;
 template <class Method>

@@ -3,7 +3,9 @@
 #include <ATen/ThreadLocalState.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 
-#include <lora/intercept/kernels.hpp>
+#include <lora/fwd.hpp>
+#include <lora/intercept/carried_here.hpp>
+#include <lora/linkage.hpp>
 #include <lora/version.hpp>
 
 #include <exception>
@@ -65,41 +67,16 @@ class Carried {
 class [[nodiscard]] Activation {
  public:
   Activation(std::shared_ptr<const detail::ActiveSet> set, std::shared_ptr<detail::Usage> usage,
-             bool needs_plain_scripts)
-      : scope_(std::make_shared<const detail::Scope>(std::move(set), std::move(usage), needs_plain_scripts)),
-        guard_(std::make_unique<detail::ScopeGuard>(scope_)) {}
+             bool needs_plain_scripts);
 
-  ~Activation() {
-    const bool is_moved_from = scope_ == nullptr;
-    if (!is_moved_from && std::uncaught_exceptions() == exceptions_) warn();
-  }
+  ~Activation();
 
   /// Moved to another variable of the same thread, e.g. into a std::optional.
-  Activation(Activation&&) = default;
+  Activation(Activation&&) noexcept;
   Activation& operator=(Activation&&) = delete;
 
  private:
-  void warn() const {
-    const auto unreached = names([](const Site& site) { return site.uses.count == 0; });
-    scope_->usage->warn_of_unreached(unreached);
-    const bool is_base = scope_->set->sites().empty();  // for every row
-    if (unreached.empty() && !is_base && scope_->was_passed && !scope_->was_used) scope_->usage->warn_of_other_model();
-    if (scope_->was_used) scope_->usage->warn_of_statistics(scope_->set->statistics());
-    // One use without gradient may be that of a checkpoint, which is computed again when the scope has ended.
-    scope_->usage->warn_of_gradients(
-        names([](const Site& site) { return site.uses.without_gradient > 1 && !site.uses.with_gradient; }));
-  }
-
-  /// Names of the scope's layers that are so.
-  template <class Is>
-  std::vector<std::string> names(const Is& is) const {
-    std::vector<std::string> names;
-    for (const auto& active : scope_->set->sites()) {
-      const bool is_layer = !active.site->kind().empty();  // and not a bias, or what is trained in full
-      if (is_layer && is(*active.site)) names.push_back(active.site->name());
-    }
-    return names;
-  }
+  void warn() const;
 
   std::shared_ptr<const detail::Scope> scope_;
   std::unique_ptr<detail::ScopeGuard> guard_;
@@ -120,3 +97,53 @@ auto carry(Function function) {
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#if LORA_BODIES
+
+#include <lora/intercept/kernels.hpp>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+namespace detail {
+
+/// Names of a scope's layers that are so.
+template <class Is>
+std::vector<std::string> names_of(const Scope& scope, const Is& is) {
+  std::vector<std::string> names;
+  for (const auto& active : scope.set->sites()) {
+    const bool is_layer = !active.site->kind().empty();  // and not a bias, or what is trained in full
+    if (is_layer && is(*active.site)) names.push_back(active.site->name());
+  }
+  return names;
+}
+
+}  // namespace detail
+
+LORA_INLINE Activation::Activation(Activation&&) noexcept = default;
+
+LORA_INLINE Activation::Activation(std::shared_ptr<const detail::ActiveSet> set, std::shared_ptr<detail::Usage> usage,
+                                   bool needs_plain_scripts)
+    : scope_(std::make_shared<const detail::Scope>(std::move(set), std::move(usage), needs_plain_scripts)),
+      guard_(std::make_unique<detail::ScopeGuard>(scope_)) {}
+
+LORA_INLINE Activation::~Activation() {
+  const bool is_moved_from = scope_ == nullptr;
+  if (!is_moved_from && std::uncaught_exceptions() == exceptions_) warn();
+}
+
+LORA_INLINE void Activation::warn() const {
+  const auto unreached = detail::names_of(*scope_, [](const Site& site) { return site.uses.count == 0; });
+  scope_->usage->warn_of_unreached(unreached);
+  const bool is_base = scope_->set->sites().empty();  // for every row
+  if (unreached.empty() && !is_base && scope_->was_passed && !scope_->was_used) scope_->usage->warn_of_other_model();
+  if (scope_->was_used) scope_->usage->warn_of_statistics(scope_->set->statistics());
+  // One use without gradient may be that of a checkpoint, which is computed again when the scope has ended.
+  scope_->usage->warn_of_gradients(detail::names_of(
+      *scope_, [](const Site& site) { return site.uses.without_gradient > 1 && !site.uses.with_gradient; }));
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES

@@ -16,7 +16,7 @@ namespace detail {
 
 /// The SHA-1, in hexadecimal digits, of all that decides what an adapter computes: the layers, their methods, scalings
 /// and scales, and the numbers in the tensors.
-inline std::string fingerprint(const AdapterList::Entry& entry) {
+inline std::string fingerprint(const AdapterEntry& entry) {
   std::string content;
   const auto add = [&](double number) {
     char bytes[sizeof number];

@@ -20,24 +20,25 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
+/// One adapter of a model, and how it counts.
+struct AdapterEntry {
+  std::string name;
+  std::shared_ptr<const Adapter> adapter;
+  double scale = 1;                           ///< a factor for the update as a whole
+  std::map<std::string, double> scales = {};  ///< further ones, for layers or tensors
+
+  /// The factor for what the adapter does to one tensor: its own one, or that of its layer.
+  double scale_of(const AdapterPart& part) const {
+    if (scales.empty()) return scale;
+    auto own = scales.find(part.changed());
+    if (own == scales.end()) own = scales.find(owner_of(part.changed()));
+    return own == scales.end() ? scale : scale * own->second;
+  }
+};
+
 /// The adapters of a model by name, in the order in which they were added; not changed once it is published.
 struct AdapterList {
-  struct Entry {
-    std::string name;
-    std::shared_ptr<const Adapter> adapter;
-    double scale = 1;                           ///< a factor for the update as a whole
-    std::map<std::string, double> scales = {};  ///< further ones, for layers or tensors
-
-    /// The factor for what the adapter does to one tensor: its own one, or that of its layer.
-    double scale_of(const AdapterPart& part) const {
-      if (scales.empty()) return scale;
-      auto own = scales.find(part.changed());
-      if (own == scales.end()) own = scales.find(owner_of(part.changed()));
-      return own == scales.end() ? scale : scale * own->second;
-    }
-  };
-
-  const Entry* find(const std::string& name) const {
+  const AdapterEntry* find(const std::string& name) const {
     const auto found = std::find_if(entries.begin(), entries.end(), [&](const auto& e) { return e.name == name; });
     return found == entries.end() ? nullptr : &*found;
   }
@@ -47,8 +48,14 @@ struct AdapterList {
     return names;
   }
 
-  std::vector<Entry> entries;
+  std::vector<AdapterEntry> entries;
   std::vector<Place> running_means;  ///< of the model
+};
+
+/// An adapter and its active set.
+struct ActiveAdapter {
+  std::shared_ptr<const Adapter> adapter;
+  std::shared_ptr<const ActiveSet> set;
 };
 
 /// A list that is copied on write: who reads it has it as it was then, and waits for nobody but for the copy of a
@@ -71,15 +78,9 @@ class AdapterRegistry {
     list_ = std::move(next);
   }
 
-  /// An adapter and its active set.
-  struct Active {
-    std::shared_ptr<const Adapter> adapter;
-    std::shared_ptr<const ActiveSet> set;
-  };
-
   /// Those of that adapter, if they were made from this list and the weights are the same still.
-  std::optional<Active> active(const std::string& name) const {
-    std::optional<Active> found;
+  std::optional<ActiveAdapter> active(const std::string& name) const {
+    std::optional<ActiveAdapter> found;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const auto active = sets_.find(name);
@@ -88,13 +89,13 @@ class AdapterRegistry {
     return found && found->set->is_current() ? found : std::nullopt;
   }
 
-  void keep(const std::string& name, const std::shared_ptr<const AdapterList>& list, const Active& active) {
+  void keep(const std::string& name, const std::shared_ptr<const AdapterList>& list, const ActiveAdapter& active) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (list == list_) sets_[name] = active;
   }
 
  private:
-  using Entries = std::unordered_map<std::string_view, const AdapterList::Entry*>;
+  using Entries = std::unordered_map<std::string_view, const AdapterEntry*>;
 
   static Entries by_name(const AdapterList& list) {
     Entries entries;
@@ -111,7 +112,7 @@ class AdapterRegistry {
 
   mutable std::mutex mutex_;
   std::shared_ptr<const AdapterList> list_ = std::make_shared<const AdapterList>();
-  std::map<std::string, Active> sets_;
+  std::map<std::string, ActiveAdapter> sets_;
 };
 
 /// Whether the tensor is that of the layer of that name, or whose name ends in a dot and it, or its bias.
@@ -182,7 +183,7 @@ class ActiveSets {
 };
 
 /// The active set of one adapter. Marks the weights, some of which may have lost the key when they were moved.
-inline std::shared_ptr<const ActiveSet> make_active_set(const AdapterList& all, const AdapterList::Entry& entry) {
+inline std::shared_ptr<const ActiveSet> make_active_set(const AdapterList& all, const AdapterEntry& entry) {
   std::vector<ActiveSite> sites;
   for (const auto& part : entry.adapter->parts) {
     mark(part.site->slot().handles().member);

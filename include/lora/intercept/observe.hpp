@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 
+#include <lora/intercept/weight_use.hpp>
 #include <lora/selection/text.hpp>
 #include <lora/site.hpp>
 #include <lora/version.hpp>
@@ -18,14 +19,6 @@
 
 namespace lora {
 inline namespace LORA_ABI {
-
-/// One operator that a weight was given to.
-struct WeightUse {
-  std::string layer;      ///< the name of the layer
-  std::string operation;  ///< "aten::linear"
-  bool adapted = false;   ///< whether it computed with the adapters
-  int64_t count = 0;      ///< how often
-};
 
 namespace detail {
 

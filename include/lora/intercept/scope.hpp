@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 
+#include <lora/intercept/carried_here.hpp>
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
 #include <lora/system/attributes.hpp>
@@ -208,23 +209,6 @@ inline void check_left(const Scope& scope) {
 /// Whether the uses of that kind are those of the site. A layer that has its weight for itself has them all; of a tied
 /// weight each has its own.
 inline bool has_use(const Site& site, Use use) { return overlap(site.use(), use) || site.place().tied_to.empty(); }
-
-/// While it lives, what runs on this thread was wrapped by `carry`.
-class CarriedHere {
- public:
-  CarriedHere() { ++depth(); }
-  ~CarriedHere() { --depth(); }
-  CarriedHere(const CarriedHere&) = delete;
-  CarriedHere& operator=(const CarriedHere&) = delete;
-
-  static bool is() { return depth() > 0; }
-
- private:
-  LORA_SHARED static int& depth() {
-    thread_local int count = 0;
-    return count;
-  }
-};
 
 /// Whether other threads, which are in no scope, compute beside this one.
 inline bool is_beside_others(const Scope& scope) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <lora/linkage.hpp>
 #include <lora/method/dora.hpp>
 #include <lora/method/ia3.hpp>
 #include <lora/method/low_rank.hpp>
@@ -10,8 +11,24 @@
 
 namespace lora {
 inline namespace LORA_ABI {
+
+/// Every method of the library; the first one is the default.
+LORA_INLINE const std::vector<MethodKind>& all_methods();
+
+/// Makes a method of a user's own known to the readers of adapter files. Called once, before files are read, and not
+/// beside other threads that do. Throws c10::ValueError when its name, or its type and flag in files, are taken.
+LORA_INLINE void register_method(const MethodKind& method);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+namespace lora {
+inline namespace LORA_ABI {
 namespace detail {
 
+/// A new method of the library is added here and nowhere else.
 inline std::vector<MethodKind>& method_list() {
   static std::vector<MethodKind> methods{LowRank(), DoRA(), VeRA(), IA3()};
   return methods;
@@ -19,12 +36,9 @@ inline std::vector<MethodKind>& method_list() {
 
 }  // namespace detail
 
-/// Every method of the library; the first one is the default. A new method is added above and nowhere else.
-inline const std::vector<MethodKind>& all_methods() { return detail::method_list(); }
+LORA_INLINE const std::vector<MethodKind>& all_methods() { return detail::method_list(); }
 
-/// Makes a method of a user's own known to the readers of adapter files. Called once, before files are read, and not
-/// beside other threads that do. Throws c10::ValueError when its name, or its type and flag in files, are taken.
-inline void register_method(const MethodKind& method) {
+LORA_INLINE void register_method(const MethodKind& method) {
   for (const auto& known : all_methods()) {
     const auto &a = known.info(), &b = method.info();
     TORCH_CHECK_VALUE(a.name != b.name && (a.peft_type != b.peft_type || a.peft_flag != b.peft_flag),
@@ -36,3 +50,5 @@ inline void register_method(const MethodKind& method) {
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES
