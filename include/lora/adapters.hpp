@@ -715,7 +715,8 @@ LORA_INLINE Report Adapters::report() const {
   const auto all = list();
   for (const auto& entry : all->entries) {
     for (const auto& part : entry.adapter->parts) {
-      if (part.role == AdapterPart::Role::kLayer) report.layers.push_back(detail::report_row(part, entry.scale_of(part)));
+      if (part.role == AdapterPart::Role::kLayer)
+        report.layers.push_back(detail::report_row(part, entry.scale_of(part)));
     }
     for (const auto& item : entry.adapter->named_parameters()) report.trainable += item.value().numel();
   }

@@ -1,16 +1,57 @@
 #pragma once
 
+#include <lora/adapter/combine_options.hpp>
+#include <lora/adapter/weighted.hpp>
+#include <lora/adapters.hpp>
+#include <lora/linkage.hpp>
+#include <lora/version.hpp>
+
+#include <string>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// Adds an adapter that is made of others: of each layer that one of them changes
+///
+///   update = sum_i w_i delta_i,   delta_i = W'_i - W with the adapter's `set_scale`,
+///
+/// or what else `options` say. It is a LowRank adapter with alpha = rank that acts, trains, merges and is saved like
+/// any other; without dropout, trainable, and independent of the adapters that it was made of. Weights may be negative.
+/// Layers that only some of the adapters change get the updates of these. Biases, and modules that are trained in full
+/// in one of the adapters, are the weighted sum of their differences from the model, whatever the kind. (A module whose
+/// bias has no place in a LoRA's files, as IA3 changes that of an attention's inputs, becomes one trained in full.)
+///
+///   adapters.combine("both", {{"french", 0.5}, {"poet", -2.0}});
+///   adapters.combine("small", {{"french"}, {"poet"}}, lora::CombineOptions(lora::CombineKind::kSvd).rank(8));
+///   adapters.combine("merged", {{"a"}, {"b"}, {"c"}}, lora::CombineOptions(lora::CombineKind::kTies).density(0.2));
+///
+/// FlexLoRA: clients train adapters of different ranks, the server averages their updates, and each client gets the
+/// average back in its own rank:
+///
+///   adapters.combine("average", {{"phone", 0.2}, {"laptop", 0.8}});  // weights: shares of the data
+///   const auto average = [](int64_t rank) { return lora::CombineOptions(lora::CombineKind::kSvd).rank(rank); };
+///   adapters.combine("to phone", {{"average"}}, average(4));
+///   adapters.combine("to laptop", {{"average"}}, average(64));
+///
+/// Errors: c10::ValueError for no adapters, weights that are not finite, and options out of range or of another kind;
+/// c10::Error for a name that is taken, one that is unknown, and updates that are not finite. Nothing is changed then.
+/// References: Yadav et al. 2023, "TIES-Merging"; Yu et al. 2023, "Language Models are Super Mario" (DARE); Bai et al.
+/// 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources" (FlexLoRA).
+LORA_INLINE void combine_adapters(Adapters& adapters, const std::string& name, const WeightedAdapters& parts,
+                                  const CombineOptions& options = {});
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/matmul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <lora/adapter/combine_options.hpp>
 #include <lora/adapter/combined_update.hpp>
-#include <lora/adapter/weighted.hpp>
-#include <lora/adapters.hpp>
-#include <lora/version.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -19,12 +60,12 @@
 #include <memory>
 #include <numeric>
 #include <set>
-#include <string>
 #include <utility>
 #include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
+
 namespace detail {
 
 /// Makes the adapter of a combination: works out a configuration that means all that the others change, and fills it.
@@ -262,34 +303,8 @@ class Combination {
 
 }  // namespace detail
 
-/// Adds an adapter that is made of others: of each layer that one of them changes
-///
-///   update = sum_i w_i delta_i,   delta_i = W'_i - W with the adapter's `set_scale`,
-///
-/// or what else `options` say. It is a LowRank adapter with alpha = rank that acts, trains, merges and is saved like
-/// any other; without dropout, trainable, and independent of the adapters that it was made of. Weights may be negative.
-/// Layers that only some of the adapters change get the updates of these. Biases, and modules that are trained in full
-/// in one of the adapters, are the weighted sum of their differences from the model, whatever the kind. (A module whose
-/// bias has no place in a LoRA's files, as IA3 changes that of an attention's inputs, becomes one trained in full.)
-///
-///   adapters.combine("both", {{"french", 0.5}, {"poet", -2.0}});
-///   adapters.combine("small", {{"french"}, {"poet"}}, lora::CombineOptions(lora::CombineKind::kSvd).rank(8));
-///   adapters.combine("merged", {{"a"}, {"b"}, {"c"}}, lora::CombineOptions(lora::CombineKind::kTies).density(0.2));
-///
-/// FlexLoRA: clients train adapters of different ranks, the server averages their updates, and each client gets the
-/// average back in its own rank:
-///
-///   adapters.combine("average", {{"phone", 0.2}, {"laptop", 0.8}});  // weights: shares of the data
-///   const auto average = [](int64_t rank) { return lora::CombineOptions(lora::CombineKind::kSvd).rank(rank); };
-///   adapters.combine("to phone", {{"average"}}, average(4));
-///   adapters.combine("to laptop", {{"average"}}, average(64));
-///
-/// Errors: c10::ValueError for no adapters, weights that are not finite, and options out of range or of another kind;
-/// c10::Error for a name that is taken, one that is unknown, and updates that are not finite. Nothing is changed then.
-/// References: Yadav et al. 2023, "TIES-Merging"; Yu et al. 2023, "Language Models are Super Mario" (DARE); Bai et al.
-/// 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources" (FlexLoRA).
-inline void combine_adapters(Adapters& adapters, const std::string& name, const WeightedAdapters& parts,
-                             const CombineOptions& options = {}) {
+LORA_INLINE void combine_adapters(Adapters& adapters, const std::string& name, const WeightedAdapters& parts,
+                                  const CombineOptions& options) {
   const detail::BelowInterception below;
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   at::NoGradGuard no_grad;
@@ -303,3 +318,5 @@ inline void combine_adapters(Adapters& adapters, const std::string& name, const 
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

@@ -1,18 +1,11 @@
 #pragma once
 
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/isfinite.h>
-
-#include <lora/adapter/factors.hpp>
 #include <lora/adapters.hpp>
+#include <lora/linkage.hpp>
 #include <lora/version.hpp>
 
-#include <algorithm>
 #include <map>
-#include <memory>
-#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace lora {
@@ -38,6 +31,49 @@ struct ExtractReport {
   /// norms, for example, and whatever is no target. `modules_to_save`, `bias` and `lora_bias` take them in.
   std::vector<std::string> left_out;
 };
+
+/// The adapter that comes nearest to a full fine-tune of a model. Of each layer that `config` selects, the difference
+/// is cut off after the largest singular values, which is the best matrix of that rank:
+///
+///   W_tuned - W = U S V^T,   A = V_r^T,   B = U_r S_r / s
+///
+/// Shapes: as for `LowRank`; where the rank exceeds what the layer has, the rest is zero. `finetuned` are the tensors
+/// of the other model under the names that they have in this one, as `read_safetensors` gives them. What
+/// `modules_to_save` and `bias` name is taken over as it is, and `lora_bias` holds the differences of the adapted
+/// layers' biases. The model is adapted as by `attach`, and otherwise as it was.
+///
+///   auto adapters = lora::extract(*base, lora::read_safetensors("tuned.safetensors"),
+///                                 lora::LoRAConfig(16).target_modules(lora::all_linear));
+///   adapters.save("adapter");
+///
+/// Errors: c10::Error that names a tensor which is missing, of another shape or not finite; for another method than
+/// LowRank; for an energy out of (0, 1]; and those of `attach`. The model is unchanged then.
+/// Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+LORA_INLINE Adapters extract(torch::nn::Module& base, const std::map<std::string, at::Tensor>& finetuned,
+                             const LoRAConfig& config, const ExtractOptions& options = {},
+                             ExtractReport* report = nullptr);
+
+/// The same for a model of the same structure.
+LORA_INLINE Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, const LoRAConfig& config,
+                             const ExtractOptions& options = {}, ExtractReport* report = nullptr);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/isfinite.h>
+
+#include <lora/adapter/factors.hpp>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <utility>
+
+namespace lora {
+inline namespace LORA_ABI {
 
 namespace detail {
 
@@ -196,25 +232,8 @@ class Extraction {
 
 }  // namespace detail
 
-/// The adapter that comes nearest to a full fine-tune of a model. Of each layer that `config` selects, the difference
-/// is cut off after the largest singular values, which is the best matrix of that rank:
-///
-///   W_tuned - W = U S V^T,   A = V_r^T,   B = U_r S_r / s
-///
-/// Shapes: as for `LowRank`; where the rank exceeds what the layer has, the rest is zero. `finetuned` are the tensors
-/// of the other model under the names that they have in this one, as `read_safetensors` gives them. What
-/// `modules_to_save` and `bias` name is taken over as it is, and `lora_bias` holds the differences of the adapted
-/// layers' biases. The model is adapted as by `attach`, and otherwise as it was.
-///
-///   auto adapters = lora::extract(*base, lora::read_safetensors("tuned.safetensors"),
-///                                 lora::LoRAConfig(16).target_modules(lora::all_linear));
-///   adapters.save("adapter");
-///
-/// Errors: c10::Error that names a tensor which is missing, of another shape or not finite; for another method than
-/// LowRank; for an energy out of (0, 1]; and those of `attach`. The model is unchanged then.
-/// Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
-inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at::Tensor>& finetuned,
-                        const LoRAConfig& config, const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
+LORA_INLINE Adapters extract(torch::nn::Module& base, const std::map<std::string, at::Tensor>& finetuned,
+                             const LoRAConfig& config, const ExtractOptions& options, ExtractReport* report) {
   const auto model = std::make_shared<ModuleModel>(base);
   Adapters adapters(model);
   auto plan = adapters.plan(config);
@@ -227,9 +246,8 @@ inline Adapters extract(torch::nn::Module& base, const std::map<std::string, at:
   return adapters;
 }
 
-/// The same for a model of the same structure.
-inline Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, const LoRAConfig& config,
-                        const ExtractOptions& options = {}, ExtractReport* report = nullptr) {
+LORA_INLINE Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, const LoRAConfig& config,
+                             const ExtractOptions& options, ExtractReport* report) {
   std::map<std::string, at::Tensor> tensors;
   for (const auto& tensor : ModuleModel(finetuned).tensors())
     tensors.emplace(tensor.place.name, tensor.place.slot->read());
@@ -238,3 +256,5 @@ inline Adapters extract(torch::nn::Module& base, torch::nn::Module& finetuned, c
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

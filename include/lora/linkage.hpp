@@ -1,8 +1,8 @@
 #pragma once
 
-// Where the bodies of functions are. By default in the headers, and each program compiles those that it calls. A program
-// that links lora::compiled, or defines LORA_COMPILED and compiles cmake/lora_compiled.cpp along, has them from there:
-// its headers only declare what is marked so, and a compiler needs less time for them.
+// Where the bodies of functions are. By default in the headers, and each program compiles those that it calls. A
+// program that links lora::compiled, or defines LORA_COMPILED and compiles cmake/lora_compiled.cpp along, has them from
+// there: its headers only declare what is marked so, and a compiler needs less time for them.
 
 #if defined(LORA_COMPILED)
 #define LORA_INLINE

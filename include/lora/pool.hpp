@@ -1,20 +1,18 @@
 #pragma once
 
-#include <c10/core/InferenceMode.h>
-
 #include <lora/adapters.hpp>
-#include <lora/peft/checkpoint.hpp>
+#include <lora/fwd.hpp>
+#include <lora/linkage.hpp>
+#include <lora/model/model.hpp>
+#include <lora/peft/load_options.hpp>
 #include <lora/version.hpp>
 
-#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <future>
 #include <initializer_list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <set>
 #include <string>
 #include <utility>
@@ -57,6 +55,123 @@ struct AdapterPoolMetrics {
   int64_t pinned = 0;     ///< of these, in scopes that are open, or held
   int64_t bytes = 0;      ///< of their tensors
 };
+
+namespace detail {
+
+class PoolState;
+
+/// Adapters that stay where they are while it lives.
+class Pins {
+ public:
+  explicit Pins(std::shared_ptr<PoolState> pool);
+  Pins(Pins&&) = default;
+  Pins& operator=(Pins&&) = delete;
+  ~Pins();
+
+  void add(const std::string& name);
+
+ private:
+  std::shared_ptr<PoolState> pool_;
+  std::set<std::string> names_;
+};
+
+}  // namespace detail
+
+/// A scope of a pool's adapters, which are held as long as it is open.
+class [[nodiscard]] PoolActivation {
+ public:
+  PoolActivation(detail::Pins pins, Activation activation)
+      : pins_(std::move(pins)), activation_(std::move(activation)) {}
+  PoolActivation(PoolActivation&&) = default;
+  PoolActivation& operator=(PoolActivation&&) = delete;
+
+ private:
+  detail::Pins pins_;
+  Activation activation_;  // is left first
+};
+
+/// Adapters of a pool that stay in memory while it lives, whether a scope has them or not. It may outlive the pool, and
+/// end on any thread.
+class [[nodiscard]] PoolHold {
+ public:
+  explicit PoolHold(detail::Pins pins) : pins_(std::move(pins)) {}
+  PoolHold(PoolHold&&) = default;
+  PoolHold& operator=(PoolHold&&) = delete;
+
+ private:
+  detail::Pins pins_;
+};
+
+/// Many adapters of one model, of which those that are in use are in memory: loaded when they are first asked for, and
+/// dropped when others need the room and nobody has asked for them for longest.
+///
+///   lora::AdapterPool pool(*model, lora::AdapterPoolOptions("customers").memory_budget(1 << 28));
+///   auto active = pool.activate({"anna", "", "otto"});  // of a batch of three rows; "" is the base model
+///   auto y = model->forward(x);
+///
+/// The adapters are for inference: their tensors require no gradients. Any number of threads may use a pool at a time;
+/// two that ask for one adapter load it once. Errors: those of loading, with the name of the adapter, and nothing is
+/// changed; c10::Error when open scopes and holds leave no room in the budget.
+class AdapterPool {
+ public:
+  AdapterPool(torch::nn::Module& model, AdapterPoolOptions options);
+  AdapterPool(std::shared_ptr<const Model> model, AdapterPoolOptions options);
+
+  /// A scope on this thread in which each row of a batch has the adapter of that name (see Adapters::activate).
+  PoolActivation activate(const std::vector<std::string>& rows, RowOptions options = {}) const;
+
+  PoolActivation activate(std::initializer_list<std::string> rows) const;
+
+  /// The same, where an adapter that cannot be loaded fails alone: its rows are those of the base model, and `failures`
+  /// says why, by its name.
+  PoolActivation activate(std::vector<std::string> rows, std::map<std::string, std::string>& failures,
+                          RowOptions options = {}) const;
+
+  /// A scope in which all rows have that adapter.
+  PoolActivation activate(const std::string& name) const;
+
+  /// Loads adapters that are going to be asked for, e.g. on a thread of its own.
+  void prefetch(const std::vector<std::string>& names) const;
+
+  /// Loads adapters where they are not there, and keeps them until what it returns is destroyed: those of customers who
+  /// are to wait for no file, or of a conversation between two of its passes. They count in the budget as those of open
+  /// scopes do, and are reloaded as others are. When one cannot be loaded, none is held.
+  ///
+  ///   const auto held = pool.hold({"anna", "otto"});
+  PoolHold hold(const std::vector<std::string>& names) const;
+
+  /// Loads an adapter anew, from the file or the loader as it is now: scopes that are open go on with the former one,
+  /// later ones have this. When that fails, the former one stays.
+  void reload(const std::string& name);
+
+  /// Drops an adapter from memory; false where it was not there. Throws when an open scope has it, or it is held.
+  bool drop(const std::string& name);
+
+  /// Those in memory, sorted.
+  std::vector<std::string> names() const;
+  AdapterPoolMetrics metrics() const;
+  /// The adapters in memory, for reports and files.
+  const Adapters& adapters() const;
+
+ private:
+  std::shared_ptr<detail::PoolState> state_;
+};
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <c10/core/InferenceMode.h>
+
+#include <lora/peft/checkpoint.hpp>
+
+#include <algorithm>
+#include <future>
+#include <mutex>
+
+namespace lora {
+inline namespace LORA_ABI {
 
 namespace detail {
 
@@ -271,143 +386,88 @@ class PoolState {
   uint64_t clock_ = 0;
 };
 
-/// Adapters that stay where they are while it lives.
-class Pins {
- public:
-  explicit Pins(std::shared_ptr<PoolState> pool) : pool_(std::move(pool)) {}
-  Pins(Pins&&) = default;
-  Pins& operator=(Pins&&) = delete;
-  ~Pins() {
-    for (const auto& name : names_) pool_->unpin(name);
-  }
+}  // namespace detail
 
-  void add(const std::string& name) {
-    if (name.empty() || names_.count(name) > 0) return;
-    pool_->pin(name);
-    names_.insert(name);
-  }
+namespace detail {
 
- private:
-  std::shared_ptr<PoolState> pool_;
-  std::set<std::string> names_;
-};
+LORA_INLINE Pins::Pins(std::shared_ptr<PoolState> pool) : pool_(std::move(pool)) {}
+
+LORA_INLINE Pins::~Pins() {
+  for (const auto& name : names_) pool_->unpin(name);
+}
+
+LORA_INLINE void Pins::add(const std::string& name) {
+  if (name.empty() || names_.count(name) > 0) return;
+  pool_->pin(name);
+  names_.insert(name);
+}
 
 }  // namespace detail
 
-/// A scope of a pool's adapters, which are held as long as it is open.
-class [[nodiscard]] PoolActivation {
- public:
-  PoolActivation(detail::Pins pins, Activation activation)
-      : pins_(std::move(pins)), activation_(std::move(activation)) {}
-  PoolActivation(PoolActivation&&) = default;
-  PoolActivation& operator=(PoolActivation&&) = delete;
+LORA_INLINE AdapterPool::AdapterPool(torch::nn::Module& model, AdapterPoolOptions options)
+    : AdapterPool(std::make_shared<ModuleModel>(model), std::move(options)) {}
 
- private:
-  detail::Pins pins_;
-  Activation activation_;  // is left first
-};
+LORA_INLINE AdapterPool::AdapterPool(std::shared_ptr<const Model> model, AdapterPoolOptions options)
+    : state_(std::make_shared<detail::PoolState>(std::move(model), std::move(options))) {}
 
-/// Adapters of a pool that stay in memory while it lives, whether a scope has them or not. It may outlive the pool, and
-/// end on any thread.
-class [[nodiscard]] PoolHold {
- public:
-  explicit PoolHold(detail::Pins pins) : pins_(std::move(pins)) {}
-  PoolHold(PoolHold&&) = default;
-  PoolHold& operator=(PoolHold&&) = delete;
+LORA_INLINE PoolActivation AdapterPool::activate(const std::vector<std::string>& rows, RowOptions options) const {
+  detail::Pins pins(state_);
+  for (const auto& name : rows) pins.add(name);
+  auto activation = state_->adapters.activate(rows, std::move(options));
+  return {std::move(pins), std::move(activation)};
+}
 
- private:
-  detail::Pins pins_;
-};
+LORA_INLINE PoolActivation AdapterPool::activate(std::initializer_list<std::string> rows) const {
+  return activate(std::vector<std::string>(rows));
+}
 
-/// Many adapters of one model, of which those that are in use are in memory: loaded when they are first asked for, and
-/// dropped when others need the room and nobody has asked for them for longest.
-///
-///   lora::AdapterPool pool(*model, lora::AdapterPoolOptions("customers").memory_budget(1 << 28));
-///   auto active = pool.activate({"anna", "", "otto"});  // of a batch of three rows; "" is the base model
-///   auto y = model->forward(x);
-///
-/// The adapters are for inference: their tensors require no gradients. Any number of threads may use a pool at a time;
-/// two that ask for one adapter load it once. Errors: those of loading, with the name of the adapter, and nothing is
-/// changed; c10::Error when open scopes and holds leave no room in the budget.
-class AdapterPool {
- public:
-  AdapterPool(torch::nn::Module& model, AdapterPoolOptions options)
-      : AdapterPool(std::make_shared<ModuleModel>(model), std::move(options)) {}
-  AdapterPool(std::shared_ptr<const Model> model, AdapterPoolOptions options)
-      : state_(std::make_shared<detail::PoolState>(std::move(model), std::move(options))) {}
-
-  /// A scope on this thread in which each row of a batch has the adapter of that name (see Adapters::activate).
-  PoolActivation activate(const std::vector<std::string>& rows, RowOptions options = {}) const {
-    detail::Pins pins(state_);
-    for (const auto& name : rows) pins.add(name);
-    auto activation = state_->adapters.activate(rows, std::move(options));
-    return {std::move(pins), std::move(activation)};
-  }
-
-  PoolActivation activate(std::initializer_list<std::string> rows) const {
-    return activate(std::vector<std::string>(rows));
-  }
-
-  /// The same, where an adapter that cannot be loaded fails alone: its rows are those of the base model, and `failures`
-  /// says why, by its name.
-  PoolActivation activate(std::vector<std::string> rows, std::map<std::string, std::string>& failures,
-                          RowOptions options = {}) const {
-    detail::Pins pins(state_);
-    failures.clear();
-    for (auto& name : rows) {
-      try {
-        if (failures.count(name) == 0) pins.add(name);
-      } catch (const c10::Error& error) {
-        failures.emplace(name, error.what_without_backtrace());
-      } catch (const std::exception& error) {
-        failures.emplace(name, error.what());
-      }
-      if (failures.count(name) > 0) name.clear();
+LORA_INLINE PoolActivation AdapterPool::activate(std::vector<std::string> rows,
+                                                 std::map<std::string, std::string>& failures,
+                                                 RowOptions options) const {
+  detail::Pins pins(state_);
+  failures.clear();
+  for (auto& name : rows) {
+    try {
+      if (failures.count(name) == 0) pins.add(name);
+    } catch (const c10::Error& error) {
+      failures.emplace(name, error.what_without_backtrace());
+    } catch (const std::exception& error) {
+      failures.emplace(name, error.what());
     }
-    auto activation = state_->adapters.activate(rows, std::move(options));
-    return {std::move(pins), std::move(activation)};
+    if (failures.count(name) > 0) name.clear();
   }
+  auto activation = state_->adapters.activate(rows, std::move(options));
+  return {std::move(pins), std::move(activation)};
+}
 
-  /// A scope in which all rows have that adapter.
-  PoolActivation activate(const std::string& name) const {
-    detail::Pins pins(state_);
-    pins.add(name);
-    auto activation = state_->adapters.activate(name);
-    return {std::move(pins), std::move(activation)};
-  }
+LORA_INLINE PoolActivation AdapterPool::activate(const std::string& name) const {
+  detail::Pins pins(state_);
+  pins.add(name);
+  auto activation = state_->adapters.activate(name);
+  return {std::move(pins), std::move(activation)};
+}
 
-  /// Loads adapters that are going to be asked for, e.g. on a thread of its own.
-  void prefetch(const std::vector<std::string>& names) const {
-    for (const auto& name : names) detail::Pins(state_).add(name);
-  }
+LORA_INLINE void AdapterPool::prefetch(const std::vector<std::string>& names) const {
+  for (const auto& name : names) detail::Pins(state_).add(name);
+}
 
-  /// Loads adapters where they are not there, and keeps them until what it returns is destroyed: those of customers who
-  /// are to wait for no file, or of a conversation between two of its passes. They count in the budget as those of open
-  /// scopes do, and are reloaded as others are. When one cannot be loaded, none is held.
-  ///
-  ///   const auto held = pool.hold({"anna", "otto"});
-  PoolHold hold(const std::vector<std::string>& names) const {
-    detail::Pins pins(state_);
-    for (const auto& name : names) pins.add(name);
-    return PoolHold(std::move(pins));
-  }
+LORA_INLINE PoolHold AdapterPool::hold(const std::vector<std::string>& names) const {
+  detail::Pins pins(state_);
+  for (const auto& name : names) pins.add(name);
+  return PoolHold(std::move(pins));
+}
 
-  /// Loads an adapter anew, from the file or the loader as it is now: scopes that are open go on with the former one,
-  /// later ones have this. When that fails, the former one stays.
-  void reload(const std::string& name) { state_->reload(name); }
+LORA_INLINE void AdapterPool::reload(const std::string& name) { state_->reload(name); }
 
-  /// Drops an adapter from memory; false where it was not there. Throws when an open scope has it, or it is held.
-  bool drop(const std::string& name) { return state_->drop(name); }
+LORA_INLINE bool AdapterPool::drop(const std::string& name) { return state_->drop(name); }
 
-  /// Those in memory, sorted.
-  std::vector<std::string> names() const { return state_->names(); }
-  AdapterPoolMetrics metrics() const { return state_->metrics(); }
-  /// The adapters in memory, for reports and files.
-  const Adapters& adapters() const { return state_->adapters; }
+LORA_INLINE std::vector<std::string> AdapterPool::names() const { return state_->names(); }
 
- private:
-  std::shared_ptr<detail::PoolState> state_;
-};
+LORA_INLINE AdapterPoolMetrics AdapterPool::metrics() const { return state_->metrics(); }
+
+LORA_INLINE const Adapters& AdapterPool::adapters() const { return state_->adapters; }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

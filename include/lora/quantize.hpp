@@ -1,22 +1,13 @@
 #pragma once
 
-#include <ATen/core/grad_mode.h>
-
-#include <lora/adapter/held_weights.hpp>
 #include <lora/config.hpp>
-#include <lora/intercept/kernels.hpp>
-#include <lora/model/module_model.hpp>
-#include <lora/selection/selection.hpp>
+#include <lora/fwd.hpp>
+#include <lora/linkage.hpp>
+#include <lora/model/model.hpp>
 #include <lora/version.hpp>
-#include <lora/weight/placeholder.hpp>
 #include <lora/weight/quantized.hpp>
-#include <lora/weight/rounding_error.hpp>
 
-#include <algorithm>
-#include <memory>
-#include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace lora {
@@ -42,6 +33,50 @@ struct QuantizeReport {
   /// not free; it is among `bytes_after`.
   std::vector<std::string> kept_elsewhere;
 };
+
+/// Holds weights of a model in few bits (QLoRA), in the place where they are: a weight becomes a tensor of the same
+/// sizes without memory, whose numbers are found inside of scopes of `Adapters` and by the layers of this library, and
+/// nowhere else; whatever else touches them throws a text that names the weight. Adapters are attached before or after.
+///
+///   lora::quantize(*model, lora::NF4().block_size(64), lora::QuantizeOptions().exclude_modules({"lm_head"}));
+///   auto adapters = lora::attach(*model, lora::LoRAConfig(8).target_modules({"q_proj", "v_proj"}));
+///
+/// All of them are packed before any is replaced; `load_quantized` packs a file as it reads it. Moving, casting and
+/// cloning keep the weights so. It changes weights, and needs the model for itself. Errors, with nothing changed: a
+/// selection that matches nothing, a weight that is merged, has no matrix, or has numbers that are not finite or too
+/// large for the scheme; inside of a scope that adapts one. Reference: Dettmers et al. 2023, "QLoRA: Efficient
+/// Finetuning of Quantized LLMs".
+LORA_INLINE QuantizeReport quantize(const Model& model, const Quantization& scheme,
+                                    const QuantizeOptions& options = {});
+LORA_INLINE QuantizeReport quantize(torch::nn::Module& model, const Quantization& scheme,
+                                    const QuantizeOptions& options = {});
+
+/// Gives every weight of a model that is held in few bits its numbers back, as far as these held them. Throws, with
+/// nothing changed, where an adapter is merged into one, and inside of a scope that adapts one.
+LORA_INLINE void dequantize(const Model& model);
+LORA_INLINE void dequantize(torch::nn::Module& model);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/core/grad_mode.h>
+
+#include <lora/adapter/held_weights.hpp>
+#include <lora/intercept/kernels.hpp>
+#include <lora/model/module_model.hpp>
+#include <lora/selection/selection.hpp>
+#include <lora/weight/placeholder.hpp>
+#include <lora/weight/rounding_error.hpp>
+
+#include <algorithm>
+#include <memory>
+#include <set>
+#include <utility>
+
+namespace lora {
+inline namespace LORA_ABI {
 
 namespace detail {
 
@@ -92,19 +127,7 @@ inline void note_held_elsewhere(const std::vector<FormerMemory>& former, Quantiz
 
 }  // namespace detail
 
-/// Holds weights of a model in few bits (QLoRA), in the place where they are: a weight becomes a tensor of the same
-/// sizes without memory, whose numbers are found inside of scopes of `Adapters` and by the layers of this library, and
-/// nowhere else; whatever else touches them throws a text that names the weight. Adapters are attached before or after.
-///
-///   lora::quantize(*model, lora::NF4().block_size(64), lora::QuantizeOptions().exclude_modules({"lm_head"}));
-///   auto adapters = lora::attach(*model, lora::LoRAConfig(8).target_modules({"q_proj", "v_proj"}));
-///
-/// All of them are packed before any is replaced; `load_quantized` packs a file as it reads it. Moving, casting and
-/// cloning keep the weights so. It changes weights, and needs the model for itself. Errors, with nothing changed: a
-/// selection that matches nothing, a weight that is merged, has no matrix, or has numbers that are not finite or too
-/// large for the scheme; inside of a scope that adapts one. Reference: Dettmers et al. 2023, "QLoRA: Efficient
-/// Finetuning of Quantized LLMs".
-inline QuantizeReport quantize(const Model& model, const Quantization& scheme, const QuantizeOptions& options = {}) {
+LORA_INLINE QuantizeReport quantize(const Model& model, const Quantization& scheme, const QuantizeOptions& options) {
   detail::register_kernels();
   const detail::BelowInterception below;
   at::NoGradGuard no_grad;
@@ -125,14 +148,13 @@ inline QuantizeReport quantize(const Model& model, const Quantization& scheme, c
   report.error = error.relative();
   return report;
 }
-inline QuantizeReport quantize(torch::nn::Module& model, const Quantization& scheme,
-                               const QuantizeOptions& options = {}) {
+
+LORA_INLINE QuantizeReport quantize(torch::nn::Module& model, const Quantization& scheme,
+                                    const QuantizeOptions& options) {
   return quantize(ModuleModel(model), scheme, options);
 }
 
-/// Gives every weight of a model that is held in few bits its numbers back, as far as these held them. Throws, with
-/// nothing changed, where an adapter is merged into one, and inside of a scope that adapts one.
-inline void dequantize(const Model& model) {
+LORA_INLINE void dequantize(const Model& model) {
   const detail::BelowInterception below;
   at::NoGradGuard no_grad;
   const auto tensors = model.tensors();
@@ -148,7 +170,10 @@ inline void dequantize(const Model& model) {
     if (detail::is_quantized(handles.member)) detail::release(handles, detail::dequantized(handles.member));
   }
 }
-inline void dequantize(torch::nn::Module& model) { dequantize(ModuleModel(model)); }
+
+LORA_INLINE void dequantize(torch::nn::Module& model) { dequantize(ModuleModel(model)); }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

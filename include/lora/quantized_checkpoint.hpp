@@ -1,20 +1,59 @@
 #pragma once
 
-#include <ATen/core/grad_mode.h>
-
-#include <lora/files/bitsandbytes.hpp>
 #include <lora/files/error.hpp>
-#include <lora/files/safetensors.hpp>
-#include <lora/model/frozen_parameters.hpp>
+#include <lora/linkage.hpp>
 #include <lora/quantize.hpp>
 #include <lora/version.hpp>
 
-#include <algorithm>
 #include <filesystem>
+#include <string>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// Writes every parameter and buffer of a model, without the adapters that layers have of their own, under its name as
+/// a safetensors file, those in 4 or 8 bits as they are, under the names that bitsandbytes gives them
+/// (lora/files/bitsandbytes.hpp): each of which bitsandbytes reads. What is tied is written once.
+///
+/// Errors: CheckpointError with the path and the reason of the operating system; c10::Error for weights in a way of
+/// packing that bitsandbytes does not know, or in 4 bits for ones of another type than Float, Half and BFloat16.
+LORA_INLINE void save_quantized(const Model& model, const std::filesystem::path& file);
+LORA_INLINE void save_quantized(torch::nn::Module& model, const std::filesystem::path& file);
+
+/// Reads such a file, or one that bitsandbytes wrote, into a model: weights in 4 or 8 bits take the place of the
+/// model's, whatever these are, and stand for weights of their type; everything else is copied. The file has to have
+/// each tensor of the model, and no other. With a scheme, weights of which the file has the numbers are held in few
+/// bits as by `quantize`: beside the model as it was and what is held in few bits, one tensor of the file is in memory
+/// at a time. (Parameters that were made by torch::empty take no memory before they are written.) A file
+/// "model.safetensors.index.json" is read with those that it names. In the report `error` is that of what was packed
+/// here.
+///
+///   lora::load_quantized(*model, "model.safetensors", lora::NF4(), lora::QuantizeOptions().exclude_modules({"head"}));
+///
+/// Errors, with nothing changed: CheckpointError that names what is missing, unknown or does not fit; those of
+/// `quantize`. What the operating system cannot read while the model is written ends with what was read before.
+LORA_INLINE QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file);
+LORA_INLINE QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file);
+LORA_INLINE QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file,
+                                          const Quantization& scheme, const QuantizeOptions& options = {});
+LORA_INLINE QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file,
+                                          const Quantization& scheme, const QuantizeOptions& options = {});
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/core/grad_mode.h>
+
+#include <lora/files/bitsandbytes.hpp>
+#include <lora/files/safetensors.hpp>
+#include <lora/model/frozen_parameters.hpp>
+
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <set>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -168,13 +207,7 @@ inline QuantizeReport load_quantized(const Model& model, const std::filesystem::
 
 }  // namespace detail
 
-/// Writes every parameter and buffer of a model, without the adapters that layers have of their own, under its name as
-/// a safetensors file, those in 4 or 8 bits as they are, under the names that bitsandbytes gives them
-/// (lora/files/bitsandbytes.hpp): each of which bitsandbytes reads. What is tied is written once.
-///
-/// Errors: CheckpointError with the path and the reason of the operating system; c10::Error for weights in a way of
-/// packing that bitsandbytes does not know, or in 4 bits for ones of another type than Float, Half and BFloat16.
-inline void save_quantized(const Model& model, const std::filesystem::path& file) {
+LORA_INLINE void save_quantized(const Model& model, const std::filesystem::path& file) {
   const detail::BelowInterception below;
   std::map<std::string, at::Tensor> tensors;
   auto written = detail::adapter_tensors(model);  // which are no part of it
@@ -192,36 +225,30 @@ inline void save_quantized(const Model& model, const std::filesystem::path& file
   }
   write_safetensors(file, tensors);
 }
-inline void save_quantized(torch::nn::Module& model, const std::filesystem::path& file) {
+
+LORA_INLINE void save_quantized(torch::nn::Module& model, const std::filesystem::path& file) {
   save_quantized(ModuleModel(model), file);
 }
 
-/// Reads such a file, or one that bitsandbytes wrote, into a model: weights in 4 or 8 bits take the place of the
-/// model's, whatever these are, and stand for weights of their type; everything else is copied. The file has to have
-/// each tensor of the model, and no other. With a scheme, weights of which the file has the numbers are held in few
-/// bits as by `quantize`: beside the model as it was and what is held in few bits, one tensor of the file is in memory
-/// at a time. (Parameters that were made by torch::empty take no memory before they are written.) A file
-/// "model.safetensors.index.json" is read with those that it names. In the report `error` is that of what was packed
-/// here.
-///
-///   lora::load_quantized(*model, "model.safetensors", lora::NF4(), lora::QuantizeOptions().exclude_modules({"head"}));
-///
-/// Errors, with nothing changed: CheckpointError that names what is missing, unknown or does not fit; those of
-/// `quantize`. What the operating system cannot read while the model is written ends with what was read before.
-inline QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file) {
+LORA_INLINE QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file) {
   return detail::load_quantized(model, file, nullptr, {});
 }
-inline QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file) {
+
+LORA_INLINE QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file) {
   return load_quantized(ModuleModel(model), file);
 }
-inline QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file, const Quantization& scheme,
-                                     const QuantizeOptions& options = {}) {
+
+LORA_INLINE QuantizeReport load_quantized(const Model& model, const std::filesystem::path& file,
+                                          const Quantization& scheme, const QuantizeOptions& options) {
   return detail::load_quantized(model, file, &scheme, options);
 }
-inline QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file,
-                                     const Quantization& scheme, const QuantizeOptions& options = {}) {
+
+LORA_INLINE QuantizeReport load_quantized(torch::nn::Module& model, const std::filesystem::path& file,
+                                          const Quantization& scheme, const QuantizeOptions& options) {
   return load_quantized(ModuleModel(model), file, scheme, options);
 }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

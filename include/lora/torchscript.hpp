@@ -3,14 +3,12 @@
 #include <torch/csrc/jit/api/module.h>
 
 #include <lora/adapters.hpp>
-#include <lora/model/script/model.hpp>
-#include <lora/peft/checkpoint.hpp>
+#include <lora/linkage.hpp>
+#include <lora/peft/load_options.hpp>
 #include <lora/quantize.hpp>
 #include <lora/version.hpp>
 
 #include <filesystem>
-#include <memory>
-#include <utility>
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -25,33 +23,62 @@ inline namespace LORA_ABI {
 /// is computed in single operators where gradients are needed.
 ///
 /// Errors: c10::Error when an entry of the configuration matches nothing, or when the module was frozen.
-inline Adapters attach(torch::jit::Module& model, const LoRAConfig& config) {
+LORA_INLINE Adapters attach(torch::jit::Module& model, const LoRAConfig& config);
+
+/// `quantize` and `dequantize` for a TorchScript module.
+LORA_INLINE QuantizeReport quantize(torch::jit::Module& model, const Quantization& scheme,
+                                    const QuantizeOptions& options = {});
+LORA_INLINE void dequantize(torch::jit::Module& model);
+
+/// `load_adapter` for a TorchScript module.
+LORA_INLINE Adapters load_adapter(torch::jit::Module& model, const std::filesystem::path& directory,
+                                  const LoadOptions& options = {}, LoadReport* report = nullptr);
+
+/// `load_adapters` for a TorchScript module.
+LORA_INLINE Adapters load_adapters(torch::jit::Module& model, const std::filesystem::path& directory,
+                                   const LoadOptions& options = {});
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <lora/model/script/model.hpp>
+#include <lora/peft/checkpoint.hpp>
+
+#include <memory>
+#include <utility>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+LORA_INLINE Adapters attach(torch::jit::Module& model, const LoRAConfig& config) {
   Adapters adapters(std::make_shared<ScriptModel>(model));
   adapters.add("default", config);
   return adapters;
 }
 
-/// `quantize` and `dequantize` for a TorchScript module.
-inline QuantizeReport quantize(torch::jit::Module& model, const Quantization& scheme,
-                               const QuantizeOptions& options = {}) {
+LORA_INLINE QuantizeReport quantize(torch::jit::Module& model, const Quantization& scheme,
+                                    const QuantizeOptions& options) {
   return quantize(ScriptModel(model), scheme, options);
 }
-inline void dequantize(torch::jit::Module& model) { dequantize(ScriptModel(model)); }
 
-/// `load_adapter` for a TorchScript module.
-inline Adapters load_adapter(torch::jit::Module& model, const std::filesystem::path& directory,
-                             const LoadOptions& options = {}, LoadReport* report = nullptr) {
+LORA_INLINE void dequantize(torch::jit::Module& model) { dequantize(ScriptModel(model)); }
+
+LORA_INLINE Adapters load_adapter(torch::jit::Module& model, const std::filesystem::path& directory,
+                                  const LoadOptions& options, LoadReport* report) {
   Adapters adapters(std::make_shared<ScriptModel>(model));
   auto found = adapters.load("default", directory, options);
   if (report != nullptr) *report = std::move(found);
   return adapters;
 }
 
-/// `load_adapters` for a TorchScript module.
-inline Adapters load_adapters(torch::jit::Module& model, const std::filesystem::path& directory,
-                              const LoadOptions& options = {}) {
+LORA_INLINE Adapters load_adapters(torch::jit::Module& model, const std::filesystem::path& directory,
+                                   const LoadOptions& options) {
   return detail::load_all(Adapters(std::make_shared<ScriptModel>(model)), directory, options);
 }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

@@ -1,29 +1,13 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/allclose.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/equal.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
-
-#include <nlohmann/json.hpp>
-
 #include <lora/files/error.hpp>
-#include <lora/files/json.hpp>
-#include <lora/weight/four_bit.hpp>
-#include <lora/weight/int8.hpp>
-#include <lora/weight/quantized.hpp>
+#include <lora/linkage.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/quantized.hpp>
 
-#include <algorithm>
-#include <cstdint>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
-#include <string_view>
-#include <utility>
 #include <vector>
 
 // Packed weights among the tensors of a checkpoint, under the names that bitsandbytes 0.50 gives them, so that Python
@@ -47,6 +31,53 @@ struct BitsandbytesWeight {
   std::shared_ptr<const QuantizedWeight> weight;
   std::optional<at::ScalarType> dtype;  ///< In what it is computed; files of 8 bits do not say that.
 };
+
+/// What bitsandbytes would write for the weight of that name. `dtype` is what the weight is computed in: Float, Half or
+/// BFloat16, which files of 8 bits do not say. The tensors are on the weight's device, and share its memory.
+///
+/// Throws c10::ValueError for another type of a weight in 4 bits, and c10::NotImplementedError for a weight that is in
+/// neither NF4, FP4 nor int8.
+LORA_INLINE std::map<std::string, at::Tensor> bitsandbytes_tensors(const std::string& name,
+                                                                   const QuantizedWeight& weight, at::ScalarType dtype);
+
+/// All names under which parts of a weight of that name may be in a checkpoint, its own first.
+LORA_INLINE std::vector<std::string> bitsandbytes_names(const std::string& name);
+
+/// Whether there is a weight of that name in 4 or 8 bits among the tensors of a checkpoint; also where some of its
+/// parts are missing, which read_bitsandbytes_weight says.
+LORA_INLINE bool is_bitsandbytes_weight(const std::string& name, const std::map<std::string, at::Tensor>& tensors);
+
+/// The weight of that name, from the tensors of a checkpoint. It shares their memory.
+///
+/// Errors: CheckpointError that names the tensor which is missing, or does not fit the others, instead of a file.
+LORA_INLINE BitsandbytesWeight read_bitsandbytes_weight(const std::string& name,
+                                                        const std::map<std::string, at::Tensor>& tensors);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/allclose.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+#include <nlohmann/json.hpp>
+
+#include <lora/files/json.hpp>
+#include <lora/weight/four_bit.hpp>
+#include <lora/weight/int8.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+namespace lora {
+inline namespace LORA_ABI {
 
 namespace detail {
 
@@ -233,13 +264,9 @@ class BitsandbytesReader {
 
 }  // namespace detail
 
-/// What bitsandbytes would write for the weight of that name. `dtype` is what the weight is computed in: Float, Half or
-/// BFloat16, which files of 8 bits do not say. The tensors are on the weight's device, and share its memory.
-///
-/// Throws c10::ValueError for another type of a weight in 4 bits, and c10::NotImplementedError for a weight that is in
-/// neither NF4, FP4 nor int8.
-inline std::map<std::string, at::Tensor> bitsandbytes_tensors(const std::string& name, const QuantizedWeight& weight,
-                                                              at::ScalarType dtype) {
+LORA_INLINE std::map<std::string, at::Tensor> bitsandbytes_tensors(const std::string& name,
+                                                                   const QuantizedWeight& weight,
+                                                                   at::ScalarType dtype) {
   if (const auto* int8 = dynamic_cast<const Int8Weight*>(&weight))
     return {{name, int8->packed().codes},
             {detail::scale_name(name), int8->packed().absmax},
@@ -272,8 +299,7 @@ inline std::map<std::string, at::Tensor> bitsandbytes_tensors(const std::string&
   return tensors;
 }
 
-/// All names under which parts of a weight of that name may be in a checkpoint, its own first.
-inline std::vector<std::string> bitsandbytes_names(const std::string& name) {
+LORA_INLINE std::vector<std::string> bitsandbytes_names(const std::string& name) {
   std::vector<std::string> names = {name, detail::scale_name(name), detail::format_name(name)};
   for (const auto* part : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"})
     names.push_back(name + part);
@@ -281,9 +307,7 @@ inline std::vector<std::string> bitsandbytes_names(const std::string& name) {
   return names;
 }
 
-/// Whether there is a weight of that name in 4 or 8 bits among the tensors of a checkpoint; also where some of its
-/// parts are missing, which read_bitsandbytes_weight says.
-inline bool is_bitsandbytes_weight(const std::string& name, const std::map<std::string, at::Tensor>& tensors) {
+LORA_INLINE bool is_bitsandbytes_weight(const std::string& name, const std::map<std::string, at::Tensor>& tensors) {
   for (const auto type : detail::kFourBitTypes)
     if (tensors.count(detail::state_name(name, type)) != 0) return true;
   const auto codes = tensors.find(name);
@@ -291,13 +315,12 @@ inline bool is_bitsandbytes_weight(const std::string& name, const std::map<std::
          (codes == tensors.end() || codes->second.scalar_type() == at::kChar);
 }
 
-/// The weight of that name, from the tensors of a checkpoint. It shares their memory.
-///
-/// Errors: CheckpointError that names the tensor which is missing, or does not fit the others, instead of a file.
-inline BitsandbytesWeight read_bitsandbytes_weight(const std::string& name,
-                                                   const std::map<std::string, at::Tensor>& tensors) {
+LORA_INLINE BitsandbytesWeight read_bitsandbytes_weight(const std::string& name,
+                                                        const std::map<std::string, at::Tensor>& tensors) {
   return detail::BitsandbytesReader(name, tensors).read();
 }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

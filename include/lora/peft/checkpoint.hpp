@@ -1,32 +1,97 @@
 #pragma once
 
-#include <ATen/ops/constant_pad_nd.h>
-
 #include <lora/adapters.hpp>
-#include <lora/peft/config.hpp>
-#include <lora/peft/folder_name.hpp>
+#include <lora/files/error.hpp>
+#include <lora/linkage.hpp>
 #include <lora/peft/load_options.hpp>
-#include <lora/peft/tables.hpp>
-#include <lora/peft/tensors.hpp>
-#include <lora/files/safetensors.hpp>
 #include <lora/version.hpp>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <filesystem>
-#include <map>
-#include <optional>
-#include <set>
 #include <string>
-#include <utility>
-#include <vector>
 
 // Adapters on disk are PEFT directories: adapter_config.json says what is adapted and how, adapter_model.safetensors
 // holds the tensors as "base_model.model.<layer>.<tensor>".
 
 namespace lora {
 inline namespace LORA_ABI {
+
+/// Writes one adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
+///
+/// An adapter that was loaded is written with the entries of its configuration as they were, also those that match
+/// nothing in this model, and with the tables of the model that its file had. What PEFT might understand in another way
+/// is written as the names of the adapted layers: all linear layers, a list of blocks (layers_to_transform), and what
+/// is excluded where a type of PEFT's configurations has no such field; so is what a key_mapping renamed.
+///
+/// Both files appear under their names at one moment. Whoever is interrupted before it, by an error or by the end of
+/// the process, leaves the adapter that was there; of two that save to the same place at a time, one is left complete.
+///
+/// Errors: CheckpointError with the path and the reason of the operating system.
+LORA_INLINE void write_adapter(const Adapters& adapters, const std::string& name,
+                               const std::filesystem::path& directory);
+
+/// Writes every parameter and buffer of the model under its name, with an adapter merged in (and without its tensors,
+/// where layers have it as their own), as a safetensors file. It is what `merge` makes of the model, which is as before
+/// when the file is written; a forward pass on another thread meanwhile would see the merged weights.
+///
+/// Errors: those of `merge`; CheckpointError with the path and the reason of the operating system.
+LORA_INLINE void write_merged(Adapters& adapters, const std::string& name, const std::filesystem::path& file);
+
+/// Adds the adapter in a PEFT directory to those of a model. Errors: those of `load_adapter`.
+LORA_INLINE LoadReport read_adapter(Adapters& adapters, const std::string& name, const std::filesystem::path& directory,
+                                    const LoadOptions& options);
+
+/// Writes every adapter: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT
+/// does. What may not be in the name of a folder is written there as "%2F", a byte in hexadecimal digits:
+/// `load_adapters` finds each adapter under the name it has here, and none is written outside of `directory`. Names are
+/// in no file. Errors: as for one; those written before the one that fails are there.
+LORA_INLINE void write_adapters(const Adapters& adapters, const std::filesystem::path& directory);
+
+/// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"
+/// and trainable; its tensors take the type of an attached adapter whatever their type in the file.
+///
+///   auto adapters = lora::load_adapter(*model, "adapter");
+///
+/// The tensors of the file decide: entries of its configuration that match nothing in this model are no error, unlike
+/// those of a configuration for `attach`, as long as every tensor has its place; they are kept for the next file.
+/// Tables of the model that PEFT wrote along have to be the model's, or see LoadOptions::take_tables.
+///
+/// Errors: CheckpointError if a file is missing or damaged, asks for what is not supported, or if a tensor is missing,
+/// unexpected or of another shape than rank and layer give; c10::Error if the configuration names no layer that the
+/// model has. The model is unchanged then.
+LORA_INLINE Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
+                                  const LoadOptions& options = {}, LoadReport* report = nullptr);
+
+/// Loads every adapter below a directory that `Adapters::save_all` or PEFT's save_pretrained wrote: the one in it is
+/// "default", those in its subdirectories have their names ("a/b" in PEFT's folder of that path, too). Errors: as for
+/// `load_adapter`; CheckpointError when there is none. The model is unchanged then.
+LORA_INLINE Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
+                                   const LoadOptions& options = {});
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/ops/constant_pad_nd.h>
+
+#include <lora/peft/config.hpp>
+#include <lora/peft/folder_name.hpp>
+#include <lora/peft/tables.hpp>
+#include <lora/peft/tensors.hpp>
+#include <lora/files/safetensors.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <optional>
+#include <set>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+
 namespace detail {
 
 /// From 0.15 to 0.21 PEFT computes with MultiheadAttention's out_proj as W + 2 s B A, and merges it so. Earlier
@@ -151,18 +216,8 @@ inline void write_files(const std::filesystem::path& directory, const std::strin
 
 }  // namespace detail
 
-/// Writes one adapter as a PEFT directory, which is made when it does not exist. Other files in it stay.
-///
-/// An adapter that was loaded is written with the entries of its configuration as they were, also those that match
-/// nothing in this model, and with the tables of the model that its file had. What PEFT might understand in another way
-/// is written as the names of the adapted layers: all linear layers, a list of blocks (layers_to_transform), and what
-/// is excluded where a type of PEFT's configurations has no such field; so is what a key_mapping renamed.
-///
-/// Both files appear under their names at one moment. Whoever is interrupted before it, by an error or by the end of
-/// the process, leaves the adapter that was there; of two that save to the same place at a time, one is left complete.
-///
-/// Errors: CheckpointError with the path and the reason of the operating system.
-inline void write_adapter(const Adapters& adapters, const std::string& name, const std::filesystem::path& directory) {
+LORA_INLINE void write_adapter(const Adapters& adapters, const std::string& name,
+                               const std::filesystem::path& directory) {
   const detail::BelowInterception below;
   const auto adapter = adapters.adapter(name);
   const auto& parts = adapter->parts;
@@ -192,12 +247,7 @@ inline void write_adapter(const Adapters& adapters, const std::string& name, con
   detail::write_files(directory, text, tensors);
 }
 
-/// Writes every parameter and buffer of the model under its name, with an adapter merged in (and without its tensors,
-/// where layers have it as their own), as a safetensors file. It is what `merge` makes of the model, which is as before
-/// when the file is written; a forward pass on another thread meanwhile would see the merged weights.
-///
-/// Errors: those of `merge`; CheckpointError with the path and the reason of the operating system.
-inline void write_merged(Adapters& adapters, const std::string& name, const std::filesystem::path& file) {
+LORA_INLINE void write_merged(Adapters& adapters, const std::string& name, const std::filesystem::path& file) {
   const auto adapter = adapters.adapter(name);
   adapters.model();  // which throws when it is gone
   const detail::BelowInterception below;
@@ -216,9 +266,8 @@ inline void write_merged(Adapters& adapters, const std::string& name, const std:
   writer.finish();
 }
 
-/// Adds the adapter in a PEFT directory to those of a model. Errors: those of `load_adapter`.
-inline LoadReport read_adapter(Adapters& adapters, const std::string& name, const std::filesystem::path& directory,
-                               const LoadOptions& options) {
+LORA_INLINE LoadReport read_adapter(Adapters& adapters, const std::string& name, const std::filesystem::path& directory,
+                                    const LoadOptions& options) {
   detail::TakenTables tables(adapters);
   auto [adapter, report] = detail::read_plan(adapters, directory, options, tables);
   adapters.add(name, std::move(adapter));
@@ -226,31 +275,15 @@ inline LoadReport read_adapter(Adapters& adapters, const std::string& name, cons
   return report;
 }
 
-/// Writes every adapter: "default" into `directory` itself, each other one into the subdirectory of its name, as PEFT
-/// does. What may not be in the name of a folder is written there as "%2F", a byte in hexadecimal digits:
-/// `load_adapters` finds each adapter under the name it has here, and none is written outside of `directory`. Names are
-/// in no file. Errors: as for one; those written before the one that fails are there.
-inline void write_adapters(const Adapters& adapters, const std::filesystem::path& directory) {
+LORA_INLINE void write_adapters(const Adapters& adapters, const std::filesystem::path& directory) {
   for (const auto& name : adapters.names()) {
     const auto path = name == "default" ? directory : directory / detail::folder_name(name);
     write_adapter(adapters, name, path);
   }
 }
 
-/// Adapts a model as the configuration in a PEFT directory says, with the tensors in it. The adapter is named "default"
-/// and trainable; its tensors take the type of an attached adapter whatever their type in the file.
-///
-///   auto adapters = lora::load_adapter(*model, "adapter");
-///
-/// The tensors of the file decide: entries of its configuration that match nothing in this model are no error, unlike
-/// those of a configuration for `attach`, as long as every tensor has its place; they are kept for the next file.
-/// Tables of the model that PEFT wrote along have to be the model's, or see LoadOptions::take_tables.
-///
-/// Errors: CheckpointError if a file is missing or damaged, asks for what is not supported, or if a tensor is missing,
-/// unexpected or of another shape than rank and layer give; c10::Error if the configuration names no layer that the
-/// model has. The model is unchanged then.
-inline Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
-                             const LoadOptions& options = {}, LoadReport* report = nullptr) {
+LORA_INLINE Adapters load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
+                                  const LoadOptions& options, LoadReport* report) {
   Adapters adapters(model);
   auto found = adapters.load("default", directory, options);
   if (report != nullptr) *report = std::move(found);
@@ -276,13 +309,12 @@ inline Adapters load_all(Adapters adapters, const std::filesystem::path& directo
 
 }  // namespace detail
 
-/// Loads every adapter below a directory that `Adapters::save_all` or PEFT's save_pretrained wrote: the one in it is
-/// "default", those in its subdirectories have their names ("a/b" in PEFT's folder of that path, too). Errors: as for
-/// `load_adapter`; CheckpointError when there is none. The model is unchanged then.
-inline Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
-                              const LoadOptions& options = {}) {
+LORA_INLINE Adapters load_adapters(torch::nn::Module& model, const std::filesystem::path& directory,
+                                   const LoadOptions& options) {
   return detail::load_all(Adapters(model), directory, options);
 }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

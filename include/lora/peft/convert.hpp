@@ -1,12 +1,40 @@
 #pragma once
 
+#include <lora/files/error.hpp>
+#include <lora/linkage.hpp>
+#include <lora/version.hpp>
+
+#include <filesystem>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// Turns an adapter whose training began by changing the frozen weights (PiSSA, OLoRA, CorDA, LoRA-GA) into a plain one
+/// for weights that nobody changed. With the adapter as it was at the start, A0 and B0, the trained model has the
+/// weights
+///
+///   (W - s B0 A0) + s B A = W + s [B, -B0] [A; A0]
+///
+/// so the rank doubles, and with it alpha, or sqrt(2) alpha when rank-stabilized; s stays. Layers without a change of
+/// their base are converted rightly, too, as their start is s B0 A0 = 0.
+///
+/// Arguments: directories that PEFT's save_pretrained wrote, `start` before the first step of training; `output` may be
+/// one of them. Errors: CheckpointError that names the file and the field or tensor in which the two do not belong
+/// together, or that is not of a LoRA of whole layers (`use_dora`, `target_parameters`, convolutions of several
+/// groups); nothing is written then.
+LORA_INLINE void subtract_start(const std::filesystem::path& trained_directory,
+                                const std::filesystem::path& start_directory, const std::filesystem::path& output);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
 #include <ATen/ops/cat.h>
 
 #include <lora/peft/checkpoint.hpp>
-#include <lora/version.hpp>
 
 #include <cmath>
-#include <filesystem>
 #include <iterator>
 #include <map>
 #include <string>
@@ -15,6 +43,7 @@
 
 namespace lora {
 inline namespace LORA_ABI {
+
 namespace detail {
 
 /// One of the two adapters of `subtract_start`.
@@ -92,21 +121,8 @@ inline std::map<std::string, at::Tensor> subtracted(const StoredAdapter& trained
 
 }  // namespace detail
 
-/// Turns an adapter whose training began by changing the frozen weights (PiSSA, OLoRA, CorDA, LoRA-GA) into a plain one
-/// for weights that nobody changed. With the adapter as it was at the start, A0 and B0, the trained model has the
-/// weights
-///
-///   (W - s B0 A0) + s B A = W + s [B, -B0] [A; A0]
-///
-/// so the rank doubles, and with it alpha, or sqrt(2) alpha when rank-stabilized; s stays. Layers without a change of
-/// their base are converted rightly, too, as their start is s B0 A0 = 0.
-///
-/// Arguments: directories that PEFT's save_pretrained wrote, `start` before the first step of training; `output` may be
-/// one of them. Errors: CheckpointError that names the file and the field or tensor in which the two do not belong
-/// together, or that is not of a LoRA of whole layers (`use_dora`, `target_parameters`, convolutions of several
-/// groups); nothing is written then.
-inline void subtract_start(const std::filesystem::path& trained_directory, const std::filesystem::path& start_directory,
-                           const std::filesystem::path& output) {
+LORA_INLINE void subtract_start(const std::filesystem::path& trained_directory,
+                                const std::filesystem::path& start_directory, const std::filesystem::path& output) {
   at::NoGradGuard no_grad;
   const detail::StoredAdapter trained(trained_directory), start(start_directory);
   const auto config_path = trained.path / detail::kAdapterConfig;
@@ -153,3 +169,5 @@ inline void subtract_start(const std::filesystem::path& trained_directory, const
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES
