@@ -1,7 +1,8 @@
 """How long does a compiler take for a program with lora, and how much of that is LibTorch alone?
 
 Prints CPU seconds, the least of several runs, of one translation unit for each of: LibTorch alone, parts of lora, all of
-it, and programs that use it. Without further options it is c++ -O2; CXX names another compiler.
+it, and programs that use it; first with the bodies of lora's functions in its headers, then with those of lora::compiled,
+whose own seconds are the last line. Without further options it is c++ -O2; CXX names another compiler.
 
     build/venv/bin/python benchmarks/compile_time.py --runs 3 -- -O0
 """
@@ -56,7 +57,8 @@ UNITS = [
     ("... and lora/lora.hpp", ["lora/lora.hpp"], ""),
     ("a program that trains without lora", [], TRAIN_WITHOUT_LORA),
     ("attaches and trains", ["lora/attach.hpp"], TRAIN),
-    ("attaches, trains, saves and merges", ["lora/lora.hpp"], TRAIN + SAVE_AND_MERGE),
+    ("attaches, trains, saves and merges", ["lora/attach.hpp", "lora/peft/checkpoint.hpp"], TRAIN + SAVE_AND_MERGE),
+    ("the same, with lora/lora.hpp", ["lora/lora.hpp"], TRAIN + SAVE_AND_MERGE),
 ]
 
 
@@ -80,16 +82,24 @@ def main():
     include = libtorch() / "include"
     compiler = [os.environ.get("CXX", "c++"), "-std=c++17", *arguments.options, "-DFMT_HEADER_ONLY", f"-I{ROOT}/include"]
     compiler += ["-isystem", include, "-isystem", include / "torch/csrc/api/include"]
-    print(f"CPU seconds of {' '.join([compiler[0], *arguments.options])}", flush=True)
+    print(f"CPU seconds of {' '.join([compiler[0], *arguments.options])}: header-only, compiled", flush=True)
     with tempfile.TemporaryDirectory(prefix="lora_compile_time_") as folder:
+
+        def seconds(source, *options):
+            command = [*compiler, *options, "-c", source, "-o", Path(folder) / "unit.o"]
+            return min(cpu_seconds(command) for _ in range(arguments.runs))
+
         for name, headers, body in UNITS:
             if arguments.only not in name:
                 continue
             source = Path(folder) / "unit.cpp"
             includes = "".join(f"#include <{header}>\n" for header in ["torch/torch.h", *headers])
             source.write_text(f"{includes}\nint main() {{\n{body}}}\n")
-            command = [*compiler, "-c", source, "-o", Path(folder) / "unit.o"]
-            print(f"{min(cpu_seconds(command) for _ in range(arguments.runs)):6.1f}  {name}", flush=True)
+            compiled = f"{seconds(source, '-DLORA_COMPILED'):6.1f}" if headers else " " * 6
+            print(f"{seconds(source):6.1f}  {compiled}  {name}", flush=True)
+        if not arguments.only:
+            own = seconds(ROOT / "cmake/lora_compiled.cpp", "-DLORA_COMPILED")
+            print(f"{'':6}  {own:6.1f}  lora::compiled itself", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ set(LORA_PUBLIC_HEADERS
   functional.hpp
   fwd.hpp
   hot_swap.hpp
+  linkage.hpp
   lora.hpp
   options.hpp
   pool.hpp
@@ -27,6 +28,7 @@ set(LORA_PUBLIC_HEADERS
   files/error.hpp
   files/pickled.hpp
   files/safetensors.hpp
+  intercept/weight_use.hpp
   layers/adaptable.hpp
   layers/all.hpp
   layers/attention.hpp
@@ -90,7 +92,9 @@ set(LORA_DETAIL_HEADERS
   files/safetensors/entries.hpp
   files/safetensors/header.hpp
   files/safetensors/types.hpp
+  intercept/carried_here.hpp
   intercept/fused_attention.hpp
+  intercept/in_scope.hpp
   intercept/kernels.hpp
   intercept/observe.hpp
   intercept/operands.hpp

@@ -10,5 +10,5 @@ configure_package_config_file(cmake/lora-config.cmake.in "${PROJECT_BINARY_DIR}/
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/lora-config-version.cmake"
                                  COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 install(FILES "${PROJECT_BINARY_DIR}/lora-config.cmake" "${PROJECT_BINARY_DIR}/lora-config-version.cmake"
-              cmake/LoraTorch.cmake cmake/LoraDependencies.cmake
+              cmake/LoraTorch.cmake cmake/LoraDependencies.cmake cmake/LoraCompiled.cmake cmake/lora_compiled.cpp
         DESTINATION "${lora_package_folder}")

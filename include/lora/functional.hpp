@@ -1,27 +1,13 @@
 #pragma once
 
-#include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/ones.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/SmallVector.h>
-#include <c10/util/accumulate.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <lora/batch_rows.hpp>
-#include <lora/dropout.hpp>
-#include <lora/low_rank_linear.hpp>
+#include <lora/linkage.hpp>
 #include <lora/method/contract.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/part.hpp>
-
-#include <algorithm>
-#include <utility>
-#include <vector>
 
 // The one place that computes with adapters: a product with updates, and a weight with updates.
 
@@ -40,6 +26,41 @@ struct Update {
 };
 
 using Updates = c10::SmallVector<Update, 4>;
+
+/// y = op(x, W') + b for all updates at once:
+///
+///   y = x W^T + b + sum_i w_i (x_i W'_i^T - x_i W^T)
+///
+/// where x_i is x with the dropout of update i, and zero but for the rows of the batch on which it acts. Where updates
+/// cannot be added to the operator's result, or are no terms on all of it, the operator runs with W' in the place of W;
+/// there, too, dropout acts on the input of the update alone. Rows with other updates are computed apart where they are
+/// no plain terms.
+LORA_INLINE at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> updates);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/ones.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include <lora/dropout.hpp>
+#include <lora/low_rank_linear.hpp>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
 
 namespace detail {
 
@@ -430,15 +451,7 @@ inline void check_one_batch(c10::ArrayRef<Update> updates, const Update& first) 
 
 }  // namespace detail
 
-/// y = op(x, W') + b for all updates at once:
-///
-///   y = x W^T + b + sum_i w_i (x_i W'_i^T - x_i W^T)
-///
-/// where x_i is x with the dropout of update i, and zero but for the rows of the batch on which it acts. Where updates
-/// cannot be added to the operator's result, or are no terms on all of it, the operator runs with W' in the place of W;
-/// there, too, dropout acts on the input of the update alone. Rows with other updates are computed apart where they are
-/// no plain terms.
-inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> updates) {
+LORA_INLINE at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> updates) {
   using detail::Dropout;
   const auto* in_rows = detail::with_rows(updates);
   const auto adds = [&](const Update& update) { return detail::can_add(product, update); };
@@ -486,3 +499,5 @@ inline at::Tensor adapted_product(const Product& product, c10::ArrayRef<Update> 
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

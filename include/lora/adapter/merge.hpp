@@ -1,17 +1,17 @@
 #pragma once
 
-#include <lora/intercept/scope.hpp>
+#include <c10/util/Exception.h>
+
+#include <lora/linkage.hpp>
 #include <lora/site.hpp>
 #include <lora/version.hpp>
 
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
 namespace lora {
 inline namespace LORA_ABI {
-
 namespace detail {
 
 /// A site and what is to be merged into it.
@@ -20,54 +20,11 @@ struct Merging {
   std::vector<MergedMethod> methods;
 };
 
-/// Throws when nothing can be put in one of the places.
-inline void check_places(const std::vector<Merging>& all) {
-  for (const auto& one : all) {
-    TORCH_CHECK(!one.site->is_merged(), "lora::merge: the weight of ", one.site->name(),
-                " has an adapter merged into it already; unmerge that first");
-    one.site->check_mergeable();
-  }
-}
-
-/// Throws where `merge` would; changes nothing.
-inline void check_mergeable(const std::vector<Merging>& all) {
-  check_places(all);
-  for (const auto& [site, methods] : all) site->merged(site->weight(), methods);
-}
-
-/// Throws inside of a scope that adapts a weight which is held in few bits: it gets other memory when it is merged or
-/// unmerged, and the scope would not find it.
-inline void check_leaves_scopes(const Site& site) {
-  if (site.is_held()) check_memory_stays(site.weight());
-}
-
 /// Merges into every site, or, when an update is not finite or a weight cannot be replaced, into none.
-inline void merge(const std::vector<Merging>& all) {
-  const BelowInterception below;
-  check_places(all);
-  for (const auto& one : all) check_leaves_scopes(*one.site);
-  std::vector<at::Tensor> merged;
-  for (const auto& [site, methods] : all) merged.push_back(site->merged(site->weight(), methods));
-  for (size_t i = 0; i < all.size(); ++i) all[i].site->merge(std::move(merged[i]), all[i].methods);
-}
+LORA_INLINE void merge(const std::vector<Merging>& all);
 
 /// Puts the weights of every site back as they were, or, when someone else changed one, none.
-inline void unmerge(const std::vector<std::shared_ptr<Site>>& sites) {
-  for (const auto& site : sites) {
-    TORCH_CHECK(site->can_unmerge(), "lora::unmerge: the weight of ", site->name(),
-                " was replaced or written after it was merged; undo that first (other adapters merged later are ",
-                "unmerged first)");
-    check_leaves_scopes(*site);
-  }
-  for (const auto& site : sites) site->unmerge();
-}
-
-/// Merges one site for good: done for one after the other, no second copy of all weights is held.
-inline void merge_for_good(const Merging& one) {
-  const BelowInterception below;
-  one.site->merge(one.site->merged(one.site->weight(), one.methods), one.methods);
-  one.site->keep_merged();
-}
+LORA_INLINE void unmerge(const std::vector<std::shared_ptr<Site>>& sites);
 
 }  // namespace detail
 
@@ -104,3 +61,64 @@ MergeGuard(Mergeable&, Arguments&&...) -> MergeGuard<Mergeable>;
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#if LORA_BODIES
+
+#include <lora/intercept/scope.hpp>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// Throws when nothing can be put in one of the places.
+inline void check_places(const std::vector<Merging>& all) {
+  for (const auto& one : all) {
+    TORCH_CHECK(!one.site->is_merged(), "lora::merge: the weight of ", one.site->name(),
+                " has an adapter merged into it already; unmerge that first");
+    one.site->check_mergeable();
+  }
+}
+
+/// Throws where `merge` would; changes nothing.
+inline void check_mergeable(const std::vector<Merging>& all) {
+  check_places(all);
+  for (const auto& [site, methods] : all) site->merged(site->weight(), methods);
+}
+
+/// Throws inside of a scope that adapts a weight which is held in few bits: it gets other memory when it is merged or
+/// unmerged, and the scope would not find it.
+inline void check_leaves_scopes(const Site& site) {
+  if (site.is_held()) check_memory_stays(site.weight());
+}
+
+LORA_INLINE void merge(const std::vector<Merging>& all) {
+  const BelowInterception below;
+  check_places(all);
+  for (const auto& one : all) check_leaves_scopes(*one.site);
+  std::vector<at::Tensor> merged;
+  for (const auto& [site, methods] : all) merged.push_back(site->merged(site->weight(), methods));
+  for (size_t i = 0; i < all.size(); ++i) all[i].site->merge(std::move(merged[i]), all[i].methods);
+}
+
+LORA_INLINE void unmerge(const std::vector<std::shared_ptr<Site>>& sites) {
+  for (const auto& site : sites) {
+    TORCH_CHECK(site->can_unmerge(), "lora::unmerge: the weight of ", site->name(),
+                " was replaced or written after it was merged; undo that first (other adapters merged later are ",
+                "unmerged first)");
+    check_leaves_scopes(*site);
+  }
+  for (const auto& site : sites) site->unmerge();
+}
+
+/// Merges one site for good: done for one after the other, no second copy of all weights is held.
+inline void merge_for_good(const Merging& one) {
+  const BelowInterception below;
+  one.site->merge(one.site->merged(one.site->weight(), one.methods), one.methods);
+  one.site->keep_merged();
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES

@@ -17,6 +17,7 @@
 
 #include <lora/functional.hpp>
 #include <lora/intercept/fused_attention.hpp>
+#include <lora/intercept/in_scope.hpp>
 #include <lora/intercept/scope.hpp>
 #include <lora/intercept/weight_kernel.hpp>
 #include <lora/layers/norm_limit.hpp>

@@ -301,13 +301,6 @@ inline Updates find_updates(const at::Tensor& operand, Use use, const char* oper
   return updates;
 }
 
-/// Whether an active scope of this thread adapts the weight.
-inline bool is_in_scope(const at::Tensor& weight) {
-  bool found = false;
-  for_each_match(weight, Use::kAny, [&](const Scope&, const ActiveSite&, const Part&) { found = true; });
-  return found;
-}
-
 /// Throws for a weight that the active scopes adapt.
 inline void check_memory_stays(const at::Tensor& tensor) {
   for_each_match(tensor, Use::kAny, [](const Scope&, const ActiveSite& active, const Part&) {

@@ -4,7 +4,7 @@
 
 #include <lora/adapter/merge.hpp>
 #include <lora/functional.hpp>
-#include <lora/intercept/scope.hpp>
+#include <lora/intercept/in_scope.hpp>
 #include <lora/layers/adaptable.hpp>
 #include <lora/layers/layer_weight.hpp>
 #include <lora/method/bias_update.hpp>

@@ -9,6 +9,7 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
 
+#include <lora/intercept/in_scope.hpp>
 #include <lora/modules/attention/mask.hpp>
 #include <lora/modules/attention/packed.hpp>
 #include <lora/modules/attention/options.hpp>

@@ -1,14 +1,38 @@
 #pragma once
 
 #include <lora/config.hpp>
+#include <lora/files/error.hpp>
+#include <lora/linkage.hpp>
+#include <lora/version.hpp>
+
+#include <filesystem>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+/// Reads an adapter_config.json as PEFT 0.21 and its predecessors write it. Fields that are missing have PEFT's
+/// default.
+///
+/// Errors: CheckpointError that names the file and the field if a value is of the wrong type or out of range, or asks
+/// for something this library does not do and that would change the result. A field that PEFT 0.21 does not have is
+/// ignored with a warning.
+LORA_INLINE LoRAConfig read_adapter_config(const std::filesystem::path& path);
+
+/// Writes `config` as an adapter_config.json with every field of PEFT 0.21, in one piece or not at all.
+/// Errors: CheckpointError with the path and the reason of the operating system.
+LORA_INLINE void write_adapter_config(const std::filesystem::path& path, const LoRAConfig& config);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
 #include <lora/files/atomic_file.hpp>
 #include <lora/peft/schema.hpp>
-#include <lora/version.hpp>
 
 #include <algorithm>
 #include <cctype>
 #include <cmath>
-#include <filesystem>
 #include <map>
 #include <string>
 #include <string_view>
@@ -18,6 +42,7 @@
 
 namespace lora {
 inline namespace LORA_ABI {
+
 namespace detail {
 
 /// Turns an adapter_config.json into a LoRAConfig.
@@ -386,19 +411,11 @@ class PeftConfigWriter {
 
 }  // namespace detail
 
-/// Reads an adapter_config.json as PEFT 0.21 and its predecessors write it. Fields that are missing have PEFT's
-/// default.
-///
-/// Errors: CheckpointError that names the file and the field if a value is of the wrong type or out of range, or asks
-/// for something this library does not do and that would change the result. A field that PEFT 0.21 does not have is
-/// ignored with a warning.
-inline LoRAConfig read_adapter_config(const std::filesystem::path& path) {
+LORA_INLINE LoRAConfig read_adapter_config(const std::filesystem::path& path) {
   return detail::PeftConfigReader(path).read();
 }
 
-/// Writes `config` as an adapter_config.json with every field of PEFT 0.21, in one piece or not at all.
-/// Errors: CheckpointError with the path and the reason of the operating system.
-inline void write_adapter_config(const std::filesystem::path& path, const LoRAConfig& config) {
+LORA_INLINE void write_adapter_config(const std::filesystem::path& path, const LoRAConfig& config) {
   detail::AtomicFile file(path);
   file.write_at(0, detail::PeftConfigWriter(path, config).text());
   file.commit();
@@ -406,3 +423,5 @@ inline void write_adapter_config(const std::filesystem::path& path, const LoRACo
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

@@ -19,6 +19,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/enum.h>
 
+#include <lora/intercept/in_scope.hpp>
 #include <lora/intercept/scope.hpp>
 #include <lora/train/checkpointing.hpp>
 #include <lora/version.hpp>

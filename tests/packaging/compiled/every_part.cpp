@@ -1,0 +1,101 @@
+// Calls one function at least of each header whose bodies lora::compiled has.
+#include <torch/script.h>
+#include <torch/torch.h>
+
+#include <lora/lora.hpp>
+#include <lora/train/cross_entropy.hpp>
+
+#include <filesystem>
+#include <stdexcept>
+
+#if LORA_BODIES
+#error "the bodies are to be those of the library"
+#endif
+
+namespace {
+
+struct Net : torch::nn::Module {
+  torch::Tensor forward(const torch::Tensor& x) { return down(torch::relu(up(x))); }
+  torch::nn::Linear up{register_module("up", torch::nn::Linear(4, 8))};
+  torch::nn::Linear down{register_module("down", torch::nn::Linear(8, 4))};
+};
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+}  // namespace
+
+void through_few_bits(torch::nn::Module& model, const std::filesystem::path& file);  // in the other source file
+
+int main() {
+  torch::manual_seed(0);
+  const auto folder = std::filesystem::current_path() / "every_part_files";
+  std::filesystem::remove_all(folder);
+  Net net;
+  const auto x = torch::randn({3, 4});
+  const auto base = net.forward(x);
+  auto adapters = lora::attach(net, lora::LoRAConfig(2).alpha(3).target_modules({"up", "down"}));
+  torch::optim::SGD optimizer(adapters.parameters(), 0.5);
+  for (int step = 0; step < 3; ++step) {
+    auto active = adapters.activate();
+    optimizer.zero_grad();
+    net.forward(x).square().sum().backward();
+    optimizer.step();
+  }
+  const auto computed = [&](const std::string& name) {
+    auto active = adapters.activate(name);
+    return net.forward(x);
+  };
+  const auto trained = computed("default");
+  require(!torch::allclose(trained, base), "training");
+  adapters.save(folder / "default");
+  adapters.save_merged(folder / "merged.safetensors");
+  adapters.load("loaded", folder / "default");
+  require(torch::equal(computed("loaded"), trained), "files");
+  adapters.combine("twice", {{"loaded", 2.0}});
+  {
+    auto active = adapters.activate({"loaded", "", "twice"});
+    require(torch::allclose(net.forward(x)[0], trained[0]), "rows");
+  }
+  adapters.remove("twice");
+  adapters.remove("loaded");
+  require(adapters.diagnose([&] { net.forward(x); }).size() == 2, "uses");
+  const auto compiled = lora::trace(net, lora::LoRAConfig(4).target_modules({"up", "down"}), {x},
+                                    [&](const std::vector<at::Tensor>& in) { return net.forward(in[0]); });
+  lora::HotSwap(compiled).put(adapters, "default");
+  require(torch::allclose(torch::jit::Module(compiled).forward({x}).toTensor(), trained, 1e-4, 1e-5), "hot swap");
+  auto scripted = compiled.attr("model").toModule();
+  lora::load_adapter(scripted, folder / "default").detach();
+  adapters.detach();
+  require(torch::equal(net.forward(x), base), "detach");
+
+  lora::LoRALinear layer(net.up, lora::LoRAOptions(2).alpha(3));
+  require(torch::equal(layer->forward(x), net.up(x)), "modules");
+  layer->merge();
+  layer->unmerge();
+  require(lora::adapters_of(*layer).config("default").method().info().name == lora::all_methods().front().info().name,
+          "methods");
+
+  lora::AdapterPool pool(net, lora::AdapterPoolOptions(folder));
+  {
+    auto active = pool.activate("default");
+    require(torch::equal(net.forward(x), trained), "pool");
+  }
+  const auto finetuned = lora::read_safetensors(folder / "merged.safetensors");
+  Net other;
+  torch::NoGradGuard no_grad;
+  for (auto& item : net.named_parameters()) other.named_parameters()[item.key()].copy_(item.value());
+  auto extracted = lora::extract(other, finetuned, lora::LoRAConfig(2).target_modules({"up", "down"}));
+  {
+    auto active = extracted.activate();
+    require(torch::allclose(other.forward(x), trained, 1e-3, 1e-4), "extract");
+  }
+  extracted.save(folder / "extracted");
+  lora::subtract_start(folder / "extracted", folder / "extracted", folder / "difference");
+  require(lora::read_adapter_config(folder / "difference" / "adapter_config.json").rank() == 4, "convert");
+  extracted.merge_and_unload();
+  through_few_bits(other, folder / "int8.safetensors");
+  require(torch::allclose(other.forward(x), trained, 0.1, 0.1), "few bits");
+  std::filesystem::remove_all(folder);
+}
