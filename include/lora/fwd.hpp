@@ -38,7 +38,7 @@ struct AdapterEntry;
 struct AdapterList;
 struct HeldWeight;
 struct Merging;
-class Scope;
+struct Scope;
 class ScopeGuard;
 class Usage;
 
