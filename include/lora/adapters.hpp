@@ -18,6 +18,7 @@
 
 #include <initializer_list>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -348,7 +349,6 @@ LORA_INLINE Adapters adapters_of(torch::nn::Module& model);
 #include <algorithm>
 #include <cmath>
 #include <mutex>
-#include <set>
 #include <unordered_map>
 #include <utility>
 

@@ -40,6 +40,7 @@ struct HeldWeight;
 struct Merging;
 struct Scope;
 class ScopeGuard;
+class StartValues;
 class Usage;
 
 }  // namespace detail

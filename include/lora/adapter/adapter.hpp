@@ -1,23 +1,19 @@
 #pragma once
 
-#include <ATen/autocast_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/api/include/torch/ordered_dict.h>
 
-#include <lora/adapter/start_values.hpp>
 #include <lora/config.hpp>
-#include <lora/method/bias_update.hpp>
-#include <lora/method/full_delta.hpp>
-#include <lora/selection/text.hpp>
+#include <lora/fwd.hpp>
+#include <lora/linkage.hpp>
+#include <lora/method/contract.hpp>
 #include <lora/site.hpp>
 #include <lora/version.hpp>
-#include <lora/weight/key.hpp>
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace lora {
@@ -62,18 +58,7 @@ struct Adapter {
   std::map<std::string, std::string> frozen = {};
 
   /// Gives every tensor its first values.
-  void initialize() {
-    const detail::BelowInterception below;
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    at::NoGradGuard no_grad;
-    if (!parts.empty()) parts.front().method->initialize_shared();
-    start = std::make_shared<detail::StartValues>();
-    for (const auto& part : parts) {
-      part.method->initialize(part.site->base());
-      if (part.method->follows()) start->note(part.site, part.method);
-    }
-    if (start->empty()) start.reset();
-  }
+  void initialize();
 
   /// Calls `visit(part, tensor)` for every tensor, those that are shared once.
   template <class Visit>
@@ -87,25 +72,62 @@ struct Adapter {
   }
 
   /// The trained tensors by name.
-  torch::OrderedDict<std::string, at::Tensor> named_parameters() const {
-    torch::OrderedDict<std::string, at::Tensor> all;
-    for_each_tensor([&](const AdapterPart& part, const NamedTensor& tensor) {
-      if (tensor.is_trained) all.insert(part.name_of(tensor), *tensor.tensor);
-    });
-    return all;
-  }
+  torch::OrderedDict<std::string, at::Tensor> named_parameters() const;
 
   /// The part that changes the weight of the layer of that name, or the bias or other tensor; null where none does.
-  const AdapterPart* part(const std::string& name) const {
-    for (const auto& part : parts) {
-      if (part.changed() == name) return &part;
-    }
-    for (const auto& part : parts) {
-      if (part.site->name() == name) return &part;
-    }
-    return nullptr;
-  }
+  const AdapterPart* part(const std::string& name) const;
 };
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <lora/adapter/start_values.hpp>
+#include <lora/method/bias_update.hpp>
+#include <lora/method/full_delta.hpp>
+#include <lora/selection/text.hpp>
+#include <lora/weight/key.hpp>
+
+#include <utility>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+LORA_INLINE void Adapter::initialize() {
+  const detail::BelowInterception below;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  at::NoGradGuard no_grad;
+  if (!parts.empty()) parts.front().method->initialize_shared();
+  start = std::make_shared<detail::StartValues>();
+  for (const auto& part : parts) {
+    part.method->initialize(part.site->base());
+    if (part.method->follows()) start->note(part.site, part.method);
+  }
+  if (start->empty()) start.reset();
+}
+
+LORA_INLINE torch::OrderedDict<std::string, at::Tensor> Adapter::named_parameters() const {
+  torch::OrderedDict<std::string, at::Tensor> all;
+  for_each_tensor([&](const AdapterPart& part, const NamedTensor& tensor) {
+    if (tensor.is_trained) all.insert(part.name_of(tensor), *tensor.tensor);
+  });
+  return all;
+}
+
+LORA_INLINE const AdapterPart* Adapter::part(const std::string& name) const {
+  for (const auto& part : parts) {
+    if (part.changed() == name) return &part;
+  }
+  for (const auto& part : parts) {
+    if (part.site->name() == name) return &part;
+  }
+  return nullptr;
+}
 
 namespace detail {
 
@@ -135,3 +157,5 @@ inline void note_options(LoRAConfig& config, const std::string& layer, const LoR
 }  // namespace detail
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

@@ -1,5 +1,39 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
+#include <lora/linkage.hpp>
+#include <lora/version.hpp>
+
+// Products with a weight that is held in few bits. Its numbers are there only while they are needed: a panel of them,
+// small enough for the cache, is written out and multiplied with, and then the next one.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// x M + b for x (N, k) and a view M (k, n) of a quantized weight, in the type of x, without a gradient.
+LORA_INLINE at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias);
+
+/// x M for x (N, k) and any matrix M (k, n), held in few bits or not.
+LORA_INLINE at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix);
+
+/// Throws where a weight that has its numbers would not multiply with such an input, either.
+LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand);
+
+/// x M + b for x (..., k), a view M (k, n) of a quantized weight and b that broadcasts to it, or undefined. Under
+/// autocast in its type.
+LORA_INLINE at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias);
+
+/// The entries of a quantized table (entries, width) at `indices` (...), shaped (..., width).
+LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices);
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -12,7 +46,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
-#include <lora/version.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/placeholder.hpp>
 
@@ -21,9 +54,6 @@
 #include <numeric>
 #include <optional>
 #include <vector>
-
-// Products with a weight that is held in few bits. Its numbers are there only while they are needed: a panel of them,
-// small enough for the cache, is written out and multiplied with, and then the next one.
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -89,8 +119,7 @@ inline at::Tensor times_rows(const at::Tensor& x, const HeldRows& rows, const at
                    });
 }
 
-/// x M + b for x (N, k) and a view M (k, n) of a quantized weight, in the type of x, without a gradient.
-inline at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias) {
+LORA_INLINE at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias) {
   const auto rows = x.device() == at::kCPU ? held_rows(operand) : std::nullopt;
   if (!rows) {
     const auto matrix = dequantized(operand).to(x.scalar_type());
@@ -128,13 +157,11 @@ class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
   }
 };
 
-/// x M for x (N, k) and any matrix M (k, n), held in few bits or not.
-inline at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix) {
+LORA_INLINE at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix) {
   return is_quantized(matrix) ? QuantizedMm::compute(x, matrix) : x.mm(matrix);
 }
 
-/// Throws where a weight that has its numbers would not multiply with such an input, either.
-inline void check_type(const at::Tensor& x, const at::Tensor& operand) {
+LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand) {
   if (!is_quantized(operand) || x.scalar_type() == operand.scalar_type()) return;
   if (!at::isFloatingType(x.scalar_type())) return;  // numbers of entries
   TORCH_CHECK(at::autocast::is_autocast_enabled(x.device().type()), "lora: the input is of the type ", x.scalar_type(),
@@ -143,9 +170,7 @@ inline void check_type(const at::Tensor& x, const at::Tensor& operand) {
               "; cast the input, or the model");
 }
 
-/// x M + b for x (..., k), a view M (k, n) of a quantized weight and b that broadcasts to it, or undefined. Under
-/// autocast in its type.
-inline at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias) {
+LORA_INLINE at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias) {
   const auto device = input.device().type();
   const bool casts = at::autocast::is_autocast_enabled(device) && input.scalar_type() != at::kDouble;
   const auto type = casts ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
@@ -166,27 +191,27 @@ inline at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& op
   return QuantizedMm::compute(x.reshape({rows, x.size(-1)}), operand, b).view(sizes);
 }
 
-/// The entries of a quantized table (entries, width) at `indices` (...), shaped (..., width).
-inline at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices) {
+LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices) {
   auto sizes = indices.sizes().vec();
   sizes.push_back(table.size(1));
   const bool is_here = table.device() == at::kCPU && indices.device() == at::kCPU && !torch::jit::tracer::isTracing();
-  const auto rows = is_here ? held_rows(table) : std::nullopt;
+  const auto held = is_here ? held_rows(table) : std::nullopt;
   const bool are_integers = at::isIntegralType(indices.scalar_type(), /*includeBool=*/false);
-  if (!rows || rows->is_transposed || !are_integers)  // what does not fit is refused there
+  if (!held || held->is_transposed || !are_integers)  // what does not fit is refused there
     return dequantized(table).index_select(0, indices.flatten()).view(sizes);
+  const auto rows = *held;
   const auto wanted = indices.to(at::kLong).contiguous();
   const auto* numbers = wanted.const_data_ptr<int64_t>();
   auto entries = at::empty(sizes, table.options().dtype(at::kFloat).requires_grad(false));
   auto* out = entries.mutable_data_ptr<float>();
-  const auto columns = rows->columns;
+  const auto columns = rows.columns;
   constexpr int64_t kGrain = 1 << 15;  // numbers
   at::parallel_for(0, wanted.numel(), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
                    [&](int64_t begin, int64_t end) {
                      for (auto i = begin; i < end; ++i) {
-                       TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < rows->count, "lora: index ", numbers[i],
-                                         " is looked up in a table of ", rows->count, " entries");
-                       rows->weight->unpack((rows->first + numbers[i]) * columns, columns, out + i * columns);
+                       TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < rows.count, "lora: index ", numbers[i],
+                                         " is looked up in a table of ", rows.count, " entries");
+                       rows.weight->unpack((rows.first + numbers[i]) * columns, columns, out + i * columns);
                      }
                    });
   return entries.to(table.scalar_type());
@@ -195,3 +220,5 @@ inline at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& i
 }  // namespace detail
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

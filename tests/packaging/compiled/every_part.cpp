@@ -74,7 +74,8 @@ int main() {
   require(torch::equal(layer->forward(x), net.up(x)), "modules");
   layer->merge();
   layer->unmerge();
-  require(lora::adapters_of(*layer).config("default").method().info().name == lora::all_methods().front().info().name,
+  torch::nn::Sequential modules(layer);
+  require(lora::adapters_of(*modules).config("default").method().info().name == lora::all_methods().front().info().name,
           "methods");
 
   lora::AdapterPool pool(net, lora::AdapterPoolOptions(folder));
