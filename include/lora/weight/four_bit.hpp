@@ -1,31 +1,17 @@
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/bucketize.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
 
+#include <lora/linkage.hpp>
 #include <lora/options.hpp>
-#include <lora/weight/codec/input.hpp>
-#include <lora/weight/codec/kernels.hpp>
-#include <lora/weight/codec/statistics.hpp>
-#include <lora/weight/quantized.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/quantized.hpp>
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <string_view>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -97,6 +83,71 @@ class FP4 : public FourBitOptions<FP4> {
  public:
   std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const;
 };
+
+/// The weight in NF4: Float, Double, Half or BFloat16 of any shape, which becomes float first. Codes and scales are
+/// those of bitsandbytes 0.50 on the CPU, to the bit. (The mean of very many scales depends on the number of threads,
+/// and on the device, as at::mean does.)
+///
+/// Throws c10::ValueError for options out of their range and for numbers that are not finite; c10::TypeError for other
+/// types; c10::Error for a weight without numbers.
+LORA_INLINE FourBitTensor quantize_nf4(const at::Tensor& weight, const NF4& options = NF4());
+
+/// The weight in FP4; see quantize_nf4.
+LORA_INLINE FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options = FP4());
+
+/// The numbers in float, on the device of the codes.
+LORA_INLINE at::Tensor dequantize(const FourBitTensor& packed);
+
+/// A weight that is held in NF4 or FP4.
+class FourBitWeight final : public QuantizedWeight {
+ public:
+  /// Throws c10::Error when the tensors do not fit each other.
+  explicit FourBitWeight(FourBitTensor packed);
+
+  const FourBitTensor& packed() const { return packed_; }
+
+  std::string_view scheme() const override;
+  int64_t bits() const override { return 4; }
+  at::IntArrayRef sizes() const override;
+  at::Device device() const override;
+  /// The 256 numbers of the map, which the weights of a CPU have in common, are not counted.
+  int64_t nbytes() const override;
+
+  at::Tensor dense() const override;
+  void unpack(int64_t first, int64_t count, float* numbers) const override;
+  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override;
+
+  std::shared_ptr<const QuantizedWeight> to(at::Device device) const override;
+
+ private:
+  FourBitTensor packed_;
+};
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/bucketize.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+
+#include <lora/weight/codec/input.hpp>
+#include <lora/weight/codec/kernels.hpp>
+#include <lora/weight/codec/statistics.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+namespace lora {
+inline namespace LORA_ABI {
 
 namespace detail {
 
@@ -319,7 +370,7 @@ class FourBitReader {
 
 }  // namespace detail
 
-inline void FourBitTensor::validate(const char* who) const {
+LORA_INLINE void FourBitTensor::validate(const char* who) const {
   NF4().block_size(block_size).validate(who);
   TORCH_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; }), who,
               ": the sizes of a packed weight are ", at::IntArrayRef(sizes), ", but each has to be at least 1");
@@ -334,27 +385,19 @@ inline void FourBitTensor::validate(const char* who) const {
   detail::check_part(who, "nested_map", nested_map, at::kFloat, 256, device);
 }
 
-/// The weight in NF4: Float, Double, Half or BFloat16 of any shape, which becomes float first. Codes and scales are
-/// those of bitsandbytes 0.50 on the CPU, to the bit. (The mean of very many scales depends on the number of threads,
-/// and on the device, as at::mean does.)
-///
-/// Throws c10::ValueError for options out of their range and for numbers that are not finite; c10::TypeError for other
-/// types; c10::Error for a weight without numbers.
-inline FourBitTensor quantize_nf4(const at::Tensor& weight, const NF4& options = NF4()) {
+LORA_INLINE FourBitTensor quantize_nf4(const at::Tensor& weight, const NF4& options) {
   constexpr auto who = "lora::quantize_nf4";
   options.validate(who);
   return detail::quantize_four_bit(who, weight, FourBitType::kNF4, options.block_size(), options.double_quantization());
 }
 
-/// The weight in FP4; see quantize_nf4.
-inline FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options = FP4()) {
+LORA_INLINE FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options) {
   constexpr auto who = "lora::quantize_fp4";
   options.validate(who);
   return detail::quantize_four_bit(who, weight, FourBitType::kFP4, options.block_size(), options.double_quantization());
 }
 
-/// The numbers in float, on the device of the codes.
-inline at::Tensor dequantize(const FourBitTensor& packed) {
+LORA_INLINE at::Tensor dequantize(const FourBitTensor& packed) {
   packed.validate("lora::dequantize");
   if (!packed.codes.is_cpu()) return detail::dequantized_blocks(packed);
   auto numbers = at::empty(packed.sizes, at::kFloat);
@@ -362,54 +405,51 @@ inline at::Tensor dequantize(const FourBitTensor& packed) {
   return numbers;
 }
 
-/// A weight that is held in NF4 or FP4.
-class FourBitWeight final : public QuantizedWeight {
- public:
-  /// Throws c10::Error when the tensors do not fit each other.
-  explicit FourBitWeight(FourBitTensor packed) : packed_(std::move(packed)) { packed_.validate("lora::FourBitWeight"); }
+LORA_INLINE FourBitWeight::FourBitWeight(FourBitTensor packed) : packed_(std::move(packed)) {
+  packed_.validate("lora::FourBitWeight");
+}
 
-  const FourBitTensor& packed() const { return packed_; }
+LORA_INLINE std::string_view FourBitWeight::scheme() const { return detail::code_of(packed_.type).name; }
 
-  std::string_view scheme() const override { return detail::code_of(packed_.type).name; }
-  int64_t bits() const override { return 4; }
-  at::IntArrayRef sizes() const override { return packed_.sizes; }
-  at::Device device() const override { return packed_.codes.device(); }
-  /// The 256 numbers of the map, which the weights of a CPU have in common, are not counted.
-  int64_t nbytes() const override {
-    size_t bytes = packed_.codes.nbytes() + packed_.absmax.nbytes();
-    if (packed_.double_quantized()) bytes += packed_.nested_absmax.nbytes() + sizeof(packed_.offset);
-    return static_cast<int64_t>(bytes);
-  }
+LORA_INLINE at::IntArrayRef FourBitWeight::sizes() const { return packed_.sizes; }
 
-  at::Tensor dense() const override { return dequantize(packed_); }
-  void unpack(int64_t first, int64_t count, float* numbers) const override {
-    detail::check_range("lora::FourBitWeight::unpack", "numbers", first, count, packed_.numel(), device());
-    detail::FourBitReader(packed_).unpack(first, count, numbers);
-  }
-  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override {
-    const auto rows = detail::rows_of(packed_.sizes);
-    detail::check_range("lora::FourBitWeight::dot_rows", "rows", first, count, rows, device());
-    detail::FourBitReader(packed_).dot_rows(packed_.numel() / rows, first, count, x, y);
-  }
+LORA_INLINE at::Device FourBitWeight::device() const { return packed_.codes.device(); }
 
-  std::shared_ptr<const QuantizedWeight> to(at::Device device) const override {
-    auto moved = packed_;
-    for (auto* tensor : {&moved.codes, &moved.absmax, &moved.nested_absmax, &moved.nested_map})
-      if (tensor->defined()) *tensor = tensor->to(device);
-    return std::make_shared<FourBitWeight>(std::move(moved));
-  }
+LORA_INLINE int64_t FourBitWeight::nbytes() const {
+  size_t bytes = packed_.codes.nbytes() + packed_.absmax.nbytes();
+  if (packed_.double_quantized()) bytes += packed_.nested_absmax.nbytes() + sizeof(packed_.offset);
+  return static_cast<int64_t>(bytes);
+}
 
- private:
-  FourBitTensor packed_;
-};
+LORA_INLINE at::Tensor FourBitWeight::dense() const { return dequantize(packed_); }
 
-inline std::shared_ptr<const QuantizedWeight> NF4::pack(const at::Tensor& weight) const {
+LORA_INLINE void FourBitWeight::unpack(int64_t first, int64_t count, float* numbers) const {
+  detail::check_range("lora::FourBitWeight::unpack", "numbers", first, count, packed_.numel(), device());
+  detail::FourBitReader(packed_).unpack(first, count, numbers);
+}
+
+LORA_INLINE void FourBitWeight::dot_rows(int64_t first, int64_t count, const float* x, float* y) const {
+  const auto rows = detail::rows_of(packed_.sizes);
+  detail::check_range("lora::FourBitWeight::dot_rows", "rows", first, count, rows, device());
+  detail::FourBitReader(packed_).dot_rows(packed_.numel() / rows, first, count, x, y);
+}
+
+LORA_INLINE std::shared_ptr<const QuantizedWeight> FourBitWeight::to(at::Device device) const {
+  auto moved = packed_;
+  for (auto* tensor : {&moved.codes, &moved.absmax, &moved.nested_absmax, &moved.nested_map})
+    if (tensor->defined()) *tensor = tensor->to(device);
+  return std::make_shared<FourBitWeight>(std::move(moved));
+}
+
+LORA_INLINE std::shared_ptr<const QuantizedWeight> NF4::pack(const at::Tensor& weight) const {
   return std::make_shared<FourBitWeight>(quantize_nf4(weight, *this));
 }
 
-inline std::shared_ptr<const QuantizedWeight> FP4::pack(const at::Tensor& weight) const {
+LORA_INLINE std::shared_ptr<const QuantizedWeight> FP4::pack(const at::Tensor& weight) const {
   return std::make_shared<FourBitWeight>(quantize_fp4(weight, *this));
 }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

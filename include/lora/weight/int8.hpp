@@ -1,24 +1,13 @@
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
 
-#include <lora/weight/codec/input.hpp>
-#include <lora/weight/codec/kernels.hpp>
-#include <lora/weight/quantized.hpp>
+#include <lora/linkage.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/quantized.hpp>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -44,6 +33,62 @@ class Int8 {
  public:
   std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const;
 };
+
+/// The weight in 8 bits: Float, Double, Half or BFloat16 of any shape, which becomes float first.
+///
+/// Throws c10::ValueError for numbers that are not finite, or too large for dequantization in float (2.6e36),
+/// c10::TypeError for other types, c10::Error for a weight without numbers.
+LORA_INLINE Int8Tensor quantize_int8(const at::Tensor& weight);
+
+/// The numbers in float, on the device of the codes.
+LORA_INLINE at::Tensor dequantize(const Int8Tensor& packed);
+
+/// A weight that is held in 8 bits.
+class Int8Weight final : public QuantizedWeight {
+ public:
+  /// Throws c10::Error when the tensors do not fit each other.
+  explicit Int8Weight(Int8Tensor packed);
+
+  const Int8Tensor& packed() const { return packed_; }
+
+  std::string_view scheme() const override;
+  int64_t bits() const override { return 8; }
+  at::IntArrayRef sizes() const override;
+  at::Device device() const override;
+  int64_t nbytes() const override;
+
+  at::Tensor dense() const override;
+  void unpack(int64_t first, int64_t count, float* numbers) const override;
+  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override;
+
+  std::shared_ptr<const QuantizedWeight> to(at::Device device) const override;
+
+ private:
+  Int8Tensor packed_;
+};
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <lora/weight/codec/input.hpp>
+#include <lora/weight/codec/kernels.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+
+namespace lora {
+inline namespace LORA_ABI {
 
 namespace detail {
 
@@ -82,18 +127,14 @@ inline std::pair<at::Tensor, at::Tensor> quantized_rows(const at::Tensor& matrix
 
 }  // namespace detail
 
-inline void Int8Tensor::validate(const char* who) const {
+LORA_INLINE void Int8Tensor::validate(const char* who) const {
   TORCH_CHECK(codes.defined(), who, ": codes of a packed weight is undefined");
   detail::check_part(who, "codes", codes, at::kChar, codes.numel(), codes.device());
   TORCH_CHECK(codes.numel() > 0, who, ": codes of a packed weight are ", codes.sizes(), ", no numbers");
   detail::check_part(who, "absmax", absmax, at::kFloat, detail::rows_of(codes.sizes()), codes.device());
 }
 
-/// The weight in 8 bits: Float, Double, Half or BFloat16 of any shape, which becomes float first.
-///
-/// Throws c10::ValueError for numbers that are not finite, or too large for dequantization in float (2.6e36),
-/// c10::TypeError for other types, c10::Error for a weight without numbers.
-inline Int8Tensor quantize_int8(const at::Tensor& weight) {
+LORA_INLINE Int8Tensor quantize_int8(const at::Tensor& weight) {
   constexpr auto who = "lora::quantize_int8";
   detail::check_can_be_packed(who, weight);
   const auto rows = detail::rows_of(weight.sizes());
@@ -158,8 +199,7 @@ class Int8Reader {
 
 }  // namespace detail
 
-/// The numbers in float, on the device of the codes.
-inline at::Tensor dequantize(const Int8Tensor& packed) {
+LORA_INLINE at::Tensor dequantize(const Int8Tensor& packed) {
   packed.validate("lora::dequantize");
   if (packed.codes.is_cpu()) {
     auto numbers = at::empty(packed.codes.sizes(), at::kFloat);
@@ -170,41 +210,41 @@ inline at::Tensor dequantize(const Int8Tensor& packed) {
   return (matrix * packed.absmax.unsqueeze(1) * detail::kPerInt8).view(packed.codes.sizes());
 }
 
-/// A weight that is held in 8 bits.
-class Int8Weight final : public QuantizedWeight {
- public:
-  /// Throws c10::Error when the tensors do not fit each other.
-  explicit Int8Weight(Int8Tensor packed) : packed_(std::move(packed)) { packed_.validate("lora::Int8Weight"); }
+LORA_INLINE Int8Weight::Int8Weight(Int8Tensor packed) : packed_(std::move(packed)) {
+  packed_.validate("lora::Int8Weight");
+}
 
-  const Int8Tensor& packed() const { return packed_; }
+LORA_INLINE std::string_view Int8Weight::scheme() const { return "int8"; }
 
-  std::string_view scheme() const override { return "int8"; }
-  int64_t bits() const override { return 8; }
-  at::IntArrayRef sizes() const override { return packed_.codes.sizes(); }
-  at::Device device() const override { return packed_.codes.device(); }
-  int64_t nbytes() const override { return static_cast<int64_t>(packed_.codes.nbytes() + packed_.absmax.nbytes()); }
+LORA_INLINE at::IntArrayRef Int8Weight::sizes() const { return packed_.codes.sizes(); }
 
-  at::Tensor dense() const override { return dequantize(packed_); }
-  void unpack(int64_t first, int64_t count, float* numbers) const override {
-    detail::check_range("lora::Int8Weight::unpack", "numbers", first, count, packed_.codes.numel(), device());
-    detail::Int8Reader(packed_).unpack(first, count, numbers);
-  }
-  void dot_rows(int64_t first, int64_t count, const float* x, float* y) const override {
-    detail::check_range("lora::Int8Weight::dot_rows", "rows", first, count, packed_.absmax.numel(), device());
-    detail::Int8Reader(packed_).dot_rows(first, count, x, y);
-  }
+LORA_INLINE at::Device Int8Weight::device() const { return packed_.codes.device(); }
 
-  std::shared_ptr<const QuantizedWeight> to(at::Device device) const override {
-    return std::make_shared<Int8Weight>(Int8Tensor{packed_.codes.to(device), packed_.absmax.to(device)});
-  }
+LORA_INLINE int64_t Int8Weight::nbytes() const {
+  return static_cast<int64_t>(packed_.codes.nbytes() + packed_.absmax.nbytes());
+}
 
- private:
-  Int8Tensor packed_;
-};
+LORA_INLINE at::Tensor Int8Weight::dense() const { return dequantize(packed_); }
 
-inline std::shared_ptr<const QuantizedWeight> Int8::pack(const at::Tensor& weight) const {
+LORA_INLINE void Int8Weight::unpack(int64_t first, int64_t count, float* numbers) const {
+  detail::check_range("lora::Int8Weight::unpack", "numbers", first, count, packed_.codes.numel(), device());
+  detail::Int8Reader(packed_).unpack(first, count, numbers);
+}
+
+LORA_INLINE void Int8Weight::dot_rows(int64_t first, int64_t count, const float* x, float* y) const {
+  detail::check_range("lora::Int8Weight::dot_rows", "rows", first, count, packed_.absmax.numel(), device());
+  detail::Int8Reader(packed_).dot_rows(first, count, x, y);
+}
+
+LORA_INLINE std::shared_ptr<const QuantizedWeight> Int8Weight::to(at::Device device) const {
+  return std::make_shared<Int8Weight>(Int8Tensor{packed_.codes.to(device), packed_.absmax.to(device)});
+}
+
+LORA_INLINE std::shared_ptr<const QuantizedWeight> Int8::pack(const at::Tensor& weight) const {
   return std::make_shared<Int8Weight>(quantize_int8(weight));
 }
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES
