@@ -1,5 +1,6 @@
 #pragma once
 
+#include <c10/util/Exception.h>
 #include <torch/csrc/api/include/torch/ordered_dict.h>
 
 #include <lora/config.hpp>
