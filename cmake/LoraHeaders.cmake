@@ -135,6 +135,7 @@ set(LORA_DETAIL_HEADERS
   weight/codec/statistics.hpp
   weight/key.hpp
   weight/merged_weights.hpp
+  weight/optional.hpp
   weight/part.hpp
   weight/placeholder.hpp
   weight/quantized_product.hpp

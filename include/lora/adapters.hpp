@@ -349,7 +349,6 @@ LORA_INLINE Adapters adapters_of(torch::nn::Module& model);
 #include <algorithm>
 #include <cmath>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 
 namespace lora {
@@ -359,12 +358,6 @@ namespace detail {
 
 /// The name of the adapter that layers have of their own.
 inline constexpr const char* kOwnName = "default";
-
-inline const AdapterEntry& known(const AdapterList& all, const std::string& name) {
-  const auto* entry = all.find(name);
-  TORCH_CHECK(entry != nullptr, "lora::Adapters: there is no adapter \"", name, "\"; there are: ", list(all.names()));
-  return *entry;
-}
 
 inline void check_addable(const std::string& name, const Adapter& adapter) {
   for (const auto& part : adapter.parts) {
@@ -379,61 +372,6 @@ inline void check_new(const AdapterList& list, const std::string& name, const Ad
   TORCH_CHECK(!name.empty(), "lora::Adapters: an adapter has to have a name that is not empty");
   TORCH_CHECK(list.find(name) == nullptr, "lora::Adapters: there is an adapter \"", name, "\" already");
   check_addable(name, adapter);
-}
-
-inline void mark(const WeightSlot& slot) {
-  const auto handles = slot.handles();
-  mark(handles.member);
-  mark(handles.registered);
-}
-
-/// "a", or "a" and "b".
-inline std::string quoted(const std::vector<std::string>& names) {
-  std::string text;
-  for (const auto& name : names) text += (text.empty() ? "\"" : " and \"") + name + "\"";
-  return text;
-}
-
-/// What adapters change, each tensor once: two of them, and a bias that is trained in full and scaled by its layer's
-/// method, too.
-inline std::vector<Merging> mergings_of(const AdapterList& all, const std::vector<std::string>& names) {
-  std::vector<Merging> mergings;
-  std::unordered_map<const Site*, size_t> places;
-  for (const auto& name : names) {
-    const auto& entry = known(all, name);
-    for (const auto& part : entry.adapter->parts) {
-      const auto [place, is_new] = places.emplace(part.site.get(), mergings.size());
-      if (is_new) mergings.push_back({part.site, {}});
-      mergings[place->second].methods.push_back({entry.name, part.method, entry.scale_of(part)});
-    }
-  }
-  return mergings;
-}
-
-/// An adapter is made where its weight is; a model that is moved later leaves it behind.
-inline void check_devices(const Adapter& adapter) {
-  adapter.for_each_tensor([](const AdapterPart& part, const NamedTensor& tensor) {
-    const auto device = part.site->weight().device();
-    TORCH_CHECK(tensor.tensor->device() == device,
-                "lora::Adapters: the model was moved after it was adapted: ", part.changed(), " is on ", device,
-                ", its ", tensor.name.empty() ? "trained copy" : tensor.name, " on ", tensor.tensor->device(),
-                "; move the model first, then attach or load the adapter");
-  });
-}
-
-inline Report::Layer report_row(const AdapterPart& part, double scale) {
-  int64_t parameters = 0;
-  for (const auto& item : part.method->tensors()) parameters += item.is_trained ? item.tensor->numel() : 0;
-  const auto& info = part.method->info();
-  const auto rank = info.rank_name.empty() ? 0 : part.method->options().rank();
-  return {part.site->name(),
-          part.site->kind(),
-          std::string(info.name),
-          part.site->weight().sizes().vec(),
-          rank,
-          scale * part.method->scaling(),
-          parameters,
-          part.site->place().tied_to};
 }
 
 }  // namespace detail
@@ -548,7 +486,7 @@ LORA_INLINE Adapter Adapters::plan(const LoRAConfig& config, std::vector<std::st
 LORA_INLINE std::vector<std::string> Adapters::names() const { return list()->names(); }
 
 LORA_INLINE std::shared_ptr<const Adapter> Adapters::adapter(const std::string& name) const {
-  return detail::known(*list(), name).adapter;
+  return list()->at(name).adapter;
 }
 
 LORA_INLINE const LoRAConfig& Adapters::config(const std::string& name) const { return adapter(name)->config; }
@@ -597,7 +535,7 @@ LORA_INLINE double Adapters::scaling(const std::string& layer) const { return sc
 
 LORA_INLINE double Adapters::scaling(const std::string& name, const std::string& layer) const {
   const auto all = list();
-  const auto& entry = detail::known(*all, name);
+  const auto& entry = all->at(name);
   const auto& part = layer_of(*all, entry, layer);
   return entry.scale_of(part) * part.method->scaling();
 }
@@ -605,7 +543,7 @@ LORA_INLINE double Adapters::scaling(const std::string& name, const std::string&
 LORA_INLINE at::Tensor Adapters::delta(const std::string& name, const std::string& layer) const {
   const detail::BelowInterception below;
   const auto all = list();
-  const auto& entry = detail::known(*all, name);
+  const auto& entry = all->at(name);
   const auto& part = layer_of(*all, entry, layer);
   const auto base = part.site->base();
   const auto delta = base.view().weight(part.method->delta(base));
@@ -727,16 +665,16 @@ LORA_INLINE Report Adapters::report() const {
   return report;
 }
 
-LORA_INLINE double Adapters::scale(const std::string& name) const { return detail::known(*list(), name).scale; }
+LORA_INLINE double Adapters::scale(const std::string& name) const { return list()->at(name).scale; }
 
 LORA_INLINE double Adapters::scale(const std::string& name, const std::string& layer) const {
   const auto all = list();
-  const auto& entry = detail::known(*all, name);
+  const auto& entry = all->at(name);
   return entry.scale_of(layer_of(*all, entry, layer));
 }
 
 LORA_INLINE std::string Adapters::fingerprint(const std::string& name) const {
-  return name.empty() ? "" : detail::fingerprint(detail::known(*list(), name));
+  return name.empty() ? "" : detail::fingerprint(list()->at(name));
 }
 
 LORA_INLINE const Model& Adapters::model() const {
@@ -751,7 +689,7 @@ LORA_INLINE void Adapters::start_recording() const { state_->usage->start_record
 LORA_INLINE std::shared_ptr<const detail::AdapterList> Adapters::list() const { return state_->registry.read(); }
 
 LORA_INLINE detail::AdapterEntry& Adapters::changeable(detail::AdapterList& list, const std::string& name) const {
-  detail::known(list, name);
+  list.at(name);
   TORCH_CHECK(!is_merged(name), "lora::Adapters: \"", name, "\" is merged into the weights; unmerge it first");
   return *std::find_if(list.entries.begin(), list.entries.end(), [&](const auto& entry) { return entry.name == name; });
 }
@@ -768,11 +706,15 @@ LORA_INLINE double Adapters::unload(const std::string& name, const Quantization*
   TORCH_CHECK(!is_merged() || merged_ == std::vector<std::string>{name}, "lora::merge: ", detail::quoted(merged_),
               " is merged already; unmerge it first");
   const auto all = mergings({name});
-  if (!is_merged()) detail::check_mergeable(all);
+  if (!is_merged()) detail::check_places(all);
   for (const auto& merging : all) detail::check_leaves_scopes(*merging.site);
   detail::RoundingError error;
   detail::HeldWeights held;
-  if (scheme != nullptr) held = detail::packed_merged(all, *adapter(name), *scheme, error);
+  if (scheme != nullptr) {
+    held = detail::packed_merged(all, *adapter(name), *scheme, error);
+  } else if (!is_merged()) {
+    detail::check_updates(all);
+  }
   thaw();  // first, since merged tensors take over whether the weights they replace are trainable
   for (const auto& merging : all) {
     const auto& site = merging.site;
@@ -827,7 +769,7 @@ LORA_INLINE detail::ActiveAdapter Adapters::active(const std::string& name) cons
   auto active = state_->registry.active(name);
   if (!active) {
     const auto all = list();
-    const auto& entry = detail::known(*all, name);
+    const auto& entry = all->at(name);
     detail::check_devices(*entry.adapter);
     active = {entry.adapter, detail::make_active_set(*all, entry)};
     state_->registry.keep(name, all, *active);
@@ -891,7 +833,7 @@ LORA_INLINE const AdapterPart& Adapters::layer_of(const detail::AdapterList& all
 
 LORA_INLINE std::vector<detail::Merging> Adapters::mergings(const std::vector<std::string>& names) const {
   const auto all = list();
-  for (const auto& name : names) detail::check_devices(*detail::known(*all, name).adapter);
+  for (const auto& name : names) detail::check_devices(*all->at(name).adapter);
   return detail::mergings_of(*all, names);
 }
 

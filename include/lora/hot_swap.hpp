@@ -267,9 +267,15 @@ LORA_INLINE void HotSwap::Layer::clear() {
 }
 
 LORA_INLINE void HotSwap::Layer::set(const LowRank& update, double factor) {
-  const auto used = update.lora_A.size(-2);
-  detail::write_in_place(A, [&] { A.narrow(-2, 0, used).copy_(update.lora_A); });
-  detail::write_in_place(B, [&] { B.narrow(-1, 0, used).copy_(update.lora_B); });
+  const auto used = update.lora_A.size(-2), free = rank() - used;
+  detail::write_in_place(A, [&] {
+    A.narrow(-2, 0, used).copy_(update.lora_A);
+    A.narrow(-2, used, free).zero_();
+  });
+  detail::write_in_place(B, [&] {
+    B.narrow(-1, 0, used).copy_(update.lora_B);
+    B.narrow(-1, used, free).zero_();
+  });
   detail::write_in_place(scale, [&] { scale.fill_(factor); });
 }
 
@@ -309,14 +315,15 @@ LORA_INLINE std::map<std::string, int64_t> HotSwap::room() const {
 
 LORA_INLINE void HotSwap::put(const std::string& what, const Adapter& adapter, const Scale& scale) {
   const detail::BelowInterception below;
-  std::vector<std::pair<Layer*, const LowRank*>> found;
-  std::vector<double> factors;
+  std::map<const Layer*, std::pair<const LowRank*, double>> found;
   for (const auto& part : adapter.parts) {
-    found.emplace_back(room_for(what, part));
-    factors.push_back(scale(part) * part.method->scaling());
+    const auto [layer, update] = room_for(what, part);
+    found[layer] = {update, scale(part) * part.method->scaling()};
   }
-  clear();
-  for (size_t i = 0; i < found.size(); ++i) found[i].first->set(*found[i].second, factors[i]);
+  for (auto& layer : layers_) {
+    const auto own = found.find(&layer);
+    own == found.end() ? layer.clear() : layer.set(*own->second.first, own->second.second);
+  }
 }
 
 LORA_INLINE std::pair<HotSwap::Layer*, const LowRank*> HotSwap::room_for(const std::string& what,

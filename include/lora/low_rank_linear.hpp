@@ -14,6 +14,7 @@
 #include <lora/method/term.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
+#include <lora/weight/optional.hpp>
 
 #include <optional>
 #include <utility>
@@ -62,9 +63,8 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     Tensors factors;
     for (const auto& slice : slices) factors.insert(factors.end(), {slice.A, slice.B});
     if (gain.defined()) factors.push_back(gain);
-    const auto bias = product.bias.defined() ? std::optional<at::Tensor>(product.bias) : std::nullopt;
     const auto plan = c10::make_intrusive<Plan>(product, std::move(slices));
-    return apply(x, bias, at::TensorList(factors), product, plan);
+    return apply(x, optional(product.bias), at::TensorList(factors), product, plan);
   }
 
   struct Plan;

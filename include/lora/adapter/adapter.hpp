@@ -144,6 +144,17 @@ inline AdapterPart bias_part(const AdapterPart& layer) {
   return part;
 }
 
+/// An adapter is made where its weight is; a model that is moved later leaves it behind.
+inline void check_devices(const Adapter& adapter) {
+  adapter.for_each_tensor([](const AdapterPart& part, const NamedTensor& tensor) {
+    const auto device = part.site->weight().device();
+    TORCH_CHECK(tensor.tensor->device() == device,
+                "lora::Adapters: the model was moved after it was adapted: ", part.changed(), " is on ", device,
+                ", its ", tensor.name.empty() ? "trained copy" : tensor.name, " on ", tensor.tensor->device(),
+                "; move the model first, then attach or load the adapter");
+  });
+}
+
 /// Writes down the rank and alpha of one layer, where they differ from those that `config` gives it so far.
 inline void note_options(LoRAConfig& config, const std::string& layer, const LoRAOptions& options,
                          const LoRAOptions& so_far) {

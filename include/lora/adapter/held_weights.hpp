@@ -75,7 +75,7 @@ inline HeldWeights packed_by_loftq(const Adapter& adapter, const Quantization& s
 }
 
 /// The layers of an adapter with its updates merged in; what that loses is added to `error`. Where they are merged
-/// already, as they are.
+/// already, as they are. Throws, too, for what is merged beside the layers, when its update is not finite.
 inline HeldWeights packed_merged(const std::vector<Merging>& all, const Adapter& adapter, const Quantization& scheme,
                                  RoundingError& error) {
   std::set<const Site*> layers;
@@ -84,10 +84,10 @@ inline HeldWeights packed_merged(const std::vector<Merging>& all, const Adapter&
   }
   HeldWeights weights;
   for (const auto& [site, methods] : all) {
-    if (layers.count(site.get()) == 0) continue;
-    check_memory_stays(site->weight());
     const auto weight = site->weight().detach();
     const auto values = site->is_merged() ? weight : site->merged(weight, methods);
+    if (layers.count(site.get()) == 0) continue;
+    check_memory_stays(weight);
     weights.push_back({site, scheme.pack(values)});
     error.add(values, *weights.back().packed);
   }

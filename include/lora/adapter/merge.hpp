@@ -79,9 +79,9 @@ inline void check_places(const std::vector<Merging>& all) {
   }
 }
 
-/// Throws where `merge` would; changes nothing.
-inline void check_mergeable(const std::vector<Merging>& all) {
-  check_places(all);
+/// Throws when an update or a merged weight is not finite. They are computed for it, and again when they are merged: so
+/// one of them is in memory at a time.
+inline void check_updates(const std::vector<Merging>& all) {
   for (const auto& [site, methods] : all) site->merged(site->weight(), methods);
 }
 

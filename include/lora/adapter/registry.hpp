@@ -1,7 +1,9 @@
 #pragma once
 
 #include <lora/adapter/adapter.hpp>
+#include <lora/adapter/merge.hpp>
 #include <lora/intercept/weight_table.hpp>
+#include <lora/selection/text.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -41,6 +43,13 @@ struct AdapterList {
   const AdapterEntry* find(const std::string& name) const {
     const auto found = std::find_if(entries.begin(), entries.end(), [&](const auto& e) { return e.name == name; });
     return found == entries.end() ? nullptr : &*found;
+  }
+  /// The same, which has to be there.
+  const AdapterEntry& at(const std::string& name) const {
+    const auto* entry = find(name);
+    TORCH_CHECK(entry != nullptr, "lora::Adapters: there is no adapter \"", name,
+                "\"; there are: ", detail::list(names()));
+    return *entry;
   }
   std::vector<std::string> names() const {
     std::vector<std::string> names;
@@ -181,6 +190,22 @@ class ActiveSets {
   std::vector<Place> statistics_;
   bool is_first_ = true;
 };
+
+/// What adapters change, each tensor once: two of them, and a bias that is trained in full and scaled by its layer's
+/// method, too.
+inline std::vector<Merging> mergings_of(const AdapterList& all, const std::vector<std::string>& names) {
+  std::vector<Merging> mergings;
+  std::unordered_map<const Site*, size_t> places;
+  for (const auto& name : names) {
+    const auto& entry = all.at(name);
+    for (const auto& part : entry.adapter->parts) {
+      const auto [place, is_new] = places.emplace(part.site.get(), mergings.size());
+      if (is_new) mergings.push_back({part.site, {}});
+      mergings[place->second].methods.push_back({entry.name, part.method, entry.scale_of(part)});
+    }
+  }
+  return mergings;
+}
 
 /// The active set of one adapter. Marks the weights, some of which may have lost the key when they were moved.
 inline std::shared_ptr<const ActiveSet> make_active_set(const AdapterList& all, const AdapterEntry& entry) {

@@ -1,11 +1,8 @@
 #pragma once
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
+#include <lora/linkage.hpp>
 #include <lora/version.hpp>
 
-#include <algorithm>
 #include <cstdint>
 #include <ostream>
 #include <string>
@@ -36,6 +33,22 @@ struct Report {
   }
 };
 
+LORA_INLINE std::ostream& operator<<(std::ostream& stream, const Report& report);
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <lora/adapter/adapter.hpp>
+
+#include <algorithm>
+
+namespace lora {
+inline namespace LORA_ABI {
 namespace detail {
 
 /// "512 B", "3.4 kB", "269.0 MB".
@@ -46,9 +59,25 @@ inline std::string byte_text(int64_t bytes) {
   return value < 1e9 ? fmt::format("{:.1f} MB", value / 1e6) : fmt::format("{:.2f} GB", value / 1e9);
 }
 
+/// What a report says of a layer.
+inline Report::Layer report_row(const AdapterPart& part, double scale) {
+  int64_t parameters = 0;
+  for (const auto& item : part.method->tensors()) parameters += item.is_trained ? item.tensor->numel() : 0;
+  const auto& info = part.method->info();
+  const auto rank = info.rank_name.empty() ? 0 : part.method->options().rank();
+  return {part.site->name(),
+          part.site->kind(),
+          std::string(info.name),
+          part.site->weight().sizes().vec(),
+          rank,
+          scale * part.method->scaling(),
+          parameters,
+          part.site->place().tied_to};
+}
+
 }  // namespace detail
 
-inline std::ostream& operator<<(std::ostream& stream, const Report& report) {
+LORA_INLINE std::ostream& operator<<(std::ostream& stream, const Report& report) {
   size_t width = 5;
   for (const auto& layer : report.layers) width = std::max(width, layer.name.size());
   stream << fmt::format("{:<{}}  {:<18}  {:>13}  {:<8}  {:>4}  {:>7}  {:>10}\n", "layer", width, "kind", "weight",
@@ -70,3 +99,5 @@ inline std::ostream& operator<<(std::ostream& stream, const Report& report) {
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

@@ -23,6 +23,7 @@
 #include <lora/layers/norm_limit.hpp>
 #include <lora/system/attributes.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/optional.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -50,10 +51,6 @@ inline at::Tensor adapted_value(const at::Tensor& operand, const char* operation
 
 inline at::Tensor adapted_value(const std::optional<at::Tensor>& operand, const char* operation) {
   return operand ? adapted_value(*operand, operation) : at::Tensor();
-}
-
-inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 /// An operator y = op(x, W) + b that is linear in x and in W, with its updates. `kind` is how the operand has to lie in

@@ -7,6 +7,7 @@
 
 #include <lora/modules/adapted.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/optional.hpp>
 
 #include <array>
 #include <string>
@@ -46,9 +47,8 @@ class Convolution {
     if (x.dim() == D + 1) return run(x.unsqueeze(0), kernel, bias).squeeze(0);
     const bool inside = before_ == after_ && std::string(mode_) == "constant";  // the operator can pad
     static constexpr std::array<int64_t, D> none{};
-    return at::convolution(inside ? x : padded(x), kernel,
-                           bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt, stride_,
-                           inside ? before_ : none, dilation_, /*transposed=*/false, none, groups_);
+    return at::convolution(inside ? x : padded(x), kernel, detail::optional(bias), stride_, inside ? before_ : none,
+                           dilation_, /*transposed=*/false, none, groups_);
   }
 
  private:

@@ -34,6 +34,13 @@ inline std::string owner_of(const std::string& tensor) {
   return dot == std::string::npos ? "" : tensor.substr(0, dot);
 }
 
+/// "a", or "a" and "b".
+inline std::string quoted(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "\"" : " and \"") + name + "\"";
+  return text;
+}
+
 /// "a, b, c (+10 more)"; what is longer than a line has a line for each name.
 inline std::string list(const std::vector<std::string>& names, size_t most = 6) {
   constexpr size_t kLine = 120;

@@ -24,6 +24,7 @@
 #include <lora/train/checkpointing.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
+#include <lora/weight/optional.hpp>
 #include <lora/weight/placeholder.hpp>
 
 #include <algorithm>
@@ -95,8 +96,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   static at::Tensor compute(const CrossEntropyRows& rows) {
     const bool needs_any = needs_gradient(rows.hidden) || needs_gradient(rows.weight) || needs_gradient(rows.bias);
     if (!needs_any || !at::GradMode::is_enabled()) return Pass(rows, /*learns=*/false).result();
-    const auto bias = rows.bias.defined() ? std::optional<at::Tensor>(rows.bias) : std::nullopt;
-    return apply(rows.hidden, rows.weight, bias, rows);
+    return apply(rows.hidden, rows.weight, optional(rows.bias), rows);
   }
 
   /// Whether it can be computed so: no adapter acts on the operands, which have their numbers, and what comes in
@@ -259,8 +259,7 @@ inline at::Tensor checkpointed_cross_entropy(const CrossEntropyRows& rows) {
   std::vector<at::Tensor> losses;
   rows.for_each_chunk([&](int64_t first, int64_t count) {
     const auto targets = rows.targets.narrow(0, first, count);
-    const auto bias = rows.bias.defined() ? std::optional<at::Tensor>(rows.bias) : std::nullopt;
-    const auto run = [weight = rows.weight, bias, targets, smoothing = rows.label_smoothing,
+    const auto run = [weight = rows.weight, bias = optional(rows.bias), targets, smoothing = rows.label_smoothing,
                       reduction = rows.sums ? at::Reduction::Sum : at::Reduction::None](const at::Tensor& hidden) {
       auto z = at::linear(hidden, weight, bias);
       if (z.scalar_type() != at::kDouble) z = z.to(at::kFloat);

@@ -47,6 +47,7 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include <lora/weight/key.hpp>
+#include <lora/weight/optional.hpp>
 #include <lora/weight/placeholder.hpp>
 
 #include <algorithm>
@@ -134,7 +135,7 @@ class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
   static at::Tensor compute(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias = {}) {
     const bool has_gradient = x.requires_grad() || (bias.defined() && bias.requires_grad());
     if (!has_gradient || !at::GradMode::is_enabled()) return quantized_mm_value(x, operand, bias);
-    return apply(x, operand, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
+    return apply(x, operand, optional(bias));
   }
 
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& operand,

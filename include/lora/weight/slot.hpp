@@ -72,6 +72,13 @@ inline void release(const WeightSlot::Handles& handles, const at::Tensor& number
   for (const auto& handle : {handles.member, handles.registered}) exchange_data(handle, numbers);
 }
 
+/// Gives a weight the key of weights, in all its handles.
+inline void mark(const WeightSlot& slot) {
+  const auto handles = slot.handles();
+  mark(handles.member);
+  mark(handles.registered);
+}
+
 /// A weight that is a member of its layer. The member and the parameter registered under a name are two handles: after
 /// `head->weight = tokens->weight` the registry of `head` still holds the tensor it was born with. So both are written,
 /// and put back, separately, and what the weight is tied to is not touched.
