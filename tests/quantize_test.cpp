@@ -401,6 +401,21 @@ TEST_CASE("A merged weight is held in few bits again, and what that loses is tol
   CHECK(distance(model->forward(ids()), exact->forward(ids())) < 1e-12);
 }
 
+TEST_CASE("Nothing is merged, nor held in few bits, when one of the updates is not finite") {
+  auto model = mixed();
+  auto config = lora::LoRAConfig(2).alpha(3).target_modules({"up", "conv"}).bias(lora::Bias::kAll);
+  auto adapters = lora::attach(*model, config);
+  testing::randomize(adapters.parameters(), 0.5);
+  const auto before = model->forward(ids());
+  {
+    torch::NoGradGuard no_grad;
+    adapters.named_parameters()[GENERATE("up.lora_B", "conv.bias")].flatten()[0] = INFINITY;
+  }
+  CHECK_THAT(error_of([&] { adapters.merge_and_unload("default", lora::NF4()); }), contains("not finite"));
+  CHECK(adapters.names() == std::vector<std::string>{"default"});
+  CHECK(torch::equal(model->forward(ids()), before));
+}
+
 TEST_CASE(
     "Backward says that a weight in few bits was merged since the forward pass, and goes on after unmerging anew") {
   auto model = mixed();

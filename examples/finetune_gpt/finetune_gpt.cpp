@@ -182,8 +182,9 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
   if (options.quantize != "none") fmt::print("          linear layers but the head in {}\n", options.quantize);
   if (options.quantize_embedding != "none")
     fmt::print("          embedding and head in {}\n", options.quantize_embedding);
-  fmt::print("memory    the model takes {}; {:.3f} GB at most while it was loaded\n", weight_memory(report),
-             static_cast<double>(loading) / 1e9);
+  const auto* rest = loading < report.base_bytes ? ", the rest comes from the file when it is used" : "";
+  fmt::print("memory    the model takes {}; {:.3f} GB at most while it was loaded{}\n", weight_memory(report),
+             static_cast<double>(loading) / 1e9, rest);
   fmt::print("adapters  {}, rank {}, alpha {:g}, on {} layers: {} trainable parameters ({:.3f} %)\n", options.method,
              options.rank, options.alpha, adapters.targets().size(), report.trainable, 100 * report.share());
   fmt::print("data      {} rows of up to {} tokens to learn from, {} for validation\n", data.train.size(),
