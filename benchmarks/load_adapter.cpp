@@ -5,10 +5,11 @@
 
 #include <lora/lora.hpp>
 
-#include <chrono>
 #include <iostream>
+#include <string>
 
 #include "checkpoint.hpp"
+#include "timing.hpp"
 
 int main(int argc, char** argv) {
   if (argc != 4) return std::cerr << "usage: load_adapter MODEL_DIR ADAPTER_DIR COUNT\n", 2;
@@ -16,9 +17,6 @@ int main(int argc, char** argv) {
   auto adapters = lora::load_adapter(*model, argv[2]);  // in peft, too, one comes with the model
   const int count = std::stoi(argv[3]);
   for (int i = 0; i < count; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    adapters.load("adapter_" + std::to_string(i), argv[2]);
-    const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
-    std::cout << time.count() << "\n";
+    std::cout << microseconds([&] { adapters.load("adapter_" + std::to_string(i), argv[2]); }) << "\n";
   }
 }

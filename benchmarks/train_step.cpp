@@ -7,12 +7,13 @@
 #include <lora/lora.hpp>
 
 #include <algorithm>
-#include <chrono>
 #include <functional>
 #include <iostream>
 #include <vector>
 
 #include <fmt/format.h>
+
+#include "timing.hpp"
 
 namespace {
 
@@ -40,11 +41,11 @@ double time_of(torch::Device device, const std::function<void()>& call) {
   std::vector<double> times;
   for (size_t i = 0; i < 2 * calls; ++i) {
     wait();
-    const auto start = std::chrono::steady_clock::now();
-    call();
-    wait();
-    const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
-    if (i >= calls) times.push_back(time.count());
+    const auto time = milliseconds([&] {
+      call();
+      wait();
+    });
+    if (i >= calls) times.push_back(time);
   }
   return *std::min_element(times.begin(), times.end());
 }

@@ -2,6 +2,8 @@
 # that none has a warning for those who include it without -isystem. Templates warn where they are used, so one unit more
 # uses those of the layers.
 #
+# Headers of which a program with lora::compiled sees the declarations only are compiled once more, as it sees them.
+#
 # Nearly all of that time goes into LibTorch, so nothing is compiled that shows nothing new:
 # - <torch/nn/module.h> comes precompiled where the compiler sees it before anything of lora in any case: the header, or
 #   the first header of lora that it includes, includes it first.
@@ -16,7 +18,7 @@ function(lora_leading_includes header external first)
   file(STRINGS "${PROJECT_SOURCE_DIR}/include/lora/${header}" lines REGEX "^#include <")
   foreach(line IN LISTS lines)
     string(REGEX REPLACE "^#include <(.*)>.*$" "\\1" name "${line}")
-    if(name STREQUAL "lora/version.hpp")  # macros
+    if(name MATCHES "^lora/(version|linkage)\\.hpp$")  # macros
       continue()
     endif()
     if(NOT name MATCHES "^lora/(.*)$")
@@ -37,12 +39,17 @@ endfunction()
 
 set(lora_header_units)
 set(lora_header_units_of_modules)
+set(lora_header_units_of_compiled)
 set(lora_compiled_elsewhere)
 foreach(path IN LISTS LORA_PUBLIC_HEADERS)
   file(STRINGS "${path}" code REGEX "^[^/#]")
   file(RELATIVE_PATH header "${PROJECT_SOURCE_DIR}/include/lora" "${path}")
   if(NOT code AND NOT header STREQUAL "version.hpp")
     continue()
+  endif()
+  file(STRINGS "${path}" bodies REGEX "^#if LORA_BODIES")
+  if(bodies)
+    list(APPEND lora_header_units_of_compiled "${header}")
   endif()
   lora_leading_includes("${header}" external first)
   list(APPEND lora_compiled_elsewhere ${first})
@@ -57,9 +64,10 @@ foreach(path IN LISTS LORA_PUBLIC_HEADERS)
 endforeach()
 
 add_custom_target(lora_headers)
-foreach(kind units units_of_modules)
-  list(REMOVE_ITEM lora_header_${kind} "" ${lora_compiled_elsewhere})
-  list(TRANSFORM lora_header_${kind} PREPEND "${CMAKE_CURRENT_BINARY_DIR}/headers/" OUTPUT_VARIABLE units)
+list(REMOVE_ITEM lora_header_units "" ${lora_compiled_elsewhere})
+list(REMOVE_ITEM lora_header_units_of_modules "" ${lora_compiled_elsewhere})
+foreach(kind units units_of_modules units_of_compiled)
+  list(TRANSFORM lora_header_${kind} PREPEND "${CMAKE_CURRENT_BINARY_DIR}/header_${kind}/" OUTPUT_VARIABLE units)
   list(TRANSFORM units APPEND .cpp)
   foreach(header unit IN ZIP_LISTS lora_header_${kind} units)
     file(CONFIGURE OUTPUT "${unit}" CONTENT "#include <lora/${header}>\n")
@@ -70,5 +78,6 @@ foreach(kind units units_of_modules)
     -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror)
   add_dependencies(lora_headers lora_header_${kind})
 endforeach()
+target_compile_definitions(lora_header_units_of_compiled PRIVATE LORA_COMPILED)
 target_sources(lora_header_units_of_modules PRIVATE packaging/templates.cpp)
 target_precompile_headers(lora_header_units_of_modules PRIVATE <torch/nn/module.h>)

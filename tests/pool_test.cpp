@@ -327,13 +327,13 @@ class Unrest {
     std::map<std::string, std::string> failures;
     const auto active = pool.activate({"", name(drawn[0]), name(drawn[1])}, failures);
     const auto y = customers.model->forward(customers.x);
-    if (distance(y[0], base[0]) > 1e-5) outcomes.add("wrong: base");
+    if (!(distance(y[0], base[0]) <= 1e-5)) outcomes.add("wrong: base");
     for (int row = 1; row < 3; ++row) {
       const auto own = drawn[static_cast<size_t>(row) - 1];
       const auto failure = failures.find(name(own));
       if (failure != failures.end()) {
         outcomes.add(reason(failure->second, name(own)));
-        if (distance(y[row], base[row]) > 1e-5) outcomes.add("wrong: refused");
+        if (!(distance(y[row], base[row]) <= 1e-5)) outcomes.add("wrong: refused");
       } else {
         outcomes.add(own == count ? "wrong: nobody" : version(own, row, y[row]));
       }

@@ -48,11 +48,7 @@ Mixed mixed(torch::ScalarType type = torch::kDouble) {
 /// The weights as half precision holds them.
 template <class Model>
 Model rounded(Model model, const std::vector<std::string>& layers = kLayers) {
-  torch::NoGradGuard no_grad;
-  for (const auto& layer : layers) {
-    auto weight = model->named_parameters()[layer + ".weight"];
-    weight.copy_(weight.to(torch::kHalf));
-  }
+  for (const auto& layer : layers) testing::round_to_half(model->named_parameters()[layer + ".weight"]);
   return model;
 }
 
@@ -107,10 +103,8 @@ TEST_CASE("What shares its weight with another layer is left as it is, unless it
   CHECK(lora::quantize(*model, testing::Halves()).shared == std::vector<std::string>{"head"});
   CHECK(torch::equal(model->forward(ids()), before));
   testing::Tied exact;
-  {
-    torch::NoGradGuard no_grad;
-    exact->head->weight.copy_(model->head->weight.to(torch::kHalf));
-  }
+  exact->head->weight.detach().copy_(model->head->weight.detach());
+  testing::round_to_half(exact->head->weight);
   const auto report = lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().target_modules({"head"}));
   CHECK(report.layers == std::vector<std::string>{"head"});
   lora::Adapters adapters(*model);
@@ -433,12 +427,13 @@ TEST_CASE(
     auto active = adapters.activate();
     return torch::linear(x, model->up->weight).sum();
   }();
+  const auto gradients = torch::autograd::grad({before}, adapters.parameters());
   adapters.merge();
   CHECK_THAT(error_of([&] { alone.backward(); }), contains("modified by an inplace operation"));
   adapters.unmerge();
   const auto after = forward();
   CHECK(torch::equal(after, before));
-  after.backward();
+  CHECK(distance(torch::autograd::grad({after}, adapters.parameters()), gradients) == 0);
   CHECK(warnings.texts.empty());  // nobody else wrote to the weights
 }
 
@@ -693,11 +688,7 @@ TEST_CASE("A TorchScript module is held in few bits as any model") {
     return model;
   };
   auto model = make(), exact = make();
-  {
-    torch::NoGradGuard no_grad;
-    auto weight = exact.attr("weight").toTensor();
-    weight.copy_(weight.to(torch::kHalf));
-  }
+  testing::round_to_half(exact.attr("weight").toTensor());
   auto config = lora::LoRAConfig(2).alpha(3).target_parameters({"weight"});
   auto expected = lora::attach(exact, config);
   auto adapters = lora::attach(model, config.quantize(testing::Halves()));

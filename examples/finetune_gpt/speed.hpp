@@ -50,7 +50,8 @@ inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters,
   std::vector<double> base, adapted, merged;
   for (int pass = -1; pass < kSpeedPasses; ++pass) {
     {
-      auto active = adapters.activate("");  // in which weights of few bits are found
+      std::optional<lora::Activation> found;  // where the weights may be held in few bits
+      if (!merges) found.emplace(adapters.activate(""));
       base.push_back(detail::timed_forward(model, batch.inputs));
     }
     {

@@ -3,6 +3,9 @@
 #include <lora/adapters.hpp>
 #include <lora/version.hpp>
 
+#include <algorithm>
+#include <vector>
+
 namespace lora {
 inline namespace LORA_ABI {
 

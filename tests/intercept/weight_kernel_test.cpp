@@ -512,17 +512,11 @@ struct Fixture {
   std::optional<lora::Adapters> adapters;
 };
 
-double distance(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
-  double largest = 0;
-  for (size_t i = 0; i < a.size(); ++i) largest = std::max(largest, testing::distance(a[i], b[i]));
-  return largest;
-}
-
 /// Whether gradients agree, for their size.
 bool agree(const std::vector<Tensor>& found, const std::vector<Tensor>& wanted, double tolerance) {
   double size = 1;
   for (const auto& tensor : wanted) size = std::max(size, tensor.abs().max().item<double>());
-  return distance(found, wanted) < tolerance * size;
+  return testing::distance(found, wanted) < tolerance * size;
 }
 
 /// In the scopes that `open` opens a use is that of the adapted operands, with its gradients.
@@ -738,8 +732,8 @@ TEST_CASE("Batch norms that are trained in full normalize with the adapter's num
       y = model->ptr(1)->as<nn::BatchNorm1d>()->forward(x);
     }
     CHECK(testing::distance(y, expected) < 1e-12);
-    CHECK(distance(torch::autograd::grad({y.sin().sum()}, leaves),
-                   torch::autograd::grad({expected.sin().sum()}, leaves)) < 1e-11);
+    CHECK(testing::distance(torch::autograd::grad({y.sin().sum()}, leaves),
+                            torch::autograd::grad({expected.sin().sum()}, leaves)) < 1e-11);
     CHECK(torch::equal(full("running_mean"), mean));
     CHECK(torch::equal(full("running_var"), var));
     CHECK(full("num_batches_tracked").item<int64_t>() == 1);

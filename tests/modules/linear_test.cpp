@@ -90,6 +90,7 @@ TEST_CASE("A copy is frozen, independent and gives the same output, merged or no
 TEST_CASE("A layer that another one is assigned to is merged by itself, also when the other one is gone") {
   auto layer = make_layer();
   auto other = std::make_unique<lora::LoRALinearImpl<>>(*make_layer());
+  other->lora_B().detach().normal_();
   other->merge();
   *layer = *other;
   const auto x = torch::randn({2, 4}, testing::device());

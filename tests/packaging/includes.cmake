@@ -29,7 +29,7 @@ set(lines
   "lora.hpp")
 
 # What a folder may include of the earlier lines, where that is not everything: a layer of this library knows no model.
-set(only_modules/ version.hpp linkage.hpp system/ options.hpp weight/ method/ batch_rows.hpp dropout.hpp low_rank_linear.hpp functional.hpp site.hpp
+set(only_modules/ version.hpp system/ options.hpp weight/ method/ batch_rows.hpp dropout.hpp low_rank_linear.hpp functional.hpp site.hpp
     layers/ intercept/ adapter/merge.hpp)
 
 # LibTorch's headers that include all the others; a user is to pay for little.

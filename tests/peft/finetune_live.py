@@ -6,7 +6,7 @@ logits that it gives here; and the merged directories of finetune_gpt and of mer
 and give the logits of peft's merged model. What generate says greedily, with that adapter or with it merged, is what
 peft's model says. A run in bfloat16 trains, and shows samples from before and after. Runs with the base in few bits
 train; their adapters are merged into the weights of the files, which again give the logits of peft's merged model, and
-generate says the same twice with them, to the last token.
+generate speaks with them to the last token.
 """
 
 import argparse
@@ -149,6 +149,11 @@ def check_generate(programs, base, out):
     return not different and refused and chat != said["adapted"] and len(expected) > TOKENS / 2
 
 
+def validation_losses(out):
+    with open(out / "metrics.csv", newline="") as file:
+        return [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
+
+
 def check_bfloat16(programs, base, data, out):
     """That it trains; what it costs in digits is in the tests of the library."""
     options = ["--model", base, *data, "--out", out, "--dtype", "bfloat16", "--lr", 2e-2, "--prompt", "The river"]
@@ -156,8 +161,7 @@ def check_bfloat16(programs, base, data, out):
     said = run(programs / "finetune_gpt", *options, *sizes, "--sample-tokens", 5, "--device", "cpu")
     said = said.decode(errors="replace")
     samples = [line for line in said.splitlines() if line.startswith(("sample ", "  The river >>> "))]
-    with open(out / "metrics.csv", newline="") as file:
-        losses = [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
+    losses = validation_losses(out)
     print(f"bfloat16: validation losses {losses}; {samples}")
     load_base(out / "merged", "bfloat16")
     shows_both = [line.split(" >>> ")[0] for line in samples] == [
@@ -181,24 +185,25 @@ def check_quantized(programs, base, data, out):
     options = ["--model", base, *data, "--out", out, *quantized, "--lr", 2e-2, "--device", "cpu", "--sample-tokens", 0]
     sizes = ["--steps", 20, "--warmup", 2, "--batch", 2, "--block", 32, "--rank", 4, "--eval-every", 20]
     said = run(programs / "finetune_gpt", *options, *sizes).decode()
-    with open(out / "metrics.csv", newline="") as file:
-        losses = [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
+    losses = validation_losses(out)
+    in_float = ["--model", base, *data, "--out", out / "float", "--device", "cpu", "--sample-tokens", 0, "--no-merge"]
+    run(programs / "finetune_gpt", *in_float, "--steps", 1, "--warmup", 0, "--batch", 2, "--block", 32)
     generate = [programs / "generate", "--model", base, *quantized, "--prompt", "The river rises in"]
     generate += ["--temperature", 0, "--max-new-tokens", TOKENS]
     with_adapter = [*generate, "--adapter", out / "adapter"]
     alone = run(*generate)
-    adapted, again = (run_whole(*with_adapter) for _ in range(2))
+    adapted = run_whole(*with_adapter)
     wrong = subprocess.run([*map(str, with_adapter), "--merge"], capture_output=True)
     print(f"in few bits: validation losses {losses}; generate: {alone!r}, adapted {adapted.stdout!r}")
     merged_logits = check_logits(programs, base, out)
     merged = [(out / name / "model.safetensors").read_bytes() for name in ("merged", "merged_from_files")]
     passed = {
         "trains": losses[-1] < losses[0] - 0.1,
+        "holds few bits": losses[0] != validation_losses(out / "float")[0],
         "says so": "linear layers but the head in nf4" in said and "embedding and head in int8" in said,
         "merged as in peft": merged_logits,
         "merges as merge_checkpoint": merged[0] == merged[1],  # by the same function: that it is called
         "generates all tokens": written_tokens(adapted) == TOKENS,
-        "generates the same again": adapted.stdout == again.stdout,
         "generates with the adapter": adapted.stdout != alone,  # that it is read
         "refuses to merge": wrong.returncode == 2 and b"merge_checkpoint" in wrong.stderr,
     }

@@ -46,10 +46,15 @@ struct Halves {
   }
 };
 
-/// Gives the weights that are adapted the numbers that half precision has for them.
-inline void round_to_halves(const lora::Adapters& adapters) {
+/// Gives a weight the numbers that half precision has for it.
+inline void round_to_half(const torch::Tensor& weight) {
   torch::NoGradGuard no_grad;
-  for (const auto& site : adapters.sites()) site->weight().copy_(site->weight().to(torch::kHalf));
+  weight.copy_(weight.to(torch::kHalf));
+}
+
+/// The same for the weights that are adapted.
+inline void round_to_halves(const lora::Adapters& adapters) {
+  for (const auto& site : adapters.sites()) round_to_half(site->weight());
 }
 
 /// Gives an adapter the numbers of another one of the same shapes.

@@ -10,6 +10,8 @@
 #include <catch2/catch.hpp>
 #endif
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
@@ -32,6 +34,18 @@ inline double distance(const torch::Tensor& a, const torch::Tensor& b) {
   if (a.sizes() != b.sizes()) return std::numeric_limits<double>::infinity();
   auto difference = a.detach().to(torch::kCPU, torch::kDouble) - b.detach().to(torch::kCPU, torch::kDouble);
   return difference.numel() == 0 ? 0.0 : difference.abs().max().item<double>();
+}
+
+/// The largest of the distances; NaN where one is.
+inline double distance(const std::vector<torch::Tensor>& a, const std::vector<torch::Tensor>& b) {
+  if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
+  double largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const auto one = distance(a[i], b[i]);
+    if (std::isnan(one)) return one;
+    largest = std::max(largest, one);
+  }
+  return largest;
 }
 
 /// The text of the error that `call` throws, without the stack trace; empty when it throws none.

@@ -12,6 +12,7 @@ namespace {
 
 using lora::AdamWOptions;
 using testing::contains;
+using testing::distance;
 using testing::error_of;
 using testing::on_device;
 using torch::Tensor;
@@ -38,12 +39,6 @@ Tensor loss_of(const Tensors& parameters, int step) {
   auto loss = torch::zeros({}, parameters[0].options().requires_grad(false));
   for (const auto& p : parameters) loss = loss + (p * (1.0 + step % 3) + 0.3 * step).sin().sum();
   return loss;
-}
-
-double distance(const Tensors& a, const Tensors& b) {
-  double worst = 0;
-  for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, testing::distance(a[i], b[i]));
-  return worst;
 }
 
 template <class Options>
