@@ -133,12 +133,13 @@ set(LORA_DETAIL_HEADERS
   weight/codec/kernels.hpp
   weight/codec/plain.hpp
   weight/codec/statistics.hpp
+  weight/dense_product.hpp
+  weight/frozen_product.hpp
   weight/key.hpp
   weight/merged_weights.hpp
   weight/optional.hpp
   weight/part.hpp
   weight/placeholder.hpp
-  weight/quantized_product.hpp
   weight/rounding_error.hpp
   weight/slot.hpp
   weight/stamp.hpp

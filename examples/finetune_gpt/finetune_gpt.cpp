@@ -15,6 +15,7 @@
 
 #include <fmt/format.h>
 #include <lora/lora.hpp>
+#include <lora/train/checkpointing.hpp>
 
 #include "chat_template.hpp"
 #include "checkpoint.hpp"
@@ -153,6 +154,7 @@ nlohmann::json settings_of(const Options& options, const Dataset& data, const lo
           {"adapted layers", adapters.targets()},
           {"--device", parse_device(options.device).str()},
           {"--threads", torch::get_num_threads()},  // another number of them rounds sums in another way
+          {"--without", options.without},           // and so does another order
           {"--dtype", options.dtype},
           {"--quantize", options.quantize},
           {"--quantize-embedding", options.quantize_embedding}};
@@ -371,9 +373,12 @@ int run(const Options& options) {
   const auto former = former_checkpoint(options);
 
   // The model as it was published. Nothing in it knows of adapters.
+  if (is_without(options, "products")) at::globalContext().setUserEnabledMkldnn(false);
   const auto memory_before = memory_in_use(device);
   auto model = load_model(options.model, options.format(), device);
   const auto loading = peak_memory(device) - memory_before;
+  if (options.checkpoint)
+    model->run_block = [](const auto& block, const auto& x) { return lora::checkpoint(block, x); };
   const Texts texts(options.model);
   check_ends(texts.generation, model->config.vocab_size);
   const auto data = read_data(options, texts, model->config);

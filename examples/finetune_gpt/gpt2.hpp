@@ -97,13 +97,15 @@ class GPT2BodyImpl : public torch::nn::Module {
     for (int64_t i = 0; i < config.num_layers; ++i) h->push_back(GPT2Block(config, static_cast<size_t>(i)));
   }
 
-  torch::Tensor forward(const torch::Tensor& ids, KeyValueCache* cache) {
+  torch::Tensor forward(const torch::Tensor& ids, KeyValueCache* cache, const RunBlock& run_block) {
     const auto first = cache == nullptr ? 0 : cache->length(), end = first + ids.size(1);
     TORCH_CHECK(end <= wpe->options.num_embeddings(), "GPT2: a text of ", end, " tokens is longer than the model's ",
                 wpe->options.num_embeddings(), " positions");
     auto x = wte->forward(ids) + wpe->forward(detail::positions(ids, cache));  // (B, T, C)
     x = torch::dropout(x, dropout_, is_training());
-    for (const auto& block : *h) x = block->as<GPT2Block>()->forward(x, cache);
+    for (const auto& block : *h) {
+      x = run_block([=](const auto& in) { return block->as<GPT2Block>()->forward(in, cache); }, x);
+    }
     if (cache != nullptr) cache->advance(ids.size(1));
     return ln_f->forward(x);
   }
@@ -126,7 +128,7 @@ class GPT2Impl : public LanguageModelImpl {
 
   torch::Tensor hidden_states(const torch::Tensor& ids, KeyValueCache* cache = nullptr) override {
     detail::check_ids(ids);
-    return transformer->forward(ids, cache);
+    return transformer->forward(ids, cache, run_block);
   }
 
   const torch::nn::EmbeddingImpl& embedding() const override { return *transformer->wte; }

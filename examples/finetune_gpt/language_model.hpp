@@ -5,6 +5,7 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
@@ -17,6 +18,10 @@
 #include "key_value_cache.hpp"
 
 namespace gpt {
+
+/// Runs a block of a model, (B, T, hidden_size) -> the same shape.
+using RunBlock =
+    std::function<torch::Tensor(const std::function<torch::Tensor(const torch::Tensor&)>& block, const torch::Tensor&)>;
 
 /// A decoder that predicts the next token: Llama or GPT2, with the parameter names of Hugging Face's implementation.
 class LanguageModelImpl : public torch::nn::Module {
@@ -36,6 +41,10 @@ class LanguageModelImpl : public torch::nn::Module {
 
   /// Whether the head's weight is the embedding's. Merging an adapter into a tied head separates the two.
   bool is_tied() const { return lm_head->weight.is_same(embedding().weight); }
+
+  /// How its blocks are run; by default they are called. Who trains it may compute their activations twice instead of
+  /// keeping them.
+  RunBlock run_block = [](const auto& block, const torch::Tensor& x) { return block(x); };
 
   const ModelConfig config;
   torch::nn::Linear lm_head = nullptr;  ///< its weight is the embedding's tensor when the head is tied

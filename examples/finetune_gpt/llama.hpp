@@ -67,6 +67,29 @@ inline torch::Tensor rotary_frequencies(const ModelConfig& config) {
 
 }  // namespace detail
 
+namespace detail {
+
+/// silu(gate) * up, which keeps for backward the two and nothing that follows from them. For g = dL/dy,
+///
+///   dgate = g * up * silu'(gate),   dup = g * silu(gate)
+class SwiGLU : public torch::autograd::Function<SwiGLU> {
+ public:
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& gate,
+                               const torch::Tensor& up) {
+    context->save_for_backward({gate, up});
+    return torch::silu(gate).mul_(up);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& gradients) {
+    const auto kept = context->get_saved_variables();
+    const auto &gate = kept[0], &up = kept[1], &g = gradients[0];
+    return {at::silu_backward(g * up, gate), torch::silu(gate).mul_(g)};
+  }
+};
+
+}  // namespace detail
+
 class LlamaAttentionImpl : public torch::nn::Module {
  public:
   LlamaAttentionImpl(const ModelConfig& config, size_t layer) : config_(config), layer_(layer) {
@@ -111,7 +134,7 @@ class LlamaMLPImpl : public torch::nn::Module {
   }
 
   torch::Tensor forward(const torch::Tensor& x) {
-    return down_proj->forward(torch::silu(gate_proj->forward(x)) * up_proj->forward(x));
+    return down_proj->forward(detail::SwiGLU::apply(gate_proj->forward(x), up_proj->forward(x)));
   }
 
   torch::nn::Linear gate_proj = nullptr, up_proj = nullptr, down_proj = nullptr;
@@ -149,10 +172,12 @@ class LlamaBodyImpl : public torch::nn::Module {
     for (int64_t i = 0; i < config.num_layers; ++i) layers->push_back(LlamaLayer(config, static_cast<size_t>(i)));
   }
 
-  torch::Tensor forward(const torch::Tensor& ids, KeyValueCache* cache) {
+  torch::Tensor forward(const torch::Tensor& ids, KeyValueCache* cache, const RunBlock& run_block) {
     auto x = embed_tokens->forward(ids);  // (B, T, C)
     const auto rotate = rotation(detail::positions(ids, cache), x);
-    for (const auto& layer : *layers) x = layer->as<LlamaLayer>()->forward(x, rotate, cache);
+    for (const auto& layer : *layers) {
+      x = run_block([=](const auto& in) { return layer->as<LlamaLayer>()->forward(in, rotate, cache); }, x);
+    }
     if (cache != nullptr) cache->advance(ids.size(1));
     return norm->forward(x);
   }
@@ -183,7 +208,7 @@ class LlamaImpl : public LanguageModelImpl {
 
   torch::Tensor hidden_states(const torch::Tensor& ids, KeyValueCache* cache = nullptr) override {
     detail::check_ids(ids);
-    return model->forward(ids, cache);
+    return model->forward(ids, cache, run_block);
   }
 
   const torch::nn::EmbeddingImpl& embedding() const override { return *model->embed_tokens; }

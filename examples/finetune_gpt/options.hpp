@@ -51,6 +51,8 @@ struct Options {
   std::string quantize = "none";
   std::string quantize_embedding = "none";
   int64_t threads = 0;
+  bool checkpoint = false;
+  std::vector<std::string> without;
 
   std::string prompt;
   int64_t sample_tokens = 64;
@@ -159,6 +161,15 @@ inline void add_run_options(CLI::App& app, Options& o) {
   app.add_option("--quantize-embedding", o.quantize_embedding, "The same for the embedding of the tokens and the head")
       ->check(CLI::IsMember(quantization_names()))
       ->group(group);
+  app.add_flag("--checkpoint", o.checkpoint,
+               "Keep no activations inside of a block, but compute them\nagain in backward: less memory, more time")
+      ->group(group);
+  app.add_option("--without", o.without,
+                 "Compute in LibTorch's own way, to see what each saves:\n"
+                 "loss (all logits at once), products (by its own choice)")
+      ->check(CLI::IsMember({"loss", "products"}))
+      ->type_name("NAME ...")
+      ->group(group);
   app.add_option("--threads", o.threads, "CPU threads; 0: LibTorch's choice")->check(between(0, 4096))->group(group);
 }
 
@@ -196,6 +207,11 @@ inline std::string value_text(const CLI::Option& option) {
 /// Whether --targets asks for all linear layers, in PEFT's word for them.
 inline bool is_all_linear(const std::string& target) { return CLI::detail::to_lower(target) == "all-linear"; }
 
+/// Whether --without names it.
+inline bool is_without(const Options& options, const std::string& name) {
+  return std::count(options.without.begin(), options.without.end(), name) > 0;
+}
+
 /// Defines the options of finetune_gpt.
 inline void add_options(CLI::App& app, Options& options) {
   app.option_defaults()->always_capture_default();
@@ -208,10 +224,11 @@ inline void add_options(CLI::App& app, Options& options) {
   app.get_formatter()->column_width(32);
 }
 
-/// What follows from other options where the command line says nothing: a run shorter than the warm-up is all warm-up.
+/// What follows from other options: a run shorter than the warm-up is all warm-up, where the command line says nothing.
 inline void complete_options(const CLI::App& app, Options& options) {
   auto& training = options.training;
   if (app.count("--warmup") == 0) training.warmup = std::min(training.warmup, training.steps);
+  training.all_logits = is_without(options, "loss");
 }
 
 /// The checks that concern more than one option. Throws c10::ValueError.

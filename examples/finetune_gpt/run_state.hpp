@@ -15,11 +15,13 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include <fmt/format.h>
 #include <lora/lora.hpp>
+#include <lora/train/optimizer.hpp>
 
 #include "config.hpp"
 
@@ -103,7 +105,7 @@ inline void remove_old_checkpoints(const std::filesystem::path& out, size_t keep
 /// What changes while a run goes on, beside the number of the step (the data follow from step and seed).
 struct RunState {
   torch::OrderedDict<std::string, torch::Tensor> parameters;  // of the adapters, by name
-  torch::optim::AdamW& optimizer;                             // over exactly these parameters
+  lora::AdamW& optimizer;                                     // over exactly these parameters
   torch::Device device;                                       // its random numbers, and the CPU's, feed dropout
 };
 
@@ -117,8 +119,23 @@ inline std::map<std::string, at::Generator> generators(torch::Device device) {
   return result;
 }
 
-inline torch::optim::AdamWParamState& moments(const RunState& state, const torch::Tensor& parameter) {
-  auto& slot = state.optimizer.state()[parameter.unsafeGetTensorImpl()];
+/// The state of one optimizer for another one of the same parameters.
+template <class From, class To>
+void copy_state(From& from, To& to) {
+  std::stringstream archive;
+  torch::save(from, archive);
+  torch::load(to, archive);
+}
+
+/// LibTorch's optimizer with the state of the run's, in which each parameter has tensors of its own.
+inline torch::optim::AdamW in_parts(const RunState& state) {
+  torch::optim::AdamW parts(state.parameters.values());
+  copy_state(state.optimizer, parts);
+  return parts;
+}
+
+inline torch::optim::AdamWParamState& moments(torch::optim::AdamW& optimizer, const torch::Tensor& parameter) {
+  auto& slot = optimizer.state()[parameter.unsafeGetTensorImpl()];
   if (!slot) {  // as AdamW's first step makes it
     auto fresh = std::make_unique<torch::optim::AdamWParamState>();
     fresh->exp_avg(torch::zeros_like(parameter)).exp_avg_sq(torch::zeros_like(parameter));
@@ -132,8 +149,9 @@ inline torch::optim::AdamWParamState& moments(const RunState& state, const torch
 /// All tensors of a run: each adapter tensor, AdamW's two moments of it, and the states of the random generators.
 inline std::map<std::string, torch::Tensor> state_tensors(const RunState& state) {
   std::map<std::string, torch::Tensor> tensors;
+  auto optimizer = detail::in_parts(state);
   for (const auto& item : state.parameters) {
-    auto& moments = detail::moments(state, item.value());
+    auto& moments = detail::moments(optimizer, item.value());
     tensors["parameter." + item.key()] = item.value().detach();
     tensors["exp_avg." + item.key()] = moments.exp_avg();
     tensors["exp_avg_sq." + item.key()] = moments.exp_avg_sq();
@@ -156,13 +174,15 @@ inline void restore_tensors(const RunState& state, const std::map<std::string, t
                                 ", found ", tensor.dtype(), " ", tensor.sizes());
   }
   torch::NoGradGuard no_grad;
+  auto optimizer = detail::in_parts(state);
   for (const auto& item : state.parameters) {
-    auto& moments = detail::moments(state, item.value());
+    auto& moments = detail::moments(optimizer, item.value());
     torch::Tensor(item.value()).copy_(tensors.at("parameter." + item.key()));
     moments.exp_avg().copy_(tensors.at("exp_avg." + item.key()));
     moments.exp_avg_sq().copy_(tensors.at("exp_avg_sq." + item.key()));
     moments.step(step);
   }
+  detail::copy_state(optimizer, state.optimizer);
   for (auto& [name, generator] : detail::generators(state.device)) generator.set_state(tensors.at(name).clone());
 }
 

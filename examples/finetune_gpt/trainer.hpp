@@ -12,6 +12,8 @@
 #include <vector>
 
 #include <lora/lora.hpp>
+#include <lora/train/cross_entropy.hpp>
+#include <lora/train/optimizer.hpp>
 
 #include "data.hpp"
 #include "model.hpp"
@@ -35,6 +37,8 @@ struct TrainingOptions {
   double weight_decay = 0.01;
   /// Largest norm of the gradient of all adapters together; 0 does not clip.
   double clip = 1.0;
+  /// Whether the loss is LibTorch's, of all logits at once.
+  bool all_logits = false;
 };
 
 /// The learning rate of update `step`, counted from 0: linear up to the peak over the warm-up, then half a cosine down
@@ -51,18 +55,18 @@ inline double learning_rate_at(int64_t step, const TrainingOptions& options) {
 }
 
 /// Sum of the cross entropies of all targets that count, in float32 whatever the model computes in. The head runs only
-/// where there is such a target, and nothing holds on to the logits, the largest tensor of a step, once they are used.
-inline torch::Tensor summed_cross_entropy(LanguageModelImpl& model, const Batch& batch) {
+/// where there is such a target, and of the logits, which would be the largest tensor of a step, only some rows exist
+/// at a time, or, with `all_logits`, all of them.
+inline torch::Tensor summed_cross_entropy(LanguageModelImpl& model, const Batch& batch, bool all_logits = false) {
   namespace F = torch::nn::functional;
-  auto hidden = model.hidden_states(batch.inputs).flatten(0, 1);  // (B * T, hidden_size)
-  auto targets = batch.targets.flatten();                         // (B * T)
-  if (batch.learned < targets.numel()) {
-    const auto used = targets.ne(kIgnored).nonzero().squeeze(1);
-    hidden = hidden.index_select(0, used);
-    targets = targets.index_select(0, used);
+  const auto hidden = model.hidden_states(batch.inputs);  // (B, T, hidden_size)
+  if (all_logits) {
+    const auto logits = model.lm_head->forward(hidden).to(torch::kFloat).flatten(0, 1);
+    const auto options = F::CrossEntropyFuncOptions().ignore_index(kIgnored).reduction(torch::kSum);
+    return F::cross_entropy(logits, batch.targets.flatten().to(torch::kLong), options);
   }
-  return F::cross_entropy(model.lm_head->forward(hidden).to(torch::kFloat), targets,
-                          F::CrossEntropyFuncOptions().reduction(torch::kSum));
+  const auto options = lora::CrossEntropyOptions().ignore_index(kIgnored).reduction(torch::kSum);
+  return lora::linear_cross_entropy(hidden, model.lm_head->weight, batch.targets, options);
 }
 
 /// What one update did.
@@ -79,10 +83,10 @@ class Trainer {
   Trainer(LanguageModelImpl& model, lora::Adapters& adapters, const TrainingOptions& options)
       : options(options),
         parameters(adapters.parameters()),
-        optimizer(parameters, torch::optim::AdamWOptions(options.learning_rate)
-                                  .betas({kBeta1, kBeta2})
-                                  .eps(kEpsilon)
-                                  .weight_decay(options.weight_decay)),
+        optimizer(adapters, lora::AdamWOptions(options.learning_rate)
+                                .betas({kBeta1, kBeta2})
+                                .eps(kEpsilon)
+                                .weight_decay(options.weight_decay)),
         model_(model),
         adapters_(adapters),
         device_(parameters.front().device()) {}
@@ -98,7 +102,7 @@ class Trainer {
     TORCH_CHECK(std::isfinite(loss), "the loss of step ", steps_done + 1, " is ", loss,
                 ", so training cannot go on; a lower --lr or a longer --warmup may help");
     const auto limit = options.clip > 0 ? options.clip : std::numeric_limits<double>::infinity();
-    const auto norm = torch::nn::utils::clip_grad_norm_(parameters, limit);
+    const auto norm = lora::clip_grad_norm(optimizer, limit);
     TORCH_CHECK(std::isfinite(norm), "the gradient of step ", steps_done + 1, " has the norm ", norm,
                 ", so training cannot go on; a lower --lr or a longer --warmup may help");
     for (auto& group : optimizer.param_groups()) group.options().set_lr(rate);
@@ -115,7 +119,7 @@ class Trainer {
     double sum = 0;
     int64_t tokens = 0;
     for (const auto& batch : batches) {
-      sum += summed_cross_entropy(model_, batch.to(device_)).item<double>();
+      sum += summed_cross_entropy(model_, batch.to(device_), options.all_logits).item<double>();
       tokens += batch.learned;
     }
     return sum / static_cast<double>(tokens);
@@ -123,7 +127,7 @@ class Trainer {
 
   const TrainingOptions options;
   const std::vector<torch::Tensor> parameters;  // of the adapters
-  torch::optim::AdamW optimizer;
+  lora::AdamW optimizer;                        // over exactly these
   int64_t steps_done = 0;
 
  private:
@@ -134,7 +138,7 @@ class Trainer {
     for (const auto& batch : batches) tokens += batch.learned;
     auto sum = torch::zeros({}, torch::TensorOptions(torch::kDouble).device(device_));
     for (const auto& batch : batches) {
-      auto loss = summed_cross_entropy(model_, batch.to(device_)) / static_cast<double>(tokens);
+      auto loss = summed_cross_entropy(model_, batch.to(device_), options.all_logits) / static_cast<double>(tokens);
       loss.backward();
       sum += loss.detach();
     }

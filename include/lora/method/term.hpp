@@ -11,7 +11,7 @@
 
 #include <lora/version.hpp>
 #include <lora/weight/base.hpp>
-#include <lora/weight/quantized_product.hpp>
+#include <lora/weight/frozen_product.hpp>
 
 #include <cstdint>
 
@@ -83,17 +83,20 @@ struct Product {
 
   /// The operator, for any operand in the place of W, also for one that is held in few bits.
   at::Tensor run(const at::Tensor& other_x, const at::Tensor& other_operand, const at::Tensor& other_bias) const {
-    if (!detail::is_quantized(other_operand)) return op(other_x, other_operand, other_bias);
     switch (form) {
       case Form::kRows:
-        return detail::quantized_linear(other_x, other_operand.t(), other_bias);
+        if (!detail::is_computed_here(other_x, other_operand, other_bias, /*inputs=*/1)) break;
+        return detail::frozen_linear(other_x, other_operand.t(), other_bias);
       case Form::kColumns:
-        return detail::quantized_linear(other_x, other_operand, other_bias);
+        if (!detail::is_computed_here(other_x, other_operand, other_bias, /*inputs=*/0)) break;
+        return detail::frozen_linear(other_x, other_operand, other_bias);
       case Form::kEntries:
+        if (!detail::is_quantized(other_operand)) break;
         return detail::quantized_entries(other_operand, other_x);
       default:
         return op(other_x, detail::dequantized(other_operand), other_bias);
     }
+    return op(other_x, other_operand, other_bias);
   }
   /// y without any update.
   at::Tensor frozen() const {

@@ -23,6 +23,7 @@
 #include <lora/intercept/scope.hpp>
 #include <lora/train/checkpointing.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/dense_product.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
 #include <lora/weight/placeholder.hpp>
@@ -157,7 +158,6 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       if (learns && needs_gradient(rows.weight)) d_weight_ = at::zeros(rows.weight.sizes(), h.options().dtype(wide_));
       if (learns && needs_gradient(rows.bias)) d_bias_ = at::zeros(rows.bias.sizes(), h.options().dtype(wide_));
       losses_ = at::empty({rows.count()}, h.options().dtype(wide_));
-      logits_ = at::empty({rows.chunk_size(), rows.weight.size(0)}, h.options());
       rows.for_each_chunk([&](int64_t first, int64_t count) { add(first, count); });
       result_ = rows.sums ? losses_.sum().mul_(rows.scale) : losses_;
     }
@@ -206,8 +206,10 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
 
     /// In the type in which it is summed up; the same memory for every chunk.
     at::Tensor logits(const at::Tensor& hidden) {
-      auto z = logits_.narrow(0, 0, hidden.size(0));
       const auto matrix = rows_.weight.t();
+      if (is_for_onednn(hidden, matrix, rows_.bias, /*inputs=*/0)) return onednn_mm(hidden, matrix, rows_.bias);
+      if (!logits_.defined()) logits_ = at::empty({rows_.chunk_size(), matrix.size(1)}, hidden.options());
+      auto z = logits_.narrow(0, 0, hidden.size(0));
       if (rows_.bias.defined()) {
         at::addmm_out(z, rows_.bias, hidden, matrix);
       } else {
@@ -223,7 +225,11 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       const auto left = is_half ? in_half(dz, factor) : dz;
       if (d_hidden_.defined()) {
         auto own = d_hidden_.narrow(0, first, hidden.size(0));
-        at::mm_out(own, left, rows_.weight);
+        if (is_for_onednn(left, rows_.weight, {}, /*inputs=*/0)) {
+          own.copy_(onednn_mm(left, rows_.weight, {}));
+        } else {
+          at::mm_out(own, left, rows_.weight);
+        }
         if (is_half) {
           own.mul_(factor_of_half());
         } else {

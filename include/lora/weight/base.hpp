@@ -6,7 +6,7 @@
 
 #include <lora/version.hpp>
 #include <lora/weight/placeholder.hpp>
-#include <lora/weight/quantized_product.hpp>
+#include <lora/weight/frozen_product.hpp>
 #include <lora/weight/view.hpp>
 
 #include <memory>

@@ -4,9 +4,12 @@
 
 #include <lora/linkage.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/dense_product.hpp>
+#include <lora/weight/placeholder.hpp>
 
-// Products with a weight that is held in few bits. Its numbers are there only while they are needed: a panel of them,
-// small enough for the cache, is written out and multiplied with, and then the next one.
+// Products with a frozen weight that are not LibTorch's own. Of one that is held in few bits the numbers are there only
+// while they are needed: a panel of them, small enough for the cache, is written out and multiplied with, and then the
+// next one. Of one in float32 they are computed by oneDNN, where that is faster.
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -15,15 +18,22 @@ namespace detail {
 /// x M + b for x (N, k) and a view M (k, n) of a quantized weight, in the type of x, without a gradient.
 LORA_INLINE at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias);
 
-/// x M for x (N, k) and any matrix M (k, n), held in few bits or not.
+/// x M for x (N, k) and any matrix M (k, n), held in few bits or not; of a product that is not LibTorch's own, M gets
+/// no gradient.
 LORA_INLINE at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix);
 
 /// Throws where a weight that has its numbers would not multiply with such an input, either.
 LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand);
 
-/// x M + b for x (..., k), a view M (k, n) of a quantized weight and b that broadcasts to it, or undefined. Under
-/// autocast in its type.
-LORA_INLINE at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias);
+/// Whether a product with an operand that has its numbers is nevertheless computed here; `inputs` as in
+/// `is_for_onednn`.
+inline bool is_computed_here(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
+  return is_quantized(operand) || is_for_onednn(x, operand, bias, inputs);
+}
+
+/// x M + b for x (..., k), a matrix M (k, n) for which the above is true, and b that broadcasts to the product, or
+/// undefined. With a quantized weight under autocast in its type.
+LORA_INLINE at::Tensor frozen_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias);
 
 /// The entries of a quantized table (entries, width) at `indices` (...), shaped (..., width).
 LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices);
@@ -48,7 +58,6 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
 
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
-#include <lora/weight/placeholder.hpp>
 
 #include <algorithm>
 #include <functional>
@@ -79,7 +88,11 @@ at::Tensor in_panels(const at::Tensor& x, int64_t outputs, int64_t width, const 
     const auto count = std::min(width, outputs - first);
     const auto panel = columns(numbers.mutable_data_ptr<float>(), first, count, numbers).to(x.scalar_type());
     auto out = y.narrow(1, first, count);
-    bias.defined() ? at::addmm_out(out, columns_of(bias, first, count), x, panel) : at::mm_out(out, x, panel);
+    if (const auto b = bias.defined() ? columns_of(bias, first, count) : bias; is_for_onednn(x, panel, b, 0)) {
+      out.copy_(onednn_mm(x, panel, b));
+    } else {
+      b.defined() ? at::addmm_out(out, b, x, panel) : at::mm_out(out, x, panel);
+    }
   }
   return y;
 }
@@ -129,12 +142,12 @@ LORA_INLINE at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor&
   return rows->is_transposed ? times_transposed_rows(x, *rows, bias) : times_rows(x, *rows, bias);
 }
 
-/// The same as a node of autograd, which keeps for backward nothing but the few bits: dx = dy M^T, db = sum of dy.
-class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
+/// x M + b as a node of autograd, which keeps for backward nothing but M: dx = dy M^T, db = sum of dy.
+class FrozenMm : public torch::autograd::Function<FrozenMm> {
  public:
   static at::Tensor compute(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias = {}) {
     const bool has_gradient = x.requires_grad() || (bias.defined() && bias.requires_grad());
-    if (!has_gradient || !at::GradMode::is_enabled()) return quantized_mm_value(x, operand, bias);
+    if (!has_gradient || !at::GradMode::is_enabled()) return value(x, operand, bias);
     return apply(x, operand, optional(bias));
   }
 
@@ -142,7 +155,7 @@ class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
                             const std::optional<at::Tensor>& bias) {
     context->save_for_backward({operand});
     context->saved_data["bias"] = bias ? std::optional<std::vector<int64_t>>(bias->sizes().vec()) : std::nullopt;
-    return quantized_mm_value(x, operand, bias.value_or(at::Tensor()));
+    return value(x, operand, bias.value_or(at::Tensor()));
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -151,15 +164,20 @@ class QuantizedMm : public torch::autograd::Function<QuantizedMm> {
     const auto& g = gradients[0];
     const auto operand = context->get_saved_variables()[0];
     at::Tensor dx, db;
-    if (context->needs_input_grad(0)) dx = compute(g.contiguous(), operand.t());
+    if (context->needs_input_grad(0)) dx = matrix_product(g.contiguous(), operand.t());
     const auto& bias = context->saved_data["bias"];
     if (!bias.isNone() && context->needs_input_grad(2)) db = at::sum_to(g, bias.toIntVector());
     return {dx, at::Tensor(), db};
   }
+
+ private:
+  static at::Tensor value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias) {
+    return is_quantized(operand) ? quantized_mm_value(x, operand, bias) : onednn_mm(x, operand, bias);
+  }
 };
 
 LORA_INLINE at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix) {
-  return is_quantized(matrix) ? QuantizedMm::compute(x, matrix) : x.mm(matrix);
+  return is_computed_here(x, matrix, {}, /*inputs=*/0) ? FrozenMm::compute(x, matrix) : x.mm(matrix);
 }
 
 LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand) {
@@ -171,7 +189,7 @@ LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand) {
               "; cast the input, or the model");
 }
 
-LORA_INLINE at::Tensor quantized_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias) {
+LORA_INLINE at::Tensor frozen_linear(const at::Tensor& input, const at::Tensor& operand, const at::Tensor& bias) {
   const auto device = input.device().type();
   const bool casts = at::autocast::is_autocast_enabled(device) && input.scalar_type() != at::kDouble;
   const auto type = casts ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
@@ -185,11 +203,11 @@ LORA_INLINE at::Tensor quantized_linear(const at::Tensor& input, const at::Tenso
   TORCH_CHECK(at::isFloatingType(x.scalar_type()) && x.dim() > 0 && x.size(-1) == operand.size(0),
               "lora: a product of an input of type ", x.scalar_type(), " and shape ", x.sizes(),
               " and a quantized matrix of shape ", operand.sizes(), ", which do not fit");
-  if (x.dim() == 2) return QuantizedMm::compute(x, operand, b);
+  if (x.dim() == 2) return FrozenMm::compute(x, operand, b);
   const auto rows = std::accumulate(x.sizes().begin(), x.sizes().end() - 1, int64_t{1}, std::multiplies<>());
   auto sizes = x.sizes().vec();
   sizes.back() = operand.size(1);
-  return QuantizedMm::compute(x.reshape({rows, x.size(-1)}), operand, b).view(sizes);
+  return FrozenMm::compute(x.reshape({rows, x.size(-1)}), operand, b).view(sizes);
 }
 
 LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tensor& indices) {

@@ -1,0 +1,284 @@
+// Products of float32 by oneDNN against those by LibTorch's own choice, and against the same in double.
+#include "support/testing.hpp"
+
+#include <ATen/autocast_mode.h>
+
+#include <lora/attach.hpp>
+#include <lora/modules/linear.hpp>
+#include <lora/train/cross_entropy.hpp>
+#include <lora/weight/dense_product.hpp>
+#include <lora/weight/four_bit.hpp>
+
+namespace {
+
+using torch::Tensor;
+using Tensors = std::vector<Tensor>;
+namespace F = torch::nn::functional;
+
+constexpr int64_t kRows = 72, kInputs = 256, kOutputs = 320;  // enough for oneDNN
+
+/// Decides for a test who computes products.
+class Computed {
+ public:
+  explicit Computed(bool by_onednn) : is_there(lora::detail::take_onednn(by_onednn)) {}
+  ~Computed() { lora::detail::take_onednn(before_); }
+  Computed(const Computed&) = delete;
+  Computed& operator=(const Computed&) = delete;
+
+ private:
+  bool before_ = lora::detail::takes_onednn();
+
+ public:
+  const bool is_there;
+};
+
+Tensor random(at::IntArrayRef sizes) { return torch::randn(sizes); }
+
+/// The largest difference, as a share of the largest number.
+double error(const Tensor& found, const Tensor& exact) {
+  return testing::distance(found, exact) / exact.detach().abs().max().item<double>();
+}
+
+struct Layout {
+  const char* name;
+  Tensor matrix;  // (in, out)
+};
+
+std::vector<Layout> layouts() {
+  return {{"rows", random({kInputs, kOutputs})},
+          {"columns", random({kOutputs, kInputs}).t()},
+          {"some columns of a larger matrix", random({kInputs, 3 * kOutputs}).narrow(1, kOutputs, kOutputs)},
+          {"some rows of a larger weight", random({3 * kOutputs, kInputs}).narrow(0, kOutputs, kOutputs).t()},
+          {"some columns of a larger weight", random({kOutputs, 2 * kInputs}).narrow(1, 7, kInputs).t()}};
+}
+
+}  // namespace
+
+TEST_CASE("oneDNN multiplies matrices as they lie in memory") {
+  const Computed by(true);
+  torch::manual_seed(0);
+  for (const auto& [name, matrix] : layouts()) {
+    for (const bool has_bias : {false, true}) {
+      INFO(name << (has_bias ? " with a bias" : ""));
+      const auto bias = has_bias ? random({kOutputs}) : Tensor();
+      const auto wide = random({kRows, 2 * kInputs});
+      for (const auto& x : {random({kRows, kInputs}), random({kInputs, kRows}).t(), wide.narrow(1, 5, kInputs)}) {
+        CHECK(lora::detail::is_for_onednn(x, matrix, bias, 0) == by.is_there);
+        CHECK(lora::detail::is_for_onednn(x, matrix.t(), bias, 1) == by.is_there);
+        if (!by.is_there) continue;
+        auto exact = x.to(torch::kDouble).mm(matrix.to(torch::kDouble));
+        if (has_bias) exact += bias;
+        CHECK(error(lora::detail::onednn_mm(x, matrix, bias), exact) < 1e-6);
+      }
+    }
+  }
+}
+
+TEST_CASE("What oneDNN does not compute, or not faster, is left to LibTorch") {
+  const Computed by(true);
+  const auto x = random({kRows, kInputs}), matrix = random({kInputs, kOutputs}), bias = random({kOutputs});
+  const auto is_for = [](const Tensor& x, const Tensor& matrix, const Tensor& bias = {}) {
+    return lora::detail::is_for_onednn(x, matrix, bias, /*inputs=*/0);
+  };
+  REQUIRE(is_for(x, matrix, bias) == by.is_there);
+  CHECK(is_for(x.view({4, kRows / 4, kInputs}), matrix) == by.is_there);
+  CHECK_FALSE(is_for(x.narrow(0, 0, 7), matrix));
+  CHECK_FALSE(is_for(x, matrix.narrow(1, 0, 8)));
+  CHECK_FALSE(is_for(x[0], matrix));
+  CHECK_FALSE(is_for(x, matrix.t()));
+  CHECK_FALSE(is_for(x, matrix.unsqueeze(0)));
+  CHECK_FALSE(is_for(x.to(torch::kDouble), matrix.to(torch::kDouble)));
+  CHECK_FALSE(is_for(x, matrix.to(torch::kBFloat16)));
+  CHECK_FALSE(is_for(x, matrix, bias.to(torch::kDouble)));
+  CHECK_FALSE(is_for(x, matrix, bias.narrow(0, 0, 1)));
+  CHECK_FALSE(is_for(x, matrix, bias.unsqueeze(0)));
+  CHECK_FALSE(is_for(x, random({1, kOutputs}).expand({kInputs, kOutputs})));
+  CHECK_FALSE(is_for(x, random({kInputs, 2, kOutputs, 2}).select(3, 0).select(1, 0)));
+  CHECK_FALSE(is_for(x, torch::empty({kInputs, kOutputs}, torch::kMeta)));
+  {
+    const auto learning = matrix.clone().requires_grad_();
+    CHECK_FALSE(is_for(x, learning));
+    const torch::NoGradGuard no_grad;
+    CHECK(is_for(x, learning) == by.is_there);
+  }
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  CHECK_FALSE(is_for(x, matrix));
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::globalContext().setUserEnabledMkldnn(false);
+  CHECK_FALSE(is_for(x, matrix));
+  at::globalContext().setUserEnabledMkldnn(true);
+  lora::detail::take_onednn(false);
+  CHECK_FALSE(is_for(x, matrix));
+}
+
+namespace {
+
+/// What a case computes, and with gradients by which tensors. The same numbers in every call; `type` is that of all.
+struct Run {
+  Tensor value;
+  Tensors gradients;
+};
+
+struct Case {
+  const char* name;
+  std::function<Run(torch::ScalarType)> run;
+};
+
+Tensor input(torch::ScalarType type) {
+  torch::manual_seed(3);
+  return torch::randn({4, kRows / 4, kInputs}, torch::kDouble).to(type).requires_grad_();
+}
+
+torch::nn::Linear layer(torch::ScalarType type) {
+  torch::nn::Linear linear(kInputs, kOutputs);
+  torch::manual_seed(4);
+  const torch::NoGradGuard no_grad;
+  linear->to(type);
+  linear->weight.copy_(torch::randn(linear->weight.sizes(), torch::kDouble) / 16);
+  linear->bias.copy_(torch::randn(linear->bias.sizes(), torch::kDouble));
+  linear->weight.requires_grad_(false);
+  return linear;
+}
+
+Run derived(const Tensor& y, const Tensors& learning) {
+  auto value = (y * torch::arange(y.numel(), y.options()).view(y.sizes()).sin()).sum();
+  // And once more by a gradient, where it depends on something.
+  const auto first = torch::autograd::grad({value}, learning, {}, /*retain_graph=*/true, /*create_graph=*/true);
+  Run run{y.detach(), {}};
+  for (const auto& gradient : first) run.gradients.push_back(gradient.detach());
+  Tensor sum = torch::zeros({}, y.options());
+  for (const auto& gradient : first) sum = sum + gradient.pow(2).sum();
+  if (!sum.requires_grad()) return run;
+  for (const auto& gradient : torch::autograd::grad({sum}, learning, {}, false, false, /*allow_unused=*/true)) {
+    if (gradient.defined()) run.gradients.push_back(gradient);
+  }
+  return run;
+}
+
+Tensors with_start(const lora::Adapters& adapters, torch::ScalarType type) {
+  torch::manual_seed(5);
+  const torch::NoGradGuard no_grad;
+  auto parameters = adapters.parameters();
+  for (auto& parameter : parameters) parameter.copy_(torch::randn(parameter.sizes(), torch::kDouble).to(type) / 8);
+  return parameters;
+}
+
+const Case kCases[] = {
+    {"an adapted layer",
+     [](torch::ScalarType type) {
+       torch::nn::Sequential model(layer(type));
+       auto adapters = lora::attach(*model, lora::LoRAConfig(8).alpha(12).target_modules({"0"}));
+       auto learning = with_start(adapters, type);
+       const auto x = input(type);
+       learning.push_back(x);
+       learning.push_back(model->parameters()[1].requires_grad_());
+       const auto active = adapters.activate();
+       return derived(model->forward(x), learning);
+     }},
+    {"a layer beside adapted ones",
+     [](torch::ScalarType type) {
+       torch::nn::Sequential model(layer(type), torch::nn::Linear(kOutputs, 2));
+       model->to(type);
+       const auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"1"}));
+       const auto x = input(type);
+       const auto active = adapters.activate("");
+       const auto& first = model[0]->as<torch::nn::Linear>();
+       return derived(first->forward(x), {x, first->bias.requires_grad_()});
+     }},
+    {"a module",
+     [](torch::ScalarType type) {
+       lora::LoRALinear<> module(layer(type), lora::LoRAOptions(8).alpha(12));
+       const torch::AutoGradMode with_gradient(true);
+       torch::manual_seed(5);
+       Tensors learning;
+       for (auto& item : module->named_parameters()) {
+         if (!item.value().requires_grad()) continue;
+         item.value().set_data(torch::randn(item.value().sizes(), torch::kDouble).to(type) / 8);
+         learning.push_back(item.value());
+       }
+       const auto x = input(type);
+       learning.push_back(x);
+       return derived(module->forward(x), learning);
+     }},
+    {"the cross entropy of a head",
+     [](torch::ScalarType type) {
+       const auto head = layer(type);
+       const auto targets = torch::arange(kRows).remainder(kOutputs).view({4, -1});
+       const auto x = input(type);
+       const auto options = lora::CrossEntropyOptions().bias(head->bias.detach()).chunk_rows(kRows);
+       const auto loss = lora::linear_cross_entropy(x, head->weight, targets, options);
+       return Run{loss.detach(), torch::autograd::grad({loss}, {x})};
+     }},
+};
+
+}  // namespace
+
+TEST_CASE("Layers have the same values and gradients, the first and the second, by whatever they are computed") {
+  for (const auto& of : kCases) {
+    const auto exact = of.run(torch::kDouble);
+    std::vector<Run> runs;
+    for (const bool by_onednn : {false, true}) {
+      INFO(of.name << (by_onednn ? " by oneDNN" : " by LibTorch's choice"));
+      const Computed by(by_onednn);
+      runs.push_back(of.run(torch::kFloat));
+      const auto& run = runs.back();
+      CHECK(error(run.value, exact.value) < 2e-6);
+      REQUIRE(run.gradients.size() == exact.gradients.size());
+      for (size_t i = 0; i < run.gradients.size(); ++i) {
+        INFO("gradient " << i);
+        CHECK(error(run.gradients[i], exact.gradients[i]) < 1e-5);
+      }
+    }
+    // The two round in different ways, or one of them was not asked.
+    const bool is_taken = lora::detail::take_onednn(lora::detail::takes_onednn());
+    auto all = [](Run run) {
+      run.gradients.push_back(run.value);
+      return run.gradients;
+    };
+    if (is_taken) CHECK(testing::distance(all(runs[0]), all(runs[1])) > 0);
+  }
+}
+
+TEST_CASE("A product by oneDNN keeps no input for backward, and sees that a weight was written to") {
+  const Computed by(true);
+  torch::nn::Sequential model(layer(torch::kFloat), torch::nn::Linear(kOutputs, 2));
+  const auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"1"}));
+  const auto& first = model[0]->as<torch::nn::Linear>();
+  const auto active = adapters.activate("");
+  auto x = input(torch::kFloat) * 1;
+  const c10::weak_intrusive_ptr<c10::StorageImpl> memory(x.storage().getWeakStorageImpl());
+  const auto y = first->forward(x);
+  x = Tensor();
+  CHECK(memory.expired());
+  {
+    const torch::NoGradGuard no_grad;
+    first->weight.add_(1);
+  }
+  CHECK_THAT(testing::error_of([&] { y.sum().backward(); }), testing::contains("modified by an inplace operation"));
+}
+
+TEST_CASE("Panels of a weight in few bits are multiplied by oneDNN, too") {
+  torch::manual_seed(6);
+  torch::nn::Sequential model(layer(torch::kFloat));
+  const auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"0"}).quantize(lora::NF4()));
+  const auto active = adapters.activate();
+  Tensors values, gradients;
+  for (const bool by_onednn : {false, true}) {
+    const Computed by(by_onednn);
+    const auto x = input(torch::kFloat);
+    values.push_back(model->forward(x));
+    gradients.push_back(torch::autograd::grad({values.back().pow(2).sum()}, {x})[0]);
+  }
+  CHECK(error(values[1], values[0]) < 2e-6);
+  CHECK(error(gradients[1], gradients[0]) < 5e-6);
+}
+
+TEST_CASE("Shapes that do not fit have LibTorch's text in a scope as outside of it") {
+  torch::nn::Sequential model(layer(torch::kFloat));
+  const auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"0"}));
+  const auto x = random({kRows, kInputs + 1});
+  const auto outside = testing::error_of([&] { model->forward(x); });
+  const auto active = adapters.activate();
+  CHECK_THAT(outside, testing::contains("shapes cannot be multiplied"));
+  CHECK(testing::error_of([&] { model->forward(x); }) == outside);
+}
