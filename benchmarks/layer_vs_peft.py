@@ -90,13 +90,14 @@ def in_peft(case, rounds):
 
 
 def ours(programs, rounds):
-    """The ratio of each case, as the programs print it."""
+    """Of each case the ratios to LibTorch's frozen layer, as the programs print them: of the adapted layer, and of the
+    frozen layer in a scope, which `rows` does not measure."""
     found = {}
     for program in ("layer", "rows"):
         text = subprocess.run([str(programs / program), str(rounds)], stdout=subprocess.PIPE, text=True, check=True).stdout
         for line in text.splitlines()[2:]:
             cells = [cell.strip() for cell in line.split("|")]
-            found[cells[1]] = float(cells[3])
+            found[cells[1]] = float(cells[3]), float(cells[4]) if program == "layer" else None
     return found
 
 
@@ -120,14 +121,17 @@ def main():
             if arguments.only in case and (value := in_peft(case, arguments.rounds)) is not None:
                 there.setdefault(case, []).append(value)
     print(f"torch {torch.__version__}, one thread, {arguments.turns} turns of {arguments.rounds} rounds")
-    print("| case | here | peft | share of its excess |\n|---|---|---|---|")
+    print("| case | here | frozen here | peft | of its time | of its excess |\n|---|---|---|---|---|---|")
     for case, values in here.items():
-        mine = statistics.median(values)
-        if case not in there:
-            print(f"| {case} | {mine:.3f} | - | - |")
-            continue
-        theirs = statistics.median(there[case])
-        print(f"| {case} | {mine:.3f} | {theirs:.3f} | {(mine - 1) / (theirs - 1):.2f} |")
+        mine = statistics.median(value for value, _ in values)
+        frozen = statistics.median(value for _, value in values) if values[0][1] is not None else None
+        row = [case, f"{mine:.3f}", "-" if frozen is None else f"{frozen:.3f}", "-", "-", "-"]
+        if case in there:
+            theirs = statistics.median(there[case])
+            row[3:5] = f"{theirs:.3f}", f"{mine / theirs:.2f}"
+            if frozen is not None:
+                row[5] = f"{(mine - frozen) / (theirs - 1):.2f}"
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ auto in_scope(const Options& options, LanguageModelImpl& model, const Call& call
   auto adapters = lora::load_adapter(model, options.adapter);
   if (options.merge) {
     adapters.merge_and_unload();
+    auto fast = lora::fast_products();
     return call();
   }
   auto active = adapters.activate();

@@ -50,8 +50,7 @@ inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters,
   std::vector<double> base, adapted, merged;
   for (int pass = -1; pass < kSpeedPasses; ++pass) {
     {
-      std::optional<lora::Activation> found;  // where the weights may be held in few bits
-      if (!merges) found.emplace(adapters.activate(""));
+      auto base_alone = adapters.activate("");
       base.push_back(detail::timed_forward(model, batch.inputs));
     }
     {
@@ -60,6 +59,7 @@ inline Speeds measure_speeds(LanguageModelImpl& model, lora::Adapters& adapters,
     }
     if (merges) {
       lora::MergeGuard guard(adapters);
+      auto fast = lora::fast_products();  // as in the other scopes
       merged.push_back(detail::timed_forward(model, batch.inputs));
     }
     if (pass < 0) base.clear(), adapted.clear(), merged.clear();

@@ -3,7 +3,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addcmul.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/core/ivalue.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -123,13 +122,10 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
         dB = own.t().mm(x_i.mm(A.t())) * scale;
         continue;
       }
-      const auto G = B.t().mm(own.t());
+      const auto G = fast_mm(B.t(), own.t());
       if (wants_x) add_to_input(dx, plan.slices[i], G.t(), A);
-      if (context->needs_input_grad(first + 2 * i)) dA = at::addmm(A, G, dropped.by(mask, rows), /*beta=*/0, scale);
-      if (context->needs_input_grad(first + 2 * i + 1)) {
-        const auto& S = kept[2 + factors + i];
-        dB = at::addmm(B.t(), S, own, /*beta=*/0, scale).t();
-      }
+      if (context->needs_input_grad(first + 2 * i)) dA = fast_mm_like(A, G, dropped.by(mask, rows), scale);
+      if (context->needs_input_grad(first + 2 * i + 1)) dB = fast_mm_like(B.t(), kept[2 + factors + i], own, scale).t();
     }
     return all;
   }
@@ -171,10 +167,16 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     return y.size(1) == count ? y : y.narrow(1, at, count);
   }
 
+  /// sum[rows] += scale a b
+  static void add_product(at::Tensor& sum, const Entries& rows, const at::Tensor& a, const at::Tensor& b,
+                          double scale) {
+    rows.are_all() ? add_fast_mm(sum, a, b, scale) : rows.add_product(sum, a, b, scale);
+  }
+
   /// dx[rows] += d(s G A)
-  static void add_to_input(const at::Tensor& dx, const Slice& slice, const at::Tensor& G, const at::Tensor& A) {
-    if (!slice.mask.acts()) return slice.rows.add_product(dx, G, A, slice.scale);
-    const auto added = at::mm(G, A).mul_(slice.scale);
+  static void add_to_input(at::Tensor& dx, const Slice& slice, const at::Tensor& G, const at::Tensor& A) {
+    if (!slice.mask.acts()) return add_product(dx, slice.rows, G, A, slice.scale);
+    const auto added = fast_mm(G, A).mul_(slice.scale);
     if (slice.rows.are_all()) return slice.mask.add(added, dx);
     slice.rows.add(dx, slice.mask.of(added));
   }
@@ -191,8 +193,12 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     auto y = product.run(x, product.operand, gain.defined() ? at::Tensor() : product.bias);
     DroppedInput dropped(x);
     for (const auto& slice : slices) {
-      const auto S = slice.A.mm(dropped.by(slice.mask, slice.rows).t());
-      slice.rows.add_product(columns(y, slice.at, slice.B.size(0)), S.t(), slice.B.t(), slice.scale);
+      const auto S = fast_mm(slice.A, dropped.by(slice.mask, slice.rows).t());
+      if (y.size(1) == slice.B.size(0)) {
+        add_product(y, slice.rows, S.t(), slice.B.t(), slice.scale);
+      } else {
+        slice.rows.add_product(columns(y, slice.at, slice.B.size(0)), S.t(), slice.B.t(), slice.scale);
+      }
       if (kept != nullptr) kept->push_back(S);
     }
     if (!gain.defined()) return y;
