@@ -218,9 +218,11 @@ void print_costs(const Cost& together, const Cost& alone) {
 int main(int count, char** arguments) {
   const auto number = [&](int i, int64_t otherwise) { return count > i ? std::atoll(arguments[i]) : otherwise; };
   const Size size{number(1, 256), number(2, 3), number(3, 120), static_cast<size_t>(number(4, 16))};
-  TORCH_CHECK(size.width > 0 && size.layers > 0 && size.at_once > 0 && size.steps >= kEvaluateEvery,
-              "sweep [WIDTH [LAYERS [STEPS [AT_ONCE]]]]: numbers of at least 1, and at least ", kEvaluateEvery,
-              " steps");
+  if (size.width < 1 || size.layers < 1 || size.at_once < 1 || size.steps < kEvaluateEvery) {
+    fmt::print(stderr, "sweep [WIDTH [LAYERS [STEPS [AT_ONCE]]]]: numbers of at least 1, and at least {} steps\n",
+               kEvaluateEvery);
+    return 2;
+  }
   sweep::PeakMemory memory;
   torch::manual_seed(0);
   Network network(size);

@@ -116,6 +116,7 @@ TEST_CASE("What oneDNN does not compute, or not faster, is left to LibTorch") {
   CHECK_FALSE(is_for(x, random({kOutputs, 2 * kInputs}).narrow(1, 7, kInputs).t()));
   CHECK_FALSE(is_for(x, random({kInputs, 2, kOutputs, 2}).select(3, 0).select(1, 0)));
   CHECK_FALSE(is_for(x, torch::empty({kInputs, kOutputs}, torch::kMeta)));
+  CHECK_FALSE(is_for(at::_nested_tensor_from_tensor_list({x, x.narrow(0, 0, 40)}), matrix));
   {
     const auto learning = matrix.clone().requires_grad_();
     CHECK_FALSE(is_for(x, learning));

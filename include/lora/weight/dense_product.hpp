@@ -60,6 +60,8 @@ LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
 #include <ATen/ops/mm.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/weight/key.hpp>
+
 #include <atomic>
 #include <cstddef>
 #include <optional>
@@ -82,7 +84,8 @@ struct OneDnn {
   }
 
   at::Tensor call(const std::optional<c10::OperatorHandle>& op, torch::jit::Stack stack) const {
-    const at::AutoDispatchBelowAutograd below;
+    const BelowInterception below;
+    const at::AutoDispatchBelowAutograd without_gradient;
     op->callBoxed(stack);
     return std::move(stack.front()).toTensor();
   }
@@ -130,7 +133,8 @@ inline bool is_dense_matrix(const at::Tensor& tensor) {
 
 LORA_INLINE bool is_for_onednn(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
   constexpr int64_t kLeastRows = 4, kLeastMultiplications = 1 << 21;
-  if (operand.dim() != 2 || x.dim() < 2 || x.size(-1) == 0 || x.size(-1) != operand.size(inputs)) return false;
+  if (operand.dim() != 2 || x.is_nested() || x.dim() < 2) return false;
+  if (x.size(-1) == 0 || x.size(-1) != operand.size(inputs)) return false;
   const auto rows = x.numel() / x.size(-1);
   if (rows < kLeastRows || rows * operand.numel() < kLeastMultiplications || !takes_onednn()) return false;
   if (!is_plain_float(x) || !is_plain_float(operand) || !is_dense_matrix(operand)) return false;
