@@ -16,7 +16,7 @@ using Tensors = std::vector<Tensor>;
 namespace F = torch::nn::functional;
 
 // Enough for oneDNN, also with a rank of kRank, and such that rows collide in the cache.
-constexpr int64_t kRows = 72, kInputs = 512, kOutputs = 1024, kRank = 64;
+constexpr int64_t kRows = 96, kInputs = 512, kOutputs = 1024, kRank = 64;
 
 /// Decides for a test who computes products.
 class Computed {
@@ -40,6 +40,19 @@ double error(const Tensor& found, const Tensor& exact) {
   return testing::distance(found, exact) / exact.detach().abs().max().item<double>();
 }
 
+TEST_CASE("Of all numbers of rows few are regular, and each is a sum of few of these") {
+  std::vector<int64_t> regular;
+  for (int64_t rows = 1; rows <= 100; ++rows) {
+    if (lora::detail::is_regular(rows)) regular.push_back(rows);
+  }
+  CHECK(regular == std::vector<int64_t>{1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96});
+  for (int64_t rows = 1; rows <= 5000; ++rows) {
+    const auto some = lora::detail::regular_rows(rows);
+    if (some > rows || 3 * some < 2 * rows) FAIL(some << " of " << rows << " rows");
+  }
+  CHECK_FALSE(lora::detail::is_regular(0));
+}
+
 struct Layout {
   const char* name;
   Tensor matrix;  // (in, out)
@@ -61,7 +74,9 @@ TEST_CASE("oneDNN multiplies matrices as they lie in memory") {
       INFO(name << (has_bias ? " with a bias" : ""));
       const auto bias = has_bias ? random({kOutputs}) : Tensor();
       const auto wide = random({kRows, 2 * kInputs});
-      for (const auto& x : {random({kRows, kInputs}), random({kInputs, kRows}).t(), wide.narrow(1, 5, kInputs)}) {
+      for (const auto& x :
+           {random({kRows, kInputs}), random({kInputs, kRows}).t(), wide.narrow(1, 5, kInputs), random({4, kInputs}),
+            random({kRows - 1, kInputs}), wide.narrow(1, 5, kInputs).narrow(0, 0, 71), random({kInputs, 101}).t()}) {
         CHECK(lora::detail::is_for_onednn(x, matrix, bias, 0) == by.is_there);
         CHECK(lora::detail::is_for_onednn(x, matrix.t(), bias, 1) == by.is_there);
         if (!by.is_there) continue;

@@ -69,11 +69,8 @@ struct CrossEntropyRows {
 
   int64_t count() const { return hidden.size(0); }
 
-  /// The rows of a chunk, such that all chunks have about as many.
-  int64_t chunk_size() const {
-    const auto chunks = std::max<int64_t>(1, (count() + chunk - 1) / chunk);
-    return (count() + chunks - 1) / chunks;
-  }
+  /// The rows of a chunk: all, or such a number that products are fast.
+  int64_t chunk_size() const { return count() <= chunk ? count() : regular_rows(chunk); }
 
   /// Calls `visit(first, rows)` for one chunk after the other.
   template <class Visit>

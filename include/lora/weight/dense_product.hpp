@@ -5,6 +5,8 @@
 #include <lora/linkage.hpp>
 #include <lora/version.hpp>
 
+#include <cstdint>
+
 // Products with a matrix of float32 numbers on a CPU. LibTorch computes them with MKL where it is built with it, and
 // MKL has its AVX-512 kernels for Intel's processors only. oneDNN, which LibTorch has beside it for other things, has
 // them for every processor: on others with AVX-512 it takes half of the time for the same arithmetic. It adds up in
@@ -30,17 +32,31 @@ LORA_INLINE bool take_onednn(bool taken);
 /// tracing, vmap, forward mode).
 LORA_INLINE bool is_for_onednn(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs);
 
-/// x M + b for x (N, k), M (k, n), b (n) or undefined, by oneDNN and without a gradient.
+/// The largest number up to `rows` (at least 1) that is a power of two, or three times one. oneDNN keeps a kernel for
+/// each shape that it was asked for, a thousand in all, and LibTorch's memory grows by what is allocated between them:
+/// so of all numbers of rows that a batch may have, it is asked for these.
+inline int64_t regular_rows(int64_t rows) {
+  int64_t power = 1;
+  while (power <= rows / 2) power *= 2;
+  return power + power / 2 <= rows ? power + power / 2 : power;
+}
+
+inline bool is_regular(int64_t rows) { return rows > 0 && regular_rows(rows) == rows; }
+
+/// x M + b for x (N, k), M (k, n), b (n) or undefined, by oneDNN and without a gradient; where N is not regular, some
+/// rows after the other, and the last few by LibTorch's choice.
 LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias);
 
-/// a b for a (N, k), b (k, n), without a gradient, by the faster of the two.
+// Products without a gradient by the faster of the two, of which one dimension are the rows of a batch.
+
+/// a b for a (rank, k), b (k, N).
 LORA_INLINE at::Tensor fast_mm(const at::Tensor& a, const at::Tensor& b);
 
-/// scale a b, for any tensor of its shape and type.
+/// scale a b for a (rank, N), b (N, k), and any tensor of the result's shape and type.
 LORA_INLINE at::Tensor fast_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
 
-/// sum += scale a b, without a gradient, for a `sum` (N, n) that nobody else holds: where oneDNN is faster it is new
-/// memory afterwards.
+/// sum += scale a b, for a (N, rank), b (rank, n) and a `sum` (N, n) that nobody else holds: where oneDNN is faster it
+/// is new memory afterwards.
 LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
 
 }  // namespace detail
@@ -57,6 +73,7 @@ LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/ivalue.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -131,12 +148,16 @@ inline bool is_dense_matrix(const at::Tensor& tensor) {
   return (columns == 1 && rows == tensor.size(1)) || (rows == 1 && columns == tensor.size(0));
 }
 
-LORA_INLINE bool is_for_onednn(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
+/// Whether a product is so large that the call does not count.
+inline bool is_large(int64_t rows, int64_t numbers_of_matrix) {
   constexpr int64_t kLeastRows = 4, kLeastMultiplications = 1 << 21;
+  return rows >= kLeastRows && rows * numbers_of_matrix >= kLeastMultiplications;
+}
+
+LORA_INLINE bool is_for_onednn(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
   if (operand.dim() != 2 || x.is_nested() || x.dim() < 2) return false;
   if (x.size(-1) == 0 || x.size(-1) != operand.size(inputs)) return false;
-  const auto rows = x.numel() / x.size(-1);
-  if (rows < kLeastRows || rows * operand.numel() < kLeastMultiplications || !takes_onednn()) return false;
+  if (!is_large(x.numel() / x.size(-1), operand.numel()) || !takes_onednn()) return false;
   if (!is_plain_float(x) || !is_plain_float(operand) || !is_dense_matrix(operand)) return false;
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != operand.size(1 - inputs) || !is_plain_float(bias)))
     return false;
@@ -146,26 +167,46 @@ LORA_INLINE bool is_for_onednn(const at::Tensor& x, const at::Tensor& operand, c
 
 LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias) {
   const auto& onednn = OneDnn::instance();
+  const auto weight = matrix.t();
   const auto b = bias.defined() ? c10::IValue(bias) : c10::IValue();
-  const auto no_numbers = c10::List<std::optional<at::Scalar>>();
-  return onednn.call(onednn.product,
-                     {x.stride(1) == 1 ? x : x.contiguous(), matrix.t(), b, "none", no_numbers, c10::IValue()});
+  const auto of = [&](const at::Tensor& rows) {
+    const auto no_numbers = c10::List<std::optional<at::Scalar>>();
+    return onednn.call(onednn.product, {rows, weight, b, "none", no_numbers, c10::IValue()});
+  };
+  const auto in = x.stride(1) == 1 ? x : x.contiguous();
+  const auto count = x.size(0);
+  if (is_regular(count)) return of(in);
+  const at::AutoDispatchBelowAutograd without_gradient;
+  auto y = at::empty({count, matrix.size(1)}, x.options());
+  int64_t first = 0;
+  for (auto size = regular_rows(count); size > 0 && is_large(size, matrix.numel());
+       size = regular_rows(count - first)) {
+    y.narrow(0, first, size).copy_(of(in.narrow(0, first, size)));
+    first += size;
+    if (first == count) return y;
+  }
+  auto last = y.narrow(0, first, count - first);
+  const auto rows = in.narrow(0, first, count - first);
+  bias.defined() ? at::addmm_out(last, bias, rows, matrix) : at::mm_out(last, rows, matrix);
+  return y;
 }
 
 LORA_INLINE at::Tensor fast_mm(const at::Tensor& a, const at::Tensor& b) {
-  return is_for_onednn(a, b, {}, /*inputs=*/0) ? onednn_mm(a, b, {}) : a.mm(b);
+  const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
+  return is_faster ? onednn_mm(a, b, {}) : a.mm(b);
 }
 
 LORA_INLINE at::Tensor fast_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale) {
-  if (is_for_onednn(a, b, {}, /*inputs=*/0)) return onednn_mm(a, b, {}).mul_(scale);
-  return at::addmm(like, a, b, /*beta=*/0, scale);
+  const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
+  return is_faster ? onednn_mm(a, b, {}).mul_(scale) : at::addmm(like, a, b, /*beta=*/0, scale);
 }
 
 LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
   // Rows that are a multiple of 2 KB apart share few places of a cache, which costs MKL half of its time and more.
   constexpr int64_t kNumbers = 512;
-  const bool collides = sum.dim() == 2 && sum.stride(0) % kNumbers == 0;
-  if (!collides || !sum.is_contiguous() || !is_plain_float(sum) || !is_for_onednn(a, b, {}, /*inputs=*/0)) {
+  const bool collides = sum.dim() == 2 && sum.stride(0) % kNumbers == 0 && sum.is_contiguous();
+  const bool is_faster = collides && is_regular(a.size(0)) && is_for_onednn(a, b, {}, /*inputs=*/0);
+  if (!is_faster || !is_plain_float(sum)) {
     sum.addmm_(a, b, /*beta=*/1, scale);
     return;
   }
