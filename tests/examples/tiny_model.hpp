@@ -1,4 +1,4 @@
-// A Llama of a few hundred parameters with random weights, for tests of the programs around it.
+// Models of a few hundred parameters with random weights, for tests of the programs around them.
 #pragma once
 
 #include "support/testing.hpp"
@@ -7,8 +7,9 @@
 
 namespace testing {
 
-inline gpt::LanguageModel tiny_llama(uint64_t seed = 1) {
+inline gpt::LanguageModel tiny_model(gpt::Architecture architecture, uint64_t seed = 1) {
   gpt::ModelConfig config;
+  config.architecture = architecture;
   config.vocab_size = 23;
   config.hidden_size = 16;
   config.intermediate_size = 24;
@@ -23,5 +24,7 @@ inline gpt::LanguageModel tiny_llama(uint64_t seed = 1) {
   model->to(device());
   return model;
 }
+
+inline gpt::LanguageModel tiny_llama(uint64_t seed = 1) { return tiny_model(gpt::Architecture::kLlama, seed); }
 
 }  // namespace testing

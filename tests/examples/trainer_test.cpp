@@ -1,12 +1,14 @@
 #include "examples/tiny_model.hpp"
 
 #include <lora/lora.hpp>
+#include <lora/train/checkpointing.hpp>
 
 #include "trainer.hpp"
 
 namespace {
 
 using testing::Approx;
+using torch::Tensor;
 
 constexpr int32_t kIgnored = gpt::kIgnored;
 
@@ -69,6 +71,42 @@ TEST_CASE("Accumulated batches make the step of one large batch, however their t
   CHECK(split_norm == Approx(norm).epsilon(1e-5));
   CHECK(gradient.abs().max().item<double>() > 1e-3);
   CHECK(testing::distance(gradient, split_gradient) < 1e-6);
+}
+
+TEST_CASE("Blocks that are computed again, and all logits at once, make the same step", "[examples][trainer]") {
+  struct Way {
+    bool again, all_logits;
+  };
+  for (const auto architecture : {gpt::Architecture::kLlama, gpt::Architecture::kGPT2}) {
+    const auto run = [&](const Way& way) {
+      auto model = testing::tiny_model(architecture);
+      torch::manual_seed(3);
+      auto adapters = lora::attach(
+          *model,
+          lora::LoRAConfig(3).alpha(4).dropout(0.3).target_modules(lora::all_linear).exclude_modules({"lm_head"}));
+      auto options = without_warmup();
+      options.all_logits = way.all_logits;
+      int blocks = 0;
+      if (way.again) {
+        model->run_block = [&](const auto& block, const Tensor& x) {
+          ++blocks;
+          return lora::checkpoint(block, x);
+        };
+      }
+      gpt::Trainer trainer(*model, adapters, options);
+      torch::manual_seed(5);
+      std::vector<double> losses;
+      for (int i = 0; i < 3; ++i) losses.push_back(trainer.step({gpt::collate({&kFirst, &kThird})}).loss);
+      CHECK(blocks == (way.again ? 3 * model->config.num_layers : 0));
+      return losses;
+    };
+    INFO(gpt::architecture_name(architecture));
+    const auto expected = run({});
+    CHECK(run({/*again=*/true, false}) == expected);
+    const auto with_logits = run({false, /*all_logits=*/true});
+    for (size_t i = 0; i < expected.size(); ++i) CHECK(with_logits[i] == Approx(expected[i]).epsilon(1e-5));
+    CHECK(expected[0] != Approx(expected[1]).epsilon(1e-3));
+  }
 }
 
 TEST_CASE("A step clips the gradient and moves the adapters only", "[examples][trainer]") {
