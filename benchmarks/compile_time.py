@@ -1,8 +1,9 @@
 """How long does a compiler take for a program with lora, and how much of that is LibTorch alone?
 
 Prints CPU seconds, the least of several runs, of one translation unit for each of: LibTorch alone, parts of lora, all of
-it, and programs that use it; first with the bodies of lora's functions in its headers, then with those of lora::compiled,
-whose own seconds are the last line, unless there is --only. Without further options it is c++ -O2; CXX names another compiler.
+it, and programs that use it; first with the bodies of lora's functions in its headers, then with those of
+lora::compiled, whose own seconds are the last line, unless there is --only. Without further options it is c++ -O2; CXX
+names another compiler.
 
     build/venv/bin/python benchmarks/compile_time.py --runs 3 -- -O0
 """

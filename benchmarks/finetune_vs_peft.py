@@ -10,8 +10,10 @@ The default run (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj)
 in a process of its own, from the same initial tensors, batches and learning rates. Prints the losses side by side, and
 the median time of a step and the peak memory of both processes as ratios. The adapter that finetune_gpt wrote is then
 read by peft, which has to give the logits that are given here. Exits with 1 when a loss is more than 0.02 away from
-peft's, or a logit more than 3e-4, a hundred-thousandth of the largest. What follows `--` changes the run of both, e.g. `-- --targets all-linear`, or that of
-finetune_gpt alone, as `-- --checkpoint` does; with a `--dropout`, which is random in both, losses are not compared.
+peft's, or a logit more than 3e-4, a hundred-thousandth of the largest.
+
+What follows `--` changes the run of both, e.g. `-- --targets all-linear`, or that of finetune_gpt alone, as
+`-- --checkpoint` does; with a `--dropout`, which is random in both, losses are not compared.
 """
 
 import argparse

@@ -124,6 +124,7 @@ set(LORA_DETAIL_HEADERS
   system/attributes.hpp
   system/files.hpp
   system/libtorch.hpp
+  system/processor.hpp
   train/flat_buffer.hpp
   train/new_graph.hpp
   train/run_state.hpp
@@ -140,6 +141,7 @@ set(LORA_DETAIL_HEADERS
   weight/optional.hpp
   weight/part.hpp
   weight/placeholder.hpp
+  weight/plain.hpp
   weight/rounding_error.hpp
   weight/slot.hpp
   weight/stamp.hpp

@@ -189,6 +189,9 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
              static_cast<double>(loading) / 1e9, rest);
   fmt::print("adapters  {}, rank {}, alpha {:g}, on {} layers: {} trainable parameters ({:.3f} %)\n", options.method,
              options.rank, options.alpha, adapters.targets().size(), report.trainable, 100 * report.share());
+  if (options.checkpoint) fmt::print("training  computes the activations inside of a block again in backward\n");
+  if (!options.without.empty())
+    fmt::print("training  computes in LibTorch's own way: {}\n", fmt::join(options.without, ", "));
   fmt::print("data      {} rows of up to {} tokens to learn from, {} for validation\n", data.train.size(),
              options.block, data.validation.size());
   if (data.shortened > 0) {

@@ -136,8 +136,7 @@ void print_token(const Tokenizer& tokenizer, int64_t token) {
 template <class Call>
 auto in_scope(const Options& options, LanguageModelImpl& model, const Call& call) {
   if (options.adapter.empty()) {
-    const lora::Adapters none(model);
-    auto active = none.activate("");  // in which weights of few bits are found
+    auto fast = lora::fast_products();  // in which weights of few bits are found, too
     return call();
   }
   auto adapters = lora::load_adapter(model, options.adapter);

@@ -65,10 +65,6 @@ inline torch::Tensor rotary_frequencies(const ModelConfig& config) {
   return frequencies;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 /// silu(gate) * up, which keeps for backward the two and nothing that follows from them. For g = dL/dy,
 ///
 ///   dgate = g * up * silu'(gate),   dup = g * silu(gate)

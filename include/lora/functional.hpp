@@ -43,7 +43,6 @@ LORA_INLINE at::Tensor adapted_product(const Product& product, c10::ArrayRef<Upd
 #if LORA_BODIES
 
 #include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
@@ -54,6 +53,7 @@ LORA_INLINE at::Tensor adapted_product(const Product& product, c10::ArrayRef<Upd
 
 #include <lora/dropout.hpp>
 #include <lora/low_rank_linear.hpp>
+#include <lora/weight/plain.hpp>
 
 #include <algorithm>
 #include <utility>
@@ -163,6 +163,7 @@ class FusedProduct {
   FusedProduct(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms) : product_(product) {
     const bool multiplies = product.form == Product::Form::kRows || product.form == Product::Form::kColumns;
     if (!multiplies || !is_plain(product.x) || !is_plain(product.operand)) return;
+    if (!at::isFloatingType(product.x.scalar_type())) return;
     if (product.operand.dim() != 2 || product.operand.requires_grad() || product.x.dim() == 0) return;
     if (product.bias.defined() && (product.bias.dim() != 1 || !is_alike(product.bias))) return;
     if (!is_alike(product.operand) || at::autocast::is_autocast_enabled(product.x.device().type())) return;
@@ -229,12 +230,6 @@ class FusedProduct {
   bool is_alike(const at::Tensor& tensor) const {
     return tensor.scalar_type() == product_.x.scalar_type() && tensor.device() == product_.x.device() &&
            is_plain(tensor);
-  }
-
-  /// Whether it is numbers and strides, and no transform (vmap, forward mode) looks at what is computed with it.
-  static bool is_plain(const at::Tensor& tensor) {
-    return tensor.layout() == at::kStrided && at::isFloatingType(tensor.scalar_type()) &&
-           !at::isTensorSubclassLike(tensor) && !tensor._fw_grad(0).defined();
   }
 
   const Product& product_;

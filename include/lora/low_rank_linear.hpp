@@ -122,10 +122,10 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
         dB = own.t().mm(x_i.mm(A.t())) * scale;
         continue;
       }
-      const auto G = fast_mm(B.t(), own.t());
+      const auto G = thin_mm(B.t(), own.t());
       if (wants_x) add_to_input(dx, plan.slices[i], G.t(), A);
-      if (context->needs_input_grad(first + 2 * i)) dA = fast_mm_like(A, G, dropped.by(mask, rows), scale);
-      if (context->needs_input_grad(first + 2 * i + 1)) dB = fast_mm_like(B.t(), kept[2 + factors + i], own, scale).t();
+      if (context->needs_input_grad(first + 2 * i)) dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
+      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like(B.t(), kept[2 + factors + i], own, scale).t();
     }
     return all;
   }
@@ -170,7 +170,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   /// sum[rows] += scale a b
   static void add_product(at::Tensor& sum, const Entries& rows, const at::Tensor& a, const at::Tensor& b,
                           double scale) {
-    rows.are_all() ? add_fast_mm(sum, a, b, scale) : rows.add_product(sum, a, b, scale);
+    rows.are_all() ? add_thin_mm(sum, a, b, scale) : rows.add_product(sum, a, b, scale);
   }
 
   /// dx[rows] += d(s G A)
@@ -193,7 +193,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     auto y = product.run(x, product.operand, gain.defined() ? at::Tensor() : product.bias);
     DroppedInput dropped(x);
     for (const auto& slice : slices) {
-      const auto S = fast_mm(slice.A, dropped.by(slice.mask, slice.rows).t());
+      const auto S = thin_mm(slice.A, dropped.by(slice.mask, slice.rows).t());
       if (y.size(1) == slice.B.size(0)) {
         add_product(y, slice.rows, S.t(), slice.B.t(), slice.scale);
       } else {

@@ -27,13 +27,14 @@ from safetensors.torch import load_file, save_file
 from strict_peft import fail, largest_distance, load_adapter, load_base
 
 LAYERS = 3  # of the tiny models
-RUNS = [  # architecture, adapted layers in a block, method, tensors of one adapted layer, data
-    ("llama", 2, "LowRank", 2, "--text"),
-    ("llama", 2, "DoRA", 3, "--jsonl"),
-    ("gpt2", 1, "LowRank", 2, "--text"),
-    ("gpt2", 1, "DoRA", 3, "--text"),
-    ("llama", 2, "LowRank", 2, "conversations"),
+RUNS = [  # architecture, adapted layers in a block, method, tensors of one adapted layer, data, ways that change no loss
+    ("llama", 2, "LowRank", 2, "--text", []),
+    ("llama", 2, "DoRA", 3, "--jsonl", ["--checkpoint"]),
+    ("gpt2", 1, "LowRank", 2, "--text", ["--without", "loss", "products"]),
+    ("gpt2", 1, "DoRA", 3, "--text", ["--checkpoint"]),
+    ("llama", 2, "LowRank", 2, "conversations", ["--without", "loss"]),
 ]
+WAYS = {"--checkpoint": "computes the activations inside of a block again", "--without": "LibTorch's own way: loss"}
 TOKENS = 16  # that generate writes
 
 
@@ -72,17 +73,17 @@ def run(program, *arguments, said=""):
     return run_whole(program, *arguments, said=said).stdout
 
 
-def fine_tune(programs, base, data, method, out):
+def fine_tune(programs, base, data, method, ways, out):
     sizes = ["--steps", 20, "--batch", 2, "--accumulate", 2, "--block", 32, "--validation-blocks", 4]
     adapter = ["--method", method, "--rank", 4, "--alpha", 8, "--dropout", 0]
     schedule = ["--lr", 5e-3, "--warmup", 5, "--eval-every", 5, "--device", "cpu", "--sample-tokens", 0]
-    run(
+    said = run(
         programs / "finetune_gpt",
         *["--model", base, *data, "--out", out, "--export-run", out / "run"],
-        *sizes,
-        *adapter,
-        *schedule,
-    )
+        *[*sizes, *adapter, *schedule, *ways],
+    ).decode()
+    if any((text in said) != (way in ways) for way, text in WAYS.items()):
+        fail(f"finetune_gpt {' '.join(ways)} says something else: {said}")
 
 
 def check_trained(out, expected_count):
@@ -231,12 +232,12 @@ def main():
     with tempfile.TemporaryDirectory(prefix="lora_finetune_") as folder:
         folder = Path(folder)
         data = write_data(folder)
-        for architecture, layers_adapted, method, tensors, kind in RUNS:
+        for architecture, layers_adapted, method, tensors, kind, ways in RUNS:
             base, out = folder / architecture, folder / f"{architecture}_{method}_{kind}"
             if not base.exists():
                 make_tiny_model.main([str(base), "--architecture", architecture])
             print(f"\n{architecture}, {method}, {kind}")
-            fine_tune(programs, base, data[kind], method, out)
+            fine_tune(programs, base, data[kind], method, ways, out)
             checks = {
                 "trained": check_trained(out, LAYERS * layers_adapted * tensors),
                 "replay": check_replay(out),

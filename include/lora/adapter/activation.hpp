@@ -83,8 +83,9 @@ class [[nodiscard]] Activation {
   int exceptions_ = std::uncaught_exceptions();
 };
 
-/// A scope of no adapters. As in any other, products of float32 with frozen weights are computed by the faster one of
-/// LibTorch's libraries, for a base model, or a merged one, that is to be as fast as an adapted one:
+/// A scope of no adapters. As in any other, weights that are held in few bits are found, and products of float32 with
+/// frozen weights are computed by the faster one of LibTorch's libraries, for a base model, or a merged one, that is to
+/// be as fast as an adapted one:
 ///
 ///   auto fast = lora::fast_products();
 ///   auto y = model->forward(x);

@@ -83,20 +83,13 @@ struct Product {
 
   /// The operator, for any operand in the place of W, also for one that is held in few bits.
   at::Tensor run(const at::Tensor& other_x, const at::Tensor& other_operand, const at::Tensor& other_bias) const {
-    switch (form) {
-      case Form::kRows:
-        if (!detail::is_computed_here(other_x, other_operand, other_bias, /*inputs=*/1)) break;
-        return detail::frozen_linear(other_x, other_operand.t(), other_bias);
-      case Form::kColumns:
-        if (!detail::is_computed_here(other_x, other_operand, other_bias, /*inputs=*/0)) break;
-        return detail::frozen_linear(other_x, other_operand, other_bias);
-      case Form::kEntries:
-        if (!detail::is_quantized(other_operand)) break;
-        return detail::quantized_entries(other_operand, other_x);
-      default:
-        return op(other_x, detail::dequantized(other_operand), other_bias);
-    }
-    return op(other_x, other_operand, other_bias);
+    const bool is_rows = form == Form::kRows;
+    if ((is_rows || form == Form::kColumns) &&
+        detail::is_computed_here(other_x, other_operand, other_bias, /*inputs=*/is_rows ? 1 : 0))
+      return detail::frozen_linear(other_x, is_rows ? other_operand.t() : other_operand, other_bias);
+    if (form == Form::kEntries && detail::is_quantized(other_operand))
+      return detail::quantized_entries(other_operand, other_x);
+    return op(other_x, detail::dequantized(other_operand), other_bias);
   }
   /// y without any update.
   at::Tensor frozen() const {

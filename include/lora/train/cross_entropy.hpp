@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/core/grad_mode.h>
@@ -12,6 +11,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/arg.h>
@@ -27,6 +28,7 @@
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
 #include <lora/weight/placeholder.hpp>
+#include <lora/weight/plain.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -102,9 +104,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   static bool is_for(const CrossEntropyRows& rows) {
     for (const auto* operand : {&rows.hidden, &rows.weight, &rows.bias}) {
       if (!operand->defined()) continue;
-      if (operand->layout() != at::kStrided || at::isTensorSubclassLike(*operand)) return false;
-      if (operand->_fw_grad(0).defined() || is_in_scope(*operand)) return false;
-      if (is_quantized(*operand)) return false;
+      if (!is_plain(*operand) || is_in_scope(*operand) || is_quantized(*operand)) return false;
     }
     const bool head_learns = needs_gradient(rows.weight) || needs_gradient(rows.bias);
     return rows.sums || !head_learns || !at::GradMode::is_enabled();
@@ -221,17 +221,9 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       const bool is_half = type_ != wide_;
       const auto left = is_half ? in_half(dz, factor) : dz;
       if (d_hidden_.defined()) {
+        const auto gradient = fast_mm(left, rows_.weight);
         auto own = d_hidden_.narrow(0, first, hidden.size(0));
-        if (is_for_onednn(left, rows_.weight, {}, /*inputs=*/0)) {
-          own.copy_(onednn_mm(left, rows_.weight, {}));
-        } else {
-          at::mm_out(own, left, rows_.weight);
-        }
-        if (is_half) {
-          own.mul_(factor_of_half());
-        } else {
-          own.mul_(factor);
-        }
+        at::mul_out(own, gradient, is_half ? at::scalar_tensor(factor_of_half(), gradient.options()) : factor);
       }
       if (!d_weight_.defined()) return;
       if (is_half) {

@@ -47,17 +47,20 @@ inline bool is_regular(int64_t rows) { return rows > 0 && regular_rows(rows) == 
 /// rows after the other, and the last few by LibTorch's choice.
 LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias);
 
-// Products without a gradient by the faster of the two, of which one dimension are the rows of a batch.
+/// x M for x (N, k), M (k, n), without a gradient, by the faster of the two.
+LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix);
+
+// The same for products of which one dimension is a rank, and another one are the N rows of a batch.
 
 /// a b for a (rank, k), b (k, N).
-LORA_INLINE at::Tensor fast_mm(const at::Tensor& a, const at::Tensor& b);
+LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b);
 
 /// scale a b for a (rank, N), b (N, k), and any tensor of the result's shape and type.
-LORA_INLINE at::Tensor fast_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
+LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
 
 /// sum += scale a b, for a (N, rank), b (rank, n) and a `sum` (N, n) that nobody else holds: where oneDNN is faster it
 /// is new memory afterwards.
-LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
+LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
 
 }  // namespace detail
 }  // namespace LORA_ABI
@@ -66,7 +69,6 @@ LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
 #if LORA_BODIES
 
 #include <ATen/Context.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -77,7 +79,9 @@ LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
 #include <ATen/ops/mm.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/system/processor.hpp>
 #include <lora/weight/key.hpp>
+#include <lora/weight/plain.hpp>
 
 #include <atomic>
 #include <cstddef>
@@ -115,15 +119,7 @@ struct OneDnn {
     return is_known ? op : std::nullopt;
   }
 
-  static bool has_slower_mkl() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    return at::hasMKL() && !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
-#else
-    return false;
-#endif
-  }
+  static bool has_slower_mkl() { return at::hasMKL() && has_avx512() && !is_by_intel(); }
 };
 
 LORA_INLINE bool takes_onednn() { return OneDnn::instance().is_taken && at::globalContext().userEnabledMkldnn(); }
@@ -135,10 +131,8 @@ LORA_INLINE bool take_onednn(bool taken) {
   return true;
 }
 
-/// Whether it is a float32 tensor in the memory of a CPU that nothing looks through (vmap, forward mode).
 inline bool is_plain_float(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && tensor.layout() == at::kStrided &&
-         !at::isTensorSubclassLike(tensor) && !tensor._fw_grad(0).defined();
+  return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && is_plain(tensor);
 }
 
 /// Whether it is a matrix that fills its memory, or the transpose of one. For parts of larger ones oneDNN has no kernel
@@ -179,8 +173,7 @@ LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, 
   const at::AutoDispatchBelowAutograd without_gradient;
   auto y = at::empty({count, matrix.size(1)}, x.options());
   int64_t first = 0;
-  for (auto size = regular_rows(count); size > 0 && is_large(size, matrix.numel());
-       size = regular_rows(count - first)) {
+  for (auto size = regular_rows(count); is_large(size, matrix.numel()); size = regular_rows(count - first)) {
     y.narrow(0, first, size).copy_(of(in.narrow(0, first, size)));
     first += size;
     if (first == count) return y;
@@ -191,17 +184,21 @@ LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, 
   return y;
 }
 
-LORA_INLINE at::Tensor fast_mm(const at::Tensor& a, const at::Tensor& b) {
+LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix) {
+  return is_for_onednn(x, matrix, {}, /*inputs=*/0) ? onednn_mm(x, matrix, {}) : x.mm(matrix);
+}
+
+LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b) {
   const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
   return is_faster ? onednn_mm(a, b, {}) : a.mm(b);
 }
 
-LORA_INLINE at::Tensor fast_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale) {
+LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale) {
   const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
   return is_faster ? onednn_mm(a, b, {}).mul_(scale) : at::addmm(like, a, b, /*beta=*/0, scale);
 }
 
-LORA_INLINE void add_fast_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
+LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
   // Rows that are a multiple of 2 KB apart share few places of a cache, which costs MKL half of its time and more.
   constexpr int64_t kNumbers = 512;
   const bool collides = sum.dim() == 2 && sum.stride(0) % kNumbers == 0 && sum.is_contiguous();

@@ -46,7 +46,6 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
@@ -58,6 +57,7 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
 
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
+#include <lora/weight/plain.hpp>
 
 #include <algorithm>
 #include <functional>
@@ -195,7 +195,7 @@ LORA_INLINE at::Tensor frozen_linear(const at::Tensor& input, const at::Tensor& 
   const auto type = casts ? at::autocast::get_autocast_dtype(device) : input.scalar_type();
   const auto x = input.to(type), b = bias.defined() ? bias.to(type) : bias;
   // What is traced has to be operators: the numbers become a constant of the graph.
-  const bool is_recorded = torch::jit::tracer::isTracing() || at::isTensorSubclassLike(x) || x._fw_grad(0).defined();
+  const bool is_recorded = torch::jit::tracer::isTracing() || !is_plain(x);
   if (is_recorded || operand.dim() != 2) {
     const auto y = at::matmul(x, dequantized(operand).to(type));
     return b.defined() ? y + b : y;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <lora/system/processor.hpp>
 #include <lora/weight/codec/avx2.hpp>
 #include <lora/weight/codec/avx512.hpp>
 #include <lora/weight/codec/plain.hpp>
@@ -31,13 +32,12 @@ struct CodecKernels {
 inline std::vector<CodecKernels> runnable_codec_kernels() {
   std::vector<CodecKernels> kernels;
 #if defined(LORA_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+  if (has_avx512())
     kernels.push_back({"AVX-512", avx512::scales, avx512::unpack4, avx512::dot4, avx512::largest, avx512::quantize4,
                        avx512::unpack8, avx512::dot8, avx512::quantize8});
 #endif
 #if defined(LORA_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (has_avx2())
     kernels.push_back({"AVX2", avx2::scales, avx2::unpack4, avx2::dot4, avx2::largest, avx2::quantize4, avx2::unpack8,
                        avx2::dot8, avx2::quantize8});
 #endif

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <lora/version.hpp>
+
+// What the processor is that runs the program, where a compiler lets one ask.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+/// AVX-512 as all processors for servers have it, and AVX2.
+inline bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+inline bool is_by_intel() { return __builtin_cpu_is("intel"); }
+
+#else
+
+inline bool has_avx2() { return false; }
+inline bool has_avx512() { return false; }
+inline bool is_by_intel() { return false; }
+
+#endif
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
