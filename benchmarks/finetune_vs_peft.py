@@ -1,16 +1,16 @@
 """Does fine-tuning here reach what peft reaches, how long does a step take, and how much memory?
 
 python finetune_vs_peft.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--steps N] [--threads N] [--seed N]
-                           [-- OPTIONS OF finetune_gpt]
+                           [--device cpu|cuda] [-- OPTIONS OF finetune_gpt]
 
 Without options it takes what `sh tests/run.sh` and `sh examples/finetune_gpt/run.sh` have left in build/, and needs
 the Python of build/venv.
 
 The default run (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj) with finetune_gpt, then in peft, each
 in a process of its own, from the same initial tensors, batches and learning rates. Prints the losses side by side, and
-the median time of a step and the peak memory of both processes as ratios. The adapter that finetune_gpt wrote is then
-read by peft, which has to give the logits that are given here. Exits with 1 when a loss is more than 0.02 away from
-peft's, or a logit more than 3e-4, a hundred-thousandth of the largest.
+the median time of a step and the peak memory, on a CPU of both processes and else on the device, as ratios. The
+adapter that finetune_gpt wrote is then read by peft, which has to give, on a CPU, the logits that are given here. Exits
+with 1 when a loss is more than 0.02 away from peft's, or a logit more than 3e-4, a hundred-thousandth of the largest.
 
 What follows `--` changes the run of both, e.g. `-- --targets all-linear`, or that of finetune_gpt alone, as
 `-- --checkpoint` does; with a `--dropout`, which is random in both, losses are not compared.
@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -74,6 +75,22 @@ def our_seconds_per_step(metrics, tokens_per_step):
     return statistics.median(tokens_per_step / rate for rate in rates)
 
 
+def run_finetune(command, options):
+    """Runs finetune_gpt and returns the most memory that it took."""
+    lines = []
+
+    def show(line):
+        lines.append(line)
+        print(line, end="", flush=True)
+
+    status, of_process, _ = run_measured(command, options.threads, show)
+    if status != 0:
+        sys.exit(f"error: finetune_gpt ended with {status}")
+    if options.device == "cpu":
+        return of_process
+    return float(re.search(r"^memory +([0-9.]+) GB at most so far", "".join(lines), re.MULTILINE)[1]) * 1e9
+
+
 def table_row(name, ours, theirs, unit):
     return f"{name:<28} {ours:>9.3f} {unit:<4} {theirs:>9.3f} {unit:<4} {ours / theirs:>7.3f}"
 
@@ -83,16 +100,15 @@ def measure(options, out):
     run, metrics, summary = out / "run", out / "metrics.csv", out / "peft.json"
     fine_tune = [options.programs / "finetune_gpt", "--model", options.model, "--text", options.text, "--out", out]
     # Neither samples nor merging: peft's process does not do them either.
-    settings = ["--export-run", run, "--device", "cpu", "--sample-tokens", 0, "--no-merge", "--overwrite"]
+    settings = ["--export-run", run, "--device", options.device, "--sample-tokens", 0, "--no-merge", "--overwrite"]
     schedule = ["--steps", options.steps, "--warmup", min(10, options.steps)]
     sizes = [*schedule, "--seed", options.seed, "--threads", options.threads]
-    status, our_memory, _ = run_measured([*fine_tune, *settings, *sizes, *options.rest], options.threads)
-    if status != 0:
-        sys.exit(f"error: finetune_gpt ended with {status}")
+    our_memory = run_finetune([*fine_tune, *settings, *sizes, *options.rest], options)
     drops = "--dropout" in options.rest
     tolerance = "inf" if drops else TOLERANCE
     tolerances = ["--allow-dropout"] if drops else []
     tolerances += ["--tolerance-each", tolerance, "--tolerance-validation", tolerance, "--summary", summary]
+    tolerances += ["--device", options.device]
     command = [sys.executable, REPLAY, run, metrics, *tolerances, "--trained-adapter", out / "adapter"]
     status, peft_memory, _ = run_measured(command, options.threads)
     if not summary.exists():
@@ -117,6 +133,7 @@ def same_logits(options, out):
 
 def main():
     parser = finetune_options(__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("rest", nargs="*", metavar="OPTION", help="after --: further options of finetune_gpt")
     options = parser.parse_args()
     options.tokens_per_step = 4 * 128  # the defaults of finetune_gpt
@@ -128,9 +145,10 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         ours, peft, agree = measure(options, out)
         agree = same_logits(options, out) and agree
-    print(f"\n{'':<28} {'here':>9} {'':<4} {'peft':>9} {'':<4} {'ratio':>7}   (threads: {options.threads})")
+    where = f"threads: {options.threads}" if options.device == "cpu" else options.device
+    print(f"\n{'':<28} {'here':>9} {'':<4} {'peft':>9} {'':<4} {'ratio':>7}   ({where})")
     print(table_row("median time of a step", ours[0], peft[0], "s"))
-    print(table_row("peak memory of the process", ours[1] / GIBIBYTE, peft[1] / GIBIBYTE, "GiB"))
+    print(table_row("peak memory", ours[1] / GIBIBYTE, peft[1] / GIBIBYTE, "GiB"))
     return int(not agree)
 
 

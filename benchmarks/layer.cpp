@@ -2,7 +2,7 @@
 // computes it? For each case all are measured in turns, many times; printed are the medians of the ratios to LibTorch's
 // frozen layer of the same round. In a scope the frozen layer may be faster than LibTorch's.
 //
-//   layer [ROUNDS]      200
+//   layer [ROUNDS [DEVICE]]      200, cpu: one thread of it
 #include <torch/torch.h>
 
 #include <lora/lora.hpp>
@@ -24,6 +24,7 @@ struct Case {
   bool is_step;  // forward and backward, or forward alone without gradients
   double dropout = 0;
   bool is_dora = false;
+  torch::ScalarType type = torch::kFloat;  // of the layer; adapters are in float
 };
 
 /// Of the second of two calls: the first one finds caches as others left them.
@@ -32,29 +33,32 @@ double warm_microseconds(const std::function<void()>& work) {
   return microseconds(work);
 }
 
-void measure(const Case& one, int rounds) {
+void measure(const Case& one, int rounds, torch::Device device) {
   torch::manual_seed(0);
+  const auto options = torch::TensorOptions(device), typed = options.dtype(one.type);
   torch::nn::Sequential model(torch::nn::Linear(one.in, one.out)), plain(torch::nn::Linear(one.in, one.out));
   auto config = lora::LoRAConfig(one.rank).alpha(16).dropout(one.dropout).target_modules({"0"});
   if (one.is_dora) config.method(lora::DoRA());
+  for (auto& sequential : {model, plain}) sequential->to(device, one.type);
   auto adapters = lora::attach(*model, config);
   for (auto& tensor : adapters.parameters()) tensor.detach().normal_(0, 0.02);
   for (auto& parameter : plain->parameters()) parameter.requires_grad_(false);
   const auto* layer = plain->ptr(0)->as<torch::nn::Linear>();
   const auto weight = layer->weight, bias = layer->bias;
-  const auto A = torch::randn({one.rank, one.in}).mul_(0.02).requires_grad_();
-  const auto B = torch::randn({one.out, one.rank}).mul_(0.02).requires_grad_();
+  const auto A = torch::randn({one.rank, one.in}, options).mul_(0.02).requires_grad_();
+  const auto B = torch::randn({one.out, one.rank}, options).mul_(0.02).requires_grad_();
   const auto magnitude = weight.norm(2, 1).detach().requires_grad_();
   const double scale = 16.0 / static_cast<double>(one.rank);
 
-  const auto x = torch::randn({one.rows, one.in}).requires_grad_(one.is_step);
-  const auto gradient = torch::randn({one.rows, one.out});
+  const auto x = torch::randn({one.rows, one.in}, typed).requires_grad_(one.is_step);
+  const auto gradient = torch::randn({one.rows, one.out}, typed);
   const torch::AutoGradMode mode(one.is_step);
   const auto step = [&](const std::function<Tensor()>& forward) {
     const auto y = forward();
     if (one.is_step) y.backward(gradient);
     for (const auto& tensor : adapters.parameters()) tensor.mutable_grad() = Tensor();
     for (const auto* tensor : {&x, &A, &B, &magnitude}) tensor->mutable_grad() = Tensor();
+    if (device.is_cuda()) torch::cuda::synchronize();
   };
   const auto frozen = [&] { step([&] { return torch::linear(x, weight, bias); }); };
   const auto by_hand = [&] {
@@ -64,8 +68,8 @@ void measure(const Case& one, int rounds) {
         const auto y = torch::linear(x, weight, bias);
         return y + (gain - 1) * (y - bias) + gain * torch::linear(torch::linear(x, A), B) * scale;
       }
-      const auto dropped = one.dropout > 0 ? torch::dropout(x, one.dropout, true) : x;
-      return torch::linear(x, weight, bias) + torch::linear(torch::linear(dropped, A), B) * scale;
+      const auto wide = x.to(torch::kFloat), dropped = one.dropout > 0 ? torch::dropout(wide, one.dropout, true) : wide;
+      return (torch::linear(x, weight, bias) + torch::linear(torch::linear(dropped, A), B) * scale).to(one.type);
     });
   };
   const auto adapted = [&] { step([&] { return model->forward(x); }); };
@@ -83,8 +87,9 @@ void measure(const Case& one, int rounds) {
   }
   const double mine = median(ours), other = median(theirs);
   const auto dropout = one.dropout > 0 ? fmt::format(", dropout {}", one.dropout) : one.is_dora ? ", DoRA" : "";
-  fmt::print("| {}, {} rows, {} -> {}, r={}{} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |\n",
-             one.is_step ? "step" : "forward", one.rows, one.in, one.out, one.rank, dropout, median(base), mine,
+  const auto* type = one.type == torch::kFloat ? "" : ", bfloat16";
+  fmt::print("| {}, {} rows, {} -> {}, r={}{}{} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |\n",
+             one.is_step ? "step" : "forward", one.rows, one.in, one.out, one.rank, dropout, type, median(base), mine,
              median(in_scope), other);
 }
 
@@ -92,18 +97,27 @@ void measure(const Case& one, int rounds) {
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::stoi(arguments[1]) : 200;
+  const torch::Device device(count > 2 ? arguments[2] : "cpu");
   torch::set_num_threads(1);
   fmt::print("| case | frozen, us | ours | frozen in a scope | written out |\n|---|---|---|---|---|\n");
-  for (const auto& one : {Case{64, 768, 768, 8, true},
+  std::vector<Case> cases{{64, 768, 768, 8, true},
                           {512, 768, 768, 8, true},
                           {2048, 768, 768, 8, true},
-                          Case{512, 768, 768, 8, true, 0.1},
-                          Case{512, 768, 768, 8, true, 0, true},
-                          Case{1, 768, 768, 8, true, 0, true},
+                          {512, 768, 768, 8, true, 0.1},
+                          {512, 768, 768, 8, true, 0, true},
+                          {1, 768, 768, 8, true, 0, true},
                           {512, 768, 3072, 8, true},
                           {64, 64, 64, 4, true},
                           {1, 768, 768, 8, true},
                           {512, 768, 768, 8, false},
-                          {1, 768, 768, 8, false}})
-    measure(one, rounds);
+                          {1, 768, 768, 8, false},
+                          {512, 768, 768, 8, true, 0, false, torch::kBFloat16}};
+  if (!device.is_cpu()) {  // as large as those of language models
+    for (const double dropout : {0.0, 0.1}) {
+      cases.push_back({8192, 4096, 4096, 16, true, dropout});
+      cases.push_back({8192, 4096, 4096, 16, true, dropout, false, torch::kBFloat16});
+    }
+    cases.push_back({8192, 4096, 4096, 16, false, 0, false, torch::kBFloat16});
+  }
+  for (const auto& one : cases) measure(one, rounds, device);
 }

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEP = re.compile(r"(step|forward), (\d+) rows, (\d+) -> (\d+), r=(\d+)(?:, dropout ([\d.]+))?(, DoRA)?$")
+STEP = re.compile(r"(step|forward), (\d+) rows, (\d+) -> (\d+), r=(\d+)(?:, dropout ([\d.]+))?(, DoRA)?(, bfloat16)?$")
 ROWS = re.compile(r"(step|forward), (\d+) rows of (\d+), (\d+) adapters, (sorted|in turns)$")
 
 
@@ -35,25 +35,26 @@ def ratio(frozen, adapted, rounds):
     return statistics.median(ratios)
 
 
-def adapted_layer(width_in, width_out, count=1, **options):
+def adapted_layer(width_in, width_out, dtype=None, count=1, **options):
     import torch
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(target_modules=["0"], lora_alpha=16, init_lora_weights=False, **options)
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width_in, width_out)), config, adapter_name="adapter 0")
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width_in, width_out, dtype=dtype)), config, adapter_name="adapter 0")
     for i in range(1, count):
         model.add_adapter(f"adapter {i}", config)
     return model
 
 
-def single(kind, rows, width_in, width_out, rank, dropout, dora, rounds):
+def single(kind, rows, width_in, width_out, rank, dropout, dora, half, rounds):
     import torch
 
     is_step = kind == "step"
-    model = adapted_layer(width_in, width_out, r=rank, lora_dropout=dropout, use_dora=dora).train(is_step)
-    plain = torch.nn.Linear(width_in, width_out).requires_grad_(False)
-    x = torch.randn(rows, width_in, requires_grad=is_step)
-    gradient = torch.randn(rows, width_out)
+    dtype = torch.bfloat16 if half else torch.float
+    model = adapted_layer(width_in, width_out, dtype, r=rank, lora_dropout=dropout, use_dora=dora).train(is_step)
+    plain = torch.nn.Linear(width_in, width_out, dtype=dtype).requires_grad_(False)
+    x = torch.randn(rows, width_in, dtype=dtype, requires_grad=is_step)
+    gradient = torch.randn(rows, width_out, dtype=dtype)
 
     def run(layer):
         y = layer(x)
@@ -72,7 +73,7 @@ def mixed(kind, rows, positions, count, order, rounds):
 
     if kind == "step":
         return None  # peft computes such batches without gradients only
-    model = adapted_layer(768, 768, count, r=8).eval()
+    model = adapted_layer(768, 768, count=count, r=8).eval()
     plain = torch.nn.Linear(768, 768)
     names = [f"adapter {row * count // rows if order == 'sorted' else row % count}" for row in range(rows)]
     x = torch.randn(rows, positions, 768)
@@ -84,8 +85,9 @@ def mixed(kind, rows, positions, count, order, rounds):
 
 def in_peft(case, rounds):
     if match := STEP.match(case):
-        kind, rows, width_in, width_out, rank, dropout, dora = match.groups()
-        return single(kind, int(rows), int(width_in), int(width_out), int(rank), float(dropout or 0), bool(dora), rounds)
+        kind, rows, width_in, width_out, rank, dropout, dora, half = match.groups()
+        sizes = int(rows), int(width_in), int(width_out), int(rank)
+        return single(kind, *sizes, float(dropout or 0), bool(dora), bool(half), rounds)
     kind, rows, positions, count, order = ROWS.match(case).groups()
     return mixed(kind, int(rows), int(positions), int(count), order, rounds)
 

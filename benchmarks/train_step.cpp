@@ -5,6 +5,7 @@
 #include <torch/torch.h>
 
 #include <lora/lora.hpp>
+#include <lora/train/optimizer.hpp>
 
 #include <algorithm>
 #include <functional>
@@ -57,7 +58,7 @@ int main(int argc, char** argv) {
   torch::manual_seed(0);
   auto model = make_model(device);
   const auto x = torch::randn({kBatch, kLength, kWidth}, device), target = torch::randn_like(x);
-  const auto train = [&](torch::optim::Optimizer& optimizer) {
+  const auto train = [&](auto& optimizer) {
     optimizer.zero_grad();
     torch::mse_loss(model->forward(x), target).backward();
     optimizer.step();
@@ -78,6 +79,7 @@ int main(int argc, char** argv) {
   const auto base = time_of(device, forward);
   auto adapters = lora::attach(*model, lora::LoRAConfig(8).target_modules(lora::all_linear));
   torch::optim::AdamW few(adapters.parameters(), 1e-4);
+  lora::AdamW flat(adapters, lora::AdamWOptions(1e-4));
   const auto scoped = [&](const std::function<void()>& call) {
     return time_of(device, [&] {
       auto active = adapters.activate();
@@ -86,6 +88,7 @@ int main(int argc, char** argv) {
   };
   print("a step, everything trained", full, full);
   print("a step, an adapter of rank 8", scoped([&] { train(few); }), full);
+  print("the same with lora::AdamW", scoped([&] { train(flat); }), full);
   print("a forward pass, no adapter", base, base);
   print("a forward pass, attached, no scope", time_of(device, forward), base);
   print("a forward pass in a scope", scoped(forward), base);

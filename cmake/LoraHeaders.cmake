@@ -145,6 +145,7 @@ set(LORA_DETAIL_HEADERS
   weight/rounding_error.hpp
   weight/slot.hpp
   weight/stamp.hpp
+  weight/thin_product.hpp
 )
 
 # A header in the folder that is not in the lists would be missing from the installed package, so that is an error.

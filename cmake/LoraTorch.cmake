@@ -235,6 +235,23 @@ if(NOT lora_torch_target)
 endif()
 set_property(TARGET ${lora_torch_target} APPEND PROPERTY INTERFACE_COMPILE_FEATURES cxx_std_${LORA_TORCH_STANDARD})
 
+# LibTorch as programs are linked with it. Its CUDA wheels export parts of std::filesystem, in two versions that do not
+# fit each other: a program that calls remove_all would crash. Where the C++ library comes before them, everybody's calls
+# go there.
+if(NOT TARGET lora::torch)
+  add_library(lora::torch INTERFACE IMPORTED GLOBAL)
+  set_property(TARGET lora::torch PROPERTY INTERFACE_LINK_LIBRARIES torch)
+  set(lora_torch_files)
+  if(CMAKE_SYSTEM_NAME STREQUAL "Linux" AND EXISTS "${LORA_TORCH_PREFIX}/lib/libtorch.so")
+    file(STRINGS "${LORA_TORCH_PREFIX}/lib/libtorch.so" lora_torch_files LIMIT_COUNT 1
+         REGEX "^_ZNSt10filesystem10remove_all")
+  endif()
+  if(lora_torch_files)
+    set_property(TARGET lora::torch PROPERTY INTERFACE_LINK_OPTIONS
+                 "LINKER:--push-state,--no-as-needed,-lstdc++,--pop-state")
+  endif()
+endif()
+
 set(lora_torch_device CPU)
 if(EXISTS "${LORA_TORCH_PREFIX}/lib/libtorch_cuda.so")
   set(lora_torch_device CUDA)

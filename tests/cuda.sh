@@ -84,13 +84,14 @@ run() {
   with="-DLORA_BUILD_TESTS=ON -DLORA_BUILD_BENCHMARKS=ON -DLORA_TEST_BATCHES=$JOBS"
   CMAKE_ARGS="-DCMAKE_PREFIX_PATH=$deps -DLORA_JINJA=$deps/jinja $with ${CMAKE_ARGS:-}"
   configure
-  build 3 lora_tests finetune_gpt 02_six_lines train_step > "$build.out" 2>&1 ||
+  build 3 lora_tests finetune_gpt 02_six_lines train_step layer > "$build.out" 2>&1 ||
     { grep -A 30 FAILED "$build.out" >&2; fail "cuda.sh: the build failed; the whole log is $build.out"; }
   say "configured and built in $(($(date +%s) - start)) s"
   failed=
-  LORA_TEST_DEVICE=$device OMP_NUM_THREADS=1 ctest --test-dir "$build" --output-on-failure --parallel 4 \
+  LORA_TEST_DEVICE=$device OMP_NUM_THREADS=1 ctest --test-dir "$build" --output-on-failure --parallel "$JOBS" \
     -R '_test$|examples/02' || failed=yes
   "$build/programs/train_step" "$device" || failed=yes
+  "$build/programs/layer" 30 "$device" || failed=yes
   say "in all $(($(date +%s) - start)) s"
   [ -z "$failed" ] || exit 1
 }

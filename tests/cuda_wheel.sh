@@ -41,9 +41,15 @@ configure
 expect "find_package(Torch) stops here for want of the toolkit" \
   grep -q 'cannot find the CUDA' "$build/lora_try_torch/log"
 expect "so the targets are lora's own" grep -q "(CUDA.*targets of lora's own" "$build.log"
-build 3 finetune_gpt 02_six_lines
+build 3 finetune_gpt 02_six_lines 03_merge_and_deploy
 
 expect "an example trains and merges with this LibTorch" "$build/programs/02_six_lines"
+deploy=$PWD/$build/programs/03_merge_and_deploy
+for what in "another saves" "and saves over it"; do
+  expect "$what" sh -c "cd '$build' && exec '$deploy'"
+done
+expect "the C++ library comes before parts of it that are in this LibTorch" \
+  sh -c "readelf -d '$deploy' | grep NEEDED | head -n 1 | grep -q 'libstdc++'"
 program=$build/programs/finetune_gpt
 expect "finetune_gpt needs the CUDA library, though it uses no symbol of it" \
   sh -c "ldd $program | grep -q libtorch_cuda.so"

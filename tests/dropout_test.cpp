@@ -12,7 +12,7 @@ using torch::Tensor;
 
 /// 1 where the mask keeps, else 0.
 Tensor kept(const DropoutMask& mask, at::IntArrayRef sizes) {
-  return mask.of(torch::ones(sizes, torch::kDouble)).ne(0).to(torch::kDouble);
+  return mask.of(torch::ones(sizes, testing::on_device(torch::kDouble)));
 }
 
 /// The correlation of two sets of elements that are kept with probability q, in standard deviations of chance.
@@ -28,8 +28,8 @@ TEST_CASE("A mask keeps what is expected, in every type, and scales it so that t
   const auto type = GENERATE(torch::kDouble, torch::kFloat, torch::kBFloat16, torch::kHalf);
   const DropoutMask mask(p);
   const int64_t size = 1000003;  // no multiple of the elements of a hash
-  const auto x = torch::ones({size}, type);
-  const auto dropped = mask.of(x);
+  const auto x = torch::ones({size}, testing::on_device(type));
+  const auto dropped = mask.of(x, mask.scale());
   CHECK(dropped.scalar_type() == type);
   const auto wide = dropped.to(torch::kDouble);
   const auto share = wide.ne(0).to(torch::kDouble).mean().item<double>();
@@ -37,9 +37,12 @@ TEST_CASE("A mask keeps what is expected, in every type, and scales it so that t
   CHECK(std::abs(share - (1 - p)) < 5 * deviation + 1e-5);
   CHECK(std::abs(wide.max().item<double>() * (1 - p) - 1) < (type == torch::kDouble || p < 0.9 ? 0.01 : 0.02));
   if (type == torch::kDouble) CHECK(std::abs(wide.mean().item<double>() - 1) < 5 * deviation / (1 - p));
-  auto sum = torch::ones({size}, type);
+  CHECK(torch::equal(mask.of(x), dropped.ne(0).to(type)));
+  auto sum = torch::ones({size}, testing::on_device(type));
   mask.add(x, sum);
-  CHECK(torch::equal(sum, x + dropped));
+  CHECK(torch::equal(sum, x + mask.of(x)));
+  mask.add(torch::full({size}, 0.5, testing::on_device(torch::kFloat)), sum);  // of another type
+  CHECK(torch::equal(sum, x + mask.of(x) + mask.of(x) / 2));
 }
 
 TEST_CASE("Elements of a mask are independent of each other, and of those of other masks") {
@@ -70,14 +73,24 @@ TEST_CASE("Masks follow the seed, and do not repeat") {
 }
 
 TEST_CASE("Gradients pass through the same mask, twice, too") {
-  const auto x = torch::randn({7, 5}, torch::kDouble).requires_grad_();
+  const auto x = torch::randn({7, 5}, testing::on_device(torch::kDouble)).requires_grad_();
   const DropoutMask mask(0.4);
-  const auto factor = mask.of(torch::ones({7, 5}, torch::kDouble));
-  const auto y = lora::detail::dropout(x.t(), mask);
-  CHECK(y.is_contiguous());
-  CHECK(testing::distance(lora::detail::dropout(x, mask), x * factor) < 1e-15);
-  const auto slope = torch::autograd::grad({lora::detail::dropout(x, mask).pow(3).sum()}, {x}, {}, {}, true)[0];
-  CHECK(testing::distance(slope, 3 * x.pow(2) * factor.pow(3)) < 1e-12);
+  const auto keeps = kept(mask, {7, 5});
+  const auto masked = [&] { return lora::detail::kept_of(x, mask); };
+  CHECK(lora::detail::kept_of(x.t(), mask).is_contiguous());
+  CHECK(testing::distance(masked(), x * keeps) < 1e-15);
+  const auto slope = torch::autograd::grad({masked().pow(3).sum()}, {x}, {}, {}, true)[0];
+  CHECK(testing::distance(slope, 3 * x.pow(2) * keeps) < 1e-12);
   const auto second = torch::autograd::grad({slope.sum()}, {x})[0];
-  CHECK(testing::distance(second, 6 * x * factor.pow(3)) < 1e-12);
+  CHECK(testing::distance(second, 6 * x * keeps) < 1e-12);
+}
+
+TEST_CASE("Dropout scales what its mask keeps, and its gradient") {
+  const auto x = torch::randn({7, 5}, testing::on_device(torch::kDouble)).requires_grad_();
+  torch::manual_seed(8);
+  const DropoutMask mask(0.4);
+  torch::manual_seed(8);
+  const auto y = lora::detail::dropout(x, 0.4);
+  CHECK(testing::distance(y, x * kept(mask, {7, 5}) / 0.6) < 1e-4);  // 0.6 is rounded
+  CHECK(testing::distance(torch::autograd::grad({y.sum()}, {x})[0], mask.scale() * kept(mask, {7, 5})) < 1e-15);
 }

@@ -514,6 +514,60 @@ TEST_CASE("Of a layer in half precision the update is computed in float, and the
   }
 }
 
+TEST_CASE(
+    "Of a low-rank update of a layer in half precision each sum is rounded once, each gradient is that of floats") {
+  const auto type = GENERATE(torch::kBFloat16, torch::kHalf);
+  const auto dropout = GENERATE(0.0, 0.4);
+  const double step = type == torch::kHalf ? std::pow(2.0, -11) : std::pow(2.0, -8);  // the largest rounding, relative
+  torch::manual_seed(0);
+  const auto kind = term_kind("A and B", true, false, false);
+  const auto zero = torch::zeros({6, 5}, testing::on_device(type)), bias = random({6}).to(type);
+  const auto x = random({2, 3, 5}).to(type).requires_grad_(), slope = random({2, 3, 6}).to(type);
+  const WeightBase base(zero);
+  Updates updates;
+  std::vector<Acting> all;
+  std::vector<Tensor> tensors{x};
+  for (int64_t i = 0; i < 2; ++i) {
+    all.push_back(kind.make(6, 5, dropout));
+    for (auto tensor : all.back().tensors) tensor.set_data(tensor.detach().to(torch::kFloat));
+    tensors.insert(tensors.end(), all.back().tensors.begin(), all.back().tensors.end());
+  }
+  for (const auto& acting : all)
+    updates.push_back({acting.method.get(), &base, lora::detail::whole_part(zero), true, 0.5});
+  torch::manual_seed(7);
+  const auto y =
+      lora::adapted_product({x, zero, bias, run_linear, lora::linear_times, true, lora::Product::Form::kRows}, updates);
+  CHECK(y.grad_fn()->name().find("View") != std::string::npos);  // of one node of two dimensions
+  CHECK(y.grad_fn()->next_edge(0).function->name().find("LowRankLinear") != std::string::npos);
+  const auto gradients = torch::autograd::grad({y}, tensors, {slope}, /*retain_graph=*/true);
+  const auto differentiated = torch::autograd::grad({y}, tensors, {slope}, {}, /*create_graph=*/true);
+
+  torch::manual_seed(7);
+  const auto wide_x = x.detach().to(torch::kDouble).requires_grad_();
+  std::vector<Tensor> wide{wide_x};
+  auto expected = bias.to(torch::kDouble).expand({2, 3, 6});
+  double largest = expected.abs().max().item<double>();
+  for (const auto& acting : all) {
+    const auto dropped = dropout > 0 ? lora::detail::dropout(wide_x.flatten(0, 1), dropout).view({2, 3, 5}) : wide_x;
+    const auto term = acting.method->term(base);
+    wide.push_back(term.A.detach().to(torch::kDouble).requires_grad_());
+    wide.push_back(term.B.detach().to(torch::kDouble).requires_grad_());
+    expected = expected + 0.5 * term.scale * dropped.matmul(wide[wide.size() - 2].t()).matmul(wide.back().t());
+    largest = std::max(largest, expected.abs().max().item<double>());
+  }
+  CHECK(y.scalar_type() == type);
+  CHECK(testing::distance(y, expected) < 2 * step * largest);  // a rounding for each update
+  const auto exact = torch::autograd::grad({expected}, wide, {slope.to(torch::kDouble)});
+  for (size_t i = 0; i < exact.size(); ++i) {
+    INFO(i);
+    CHECK(gradients[i].scalar_type() == (i == 0 ? type : torch::kFloat));
+    const auto allowed = (i == 0 ? 2 * step : 1e-5) * exact[i].abs().max().item<double>();
+    CHECK(testing::distance(gradients[i], exact[i]) < allowed);
+    CHECK(testing::distance(differentiated[i], exact[i]) < allowed);
+    CHECK(differentiated[i].scalar_type() == gradients[i].scalar_type());
+  }
+}
+
 TEST_CASE("A lookup in a table gives the entries of W', whatever the update, and drops nothing") {
   for_every_mix([](const std::vector<const Kind*>& some) {
     torch::manual_seed(0);

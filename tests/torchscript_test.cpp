@@ -105,7 +105,7 @@ TEST_CASE("A TorchScript module is adapted by the names of its modules and param
   auto adapters = attach(net, chosen);
   const auto base = net.run();
   const auto tensors = adapters.parameters();
-  torch::optim::SGD optimizer(tensors, 0.05);
+  torch::optim::SGD optimizer(tensors, 0.002);
   for (int step = 0; step < 6; ++step) {
     {
       auto active = adapters.activate();

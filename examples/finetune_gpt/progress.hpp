@@ -29,12 +29,15 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
+/// Bytes that LibTorch has allocated on a device, now and at most, over pools of all sizes.
+inline c10::CachingAllocator::Stat memory_of_device(torch::Device device) {
+  at::globalContext().lazyInitDevice(device.type());  // before its first tensor it has no allocator
+  return c10::getDeviceAllocator(device.type())->getDeviceStats(device.index()).allocated_bytes[0];
+}
+
 /// Bytes of memory in use: on a CUDA device what LibTorch has allocated there, else what the process has in RAM.
 inline int64_t memory_in_use(torch::Device device) {
-  if (!device.is_cpu()) {
-    const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
-    return stats.allocated_bytes[0].current;  // over pools of all sizes
-  }
+  if (!device.is_cpu()) return memory_of_device(device).current;
   int64_t all = 0, resident = 0;
   std::ifstream("/proc/self/statm") >> all >> resident;  // in pages
   return resident * sysconf(_SC_PAGESIZE);
@@ -42,10 +45,7 @@ inline int64_t memory_in_use(torch::Device device) {
 
 /// The most that it ever was.
 inline int64_t peak_memory(torch::Device device) {
-  if (!device.is_cpu()) {
-    const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
-    return stats.allocated_bytes[0].peak;
-  }
+  if (!device.is_cpu()) return memory_of_device(device).peak;
   std::ifstream status("/proc/self/status");
   int64_t kibibytes = 0;
   for (std::string key; status >> key;) {

@@ -83,16 +83,7 @@ class Entries {
     return step_ == 1 ? tensor.narrow(0, first_, count_) : tensor.slice(0, first_, first_ + count_ * step_, step_);
   }
 
-  /// sum[entries] += scale a b, in place.
-  void add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) const {
-    if (are_listed()) {
-      sum.index_add_(0, index_, a.mm(b), scale);
-    } else {
-      of(sum).addmm_(a, b, /*beta=*/1, scale);
-    }
-  }
-
-  /// The same as a new tensor, through which autograd can pass.
+  /// sum with what is added to these entries, as a new tensor, through which autograd can pass.
   at::Tensor plus(const at::Tensor& sum, const at::Tensor& added) const {
     if (are_all()) return sum + added;
     const auto index =
@@ -102,7 +93,9 @@ class Entries {
 
   /// sum[entries] += added, in place.
   void add(const at::Tensor& sum, const at::Tensor& added) const {
-    if (are_listed()) {
+    if (are_listed() && added.scalar_type() != sum.scalar_type()) {
+      sum.index_copy_(0, index_, of(sum).add_(added));
+    } else if (are_listed()) {
       sum.index_add_(0, index_, added);
     } else {
       of(sum).add_(added);

@@ -1,10 +1,13 @@
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
+#include <ATen/core/Generator.h>
 #include <ATen/ops/dropout.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones_like.h>
+#include <ATen/ops/native_dropout_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <lora/version.hpp>
@@ -21,10 +24,10 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// Which elements of a tensor dropout keeps, as a function of a seed and their place: element i is kept when 16 bits of
-/// the hash of seed and i / 4 (SplitMix64: Steele, Lea and Flood 2014) are below (1 - p) 65536. So nothing is stored
-/// for backward, which computes the mask once more. p is rounded to 1 / 65536; what is kept is scaled so that its mean
-/// is right for the rounded p.
+/// Which elements of a tensor dropout keeps, as a function of a seed and their place, so that nothing is stored for
+/// backward, which computes the mask once more. On a CPU element i is kept when 16 bits of the hash of seed and i / 4
+/// (SplitMix64: Steele, Lea and Flood 2014) are below (1 - p) 65536; other devices have their own generator, with that
+/// seed. p is rounded to 1 / 65536.
 class DropoutMask {
  public:
   /// None.
@@ -39,20 +42,28 @@ class DropoutMask {
   bool acts() const { return kept_ < kSteps; }
   bool operator==(const DropoutMask& other) const { return kept_ == other.kept_ && seed_ == other.seed_; }
 
-  /// Whether it is computed for such tensors; others have LibTorch's dropout.
-  static bool is_for(const at::Tensor& x) { return x.is_cpu() && at::isFloatingType(x.scalar_type()); }
+  /// Whether such tensors can have one; others, which hold no numbers, have LibTorch's dropout.
+  static bool is_for(const at::Tensor& x) { return !x.is_meta() && at::isFloatingType(x.scalar_type()); }
 
-  /// x with what is dropped, contiguous.
-  at::Tensor of(const at::Tensor& x) const {
+  /// 1 / (1 - p) for the rounded p, by which is multiplied what is kept, so that its mean stays.
+  double scale() const { return static_cast<double>(kSteps) / std::max<uint32_t>(kept_, 1); }
+
+  /// `factor` x where x is kept, else 0; contiguous.
+  at::Tensor of(const at::Tensor& x, double factor = 1) const {
     const auto from = x.contiguous();
+    if (!from.is_cpu()) return at::native_dropout_backward(from, on_device(from), factor);
     auto into = at::empty_like(from);
-    for_each(from, into, [](auto& to, auto value) { to = value; });
+    for_each(from, into, factor, [](auto& to, auto value) { to = value; });
     return into;
   }
 
-  /// into += x with what is dropped. Both are contiguous.
+  /// into += x where x is kept. Both are contiguous.
   void add(const at::Tensor& x, const at::Tensor& into) const {
-    for_each(x, into, [](auto& to, auto value) { to += value; });
+    if (!x.is_cpu() || x.scalar_type() != into.scalar_type()) {
+      into.add_(of(x));
+    } else {
+      for_each(x, into, /*factor=*/1, [](auto& to, auto value) { to += value; });
+    }
   }
 
  private:
@@ -60,21 +71,29 @@ class DropoutMask {
   static constexpr int64_t kLanes = 4;    // of one hash
   static constexpr int64_t kBlock = 256;  // elements whose hashes are computed together
 
-  /// Calls `put(into[i], from[i] scaled or zero)` for every element.
+  /// True where an element of such a tensor is kept. The generator's numbers fall on the elements in an order that
+  /// follows from how many there are.
+  at::Tensor on_device(const at::Tensor& like) const {
+    auto generator = at::globalContext().defaultGenerator(like.device()).clone();
+    generator.set_current_seed(seed_);
+    return at::empty(like.sizes(), like.options().dtype(at::kBool)).bernoulli_(1 / scale(), generator);
+  }
+
+  /// Calls `put(into[i], factor * from[i] or zero)` for every element.
   template <class Put>
-  void for_each(const at::Tensor& from, const at::Tensor& into, const Put& put) const {
+  void for_each(const at::Tensor& from, const at::Tensor& into, double factor, const Put& put) const {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "lora::dropout", [&] {
       using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
       const auto* source = from.const_data_ptr<scalar_t>();
       auto* target = into.mutable_data_ptr<scalar_t>();
-      const auto scale = static_cast<Wide>(static_cast<double>(kSteps) / std::max<uint32_t>(kept_, 1));
+      const auto one = static_cast<Wide>(factor);
       std::array<uint16_t, kBlock> bits;
       const auto put_block = [&, kept = kept_](int64_t first, auto count) {
         const scalar_t* __restrict__ values = source + first;
         scalar_t* __restrict__ results = target + first;
         for (int64_t i = 0; i < count; ++i) {
-          const auto factor = uint32_t{bits[static_cast<size_t>(i)]} < kept ? scale : Wide(0);
-          put(results[i], static_cast<scalar_t>(static_cast<Wide>(values[i]) * factor));
+          const auto by = uint32_t{bits[static_cast<size_t>(i)]} < kept ? one : Wide(0);
+          put(results[i], static_cast<scalar_t>(static_cast<Wide>(values[i]) * by));
         }
       };
       const auto size = from.numel();
@@ -108,26 +127,32 @@ class DropoutMask {
   friend struct MaskedInput;
 };
 
-/// x with what is dropped, as a node of autograd that keeps the seed.
+/// `mask.of(x, factor)` as a node of autograd, which keeps the seed.
 struct MaskedInput : torch::autograd::Function<MaskedInput> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const DropoutMask& mask) {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const DropoutMask& mask,
+                            double factor) {
     context->saved_data["seed"] = static_cast<int64_t>(mask.seed_);
     context->saved_data["kept"] = static_cast<int64_t>(mask.kept_);
-    return mask.of(x);
+    context->saved_data["factor"] = factor;
+    return mask.of(x, factor);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list gradients) {
     DropoutMask mask;
     mask.seed_ = static_cast<uint64_t>(context->saved_data["seed"].toInt());
     mask.kept_ = static_cast<uint32_t>(context->saved_data["kept"].toInt());
-    return {apply(gradients[0], mask), at::Tensor()};
+    return {apply(gradients[0], mask, context->saved_data["factor"].toDouble()), at::Tensor(), at::Tensor()};
   }
 };
 
-/// Dropout in training mode with a mask that is already drawn, and with a new one.
-inline at::Tensor dropout(const at::Tensor& x, const DropoutMask& mask) { return MaskedInput::apply(x, mask); }
+/// x where a mask keeps it, else 0, not scaled.
+inline at::Tensor kept_of(const at::Tensor& x, const DropoutMask& mask) { return MaskedInput::apply(x, mask, 1.0); }
+
+/// Dropout in training mode, with a new mask.
 inline at::Tensor dropout(const at::Tensor& x, double p) {
-  return DropoutMask::is_for(x) ? dropout(x, DropoutMask(p)) : at::dropout(x, p, /*train=*/true);
+  if (!DropoutMask::is_for(x)) return at::dropout(x, p, /*train=*/true);
+  const DropoutMask mask(p);
+  return MaskedInput::apply(x, mask, mask.scale());
 }
 
 }  // namespace detail

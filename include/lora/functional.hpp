@@ -156,8 +156,9 @@ void for_each_term(const Update& update, const Term& term, const Visit& visit) {
 
 using Terms = c10::SmallVector<Term, 2>;
 
-/// The updates as slices of one node, where each is a plain term on rows of a linear product, all in one type;
-/// empty where that is not so. What a frozen A needs is little, so there the products are taken apart.
+/// The updates as slices of one node, where each is a plain term on rows of a linear product, all in one type, or those
+/// of the adapters in float and the rest in half precision; empty where that is not so. What a frozen A needs is
+/// little, so there the products are taken apart.
 class FusedProduct {
  public:
   FusedProduct(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms) : product_(product) {
@@ -198,7 +199,7 @@ class FusedProduct {
     if (Dropout(update).acts() && !DropoutMask::is_for(product_.x)) return false;
     if (!update.method->has_term() || update.base->shape().is_lookup) return false;
     if (term.scales_weight() && !gain_.defined()) return false;
-    if (!is_alike(term.A) || !is_alike(term.B)) return false;
+    if (!fits(term.A) || !fits(term.B) || term.A.scalar_type() != term.B.scalar_type()) return false;
     return !at::GradMode::is_enabled() || term.A.requires_grad() || !product_.x.requires_grad();
   }
 
@@ -223,13 +224,21 @@ class FusedProduct {
   void add(const Update& update, const Term& term, const Entries& entries) {
     const auto mask = Dropout(update).mask();
     for_each_term(update, term, [&](const Term& own, const TermRows& rows) {
-      slices_.push_back({own.A, rows.of(own.B), own.scale * update.weight, rows.at, mask, entries});
+      slices_.push_back({own.A, rows.of(own.B), own.scale * update.weight * mask.scale(), rows.at, mask, entries});
     });
   }
 
-  bool is_alike(const at::Tensor& tensor) const {
-    return tensor.scalar_type() == product_.x.scalar_type() && tensor.device() == product_.x.device() &&
-           is_plain(tensor);
+  /// Whether a factor of an update is of the type of x, or in float where x is in half precision and nothing is scaled.
+  bool fits(const at::Tensor& factor) const {
+    const auto type = product_.x.scalar_type();
+    const bool may_be_wider = at::isReducedFloatingType(type) && !gain_.defined();
+    return is_alike(factor) || (may_be_wider && is_alike_in(factor, at::kFloat));
+  }
+
+  bool is_alike(const at::Tensor& tensor) const { return is_alike_in(tensor, product_.x.scalar_type()); }
+
+  bool is_alike_in(const at::Tensor& tensor, at::ScalarType type) const {
+    return tensor.scalar_type() == type && tensor.device() == product_.x.device() && is_plain(tensor);
   }
 
   const Product& product_;

@@ -14,6 +14,7 @@
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
+#include <lora/weight/thin_product.hpp>
 
 #include <optional>
 #include <utility>
@@ -27,9 +28,11 @@ namespace detail {
 ///
 ///   y = x M^T + b,   y[rows_i, at_i : at_i + n_i] += s_i (x_i A_i^T) B_i^T
 ///
-/// Shapes: x (N, in); M (out, in); b (out) or undefined; A_i (rank_i, in); B_i (n_i, rank_i). All of one type. M gets
-/// no gradient. x_i are the rows of x on which update i acts, with its dropout. With g = dL/dy, g_i the rows and
-/// columns of update i in it, S_i = A_i x_i^T, G_i = B_i^T g_i^T and d_i the dropout once more:
+/// Shapes: x (N, in); M (out, in); b (out) or undefined; A_i (rank_i, in); B_i (n_i, rank_i). All of one type, or A_i
+/// and B_i in float and the rest in half precision: then products with A_i and B_i are those of floats, and each sum is
+/// rounded once. M gets no gradient. x_i are the rows of x on which update i acts, zero where its dropout drops, for
+/// which s_i makes up. With g = dL/dy, g_i the rows and columns of update i in it, S_i = A_i x_i^T, G_i = B_i^T g_i^T
+/// and d_i the dropout once more:
 ///
 ///   dx = g M,  dx[rows_i] += s_i d_i(G_i^T A_i),   dA_i = s_i G_i x_i,   dB_i = s_i g_i^T S_i^T,   db = sum of g over
 ///   N
@@ -46,7 +49,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
  public:
   struct Slice {
     at::Tensor A, B;
-    double scale;
+    double scale;      ///< with that of its dropout
     int64_t at;        ///< the first output that it acts on
     DropoutMask mask;  ///< of its rows of x; one and the same for the parts of an update
     Entries rows;      ///< of x that it acts on
@@ -115,11 +118,13 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       const auto own = rows.of(columns(g, at, B.size(0)));
       auto &dA = all[2 + 2 * i], &dB = all[3 + 2 * i];
       if (is_differentiated) {
-        const auto x_i = mask.acts() ? dropout(rows.of(x), mask) : rows.of(x);
-        const auto G = own.mm(B) * scale;
-        if (wants_x) dx = rows.plus(dx, mask.acts() ? dropout(G.mm(A), mask) : G.mm(A));
+        const auto type = B.scalar_type();
+        const auto x_i = in_type(mask.acts() ? kept_of(rows.of(x), mask) : rows.of(x), type);
+        const auto g_i = in_type(own, type);
+        const auto G = g_i.mm(B) * scale;
+        if (wants_x) dx = rows.plus(in_type(dx, type), mask.acts() ? kept_of(G.mm(A), mask) : G.mm(A));
         dA = G.t().mm(x_i);
-        dB = own.t().mm(x_i.mm(A.t())) * scale;
+        dB = g_i.t().mm(x_i.mm(A.t())) * scale;
         continue;
       }
       const auto G = thin_mm(B.t(), own.t());
@@ -127,6 +132,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       if (context->needs_input_grad(first + 2 * i)) dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
       if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like(B.t(), kept[2 + factors + i], own, scale).t();
     }
+    if (wants_x) dx = in_type(dx, x.scalar_type());
     return all;
   }
 
@@ -170,7 +176,21 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   /// sum[rows] += scale a b
   static void add_product(at::Tensor& sum, const Entries& rows, const at::Tensor& a, const at::Tensor& b,
                           double scale) {
-    rows.are_all() ? add_thin_mm(sum, a, b, scale) : rows.add_product(sum, a, b, scale);
+    rows.are_all() ? add_thin_mm(sum, a, b, scale) : add_to_part(sum, rows, a, b, scale);
+  }
+
+  /// The same in the memory of the sum, which may be a part of something larger.
+  static void add_to_part(const at::Tensor& sum, const Entries& rows, const at::Tensor& a, const at::Tensor& b,
+                          double scale) {
+    if (a.scalar_type() != sum.scalar_type()) {
+      auto own = rows.of(sum);
+      add_thin_mm(own, a, b, scale);
+      if (rows.are_listed()) sum.index_copy_(0, rows.index(), own);
+    } else if (rows.are_listed()) {
+      sum.index_add_(0, rows.index(), a.mm(b), scale);
+    } else {
+      rows.of(sum).addmm_(a, b, /*beta=*/1, scale);
+    }
   }
 
   /// dx[rows] += d(s G A)
@@ -197,7 +217,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       if (y.size(1) == slice.B.size(0)) {
         add_product(y, slice.rows, S.t(), slice.B.t(), slice.scale);
       } else {
-        slice.rows.add_product(columns(y, slice.at, slice.B.size(0)), S.t(), slice.B.t(), slice.scale);
+        add_to_part(columns(y, slice.at, slice.B.size(0)), slice.rows, S.t(), slice.B.t(), slice.scale);
       }
       if (kept != nullptr) kept->push_back(S);
     }

@@ -343,6 +343,32 @@ TEST_CASE("Adapters of other types than the layer's, and those of several scopes
     CHECK(distance(y[0], with(first, "a")[0]) < precision);
     CHECK(distance(y[1], with(first, "b")[1]) < precision);
   }
+  const Names names{"a", "b", "b", "", "b", "a"};  // neither side by side nor evenly spaced
+  auto many = torch::randn({6, 4, 8}, testing::on_device(type)).requires_grad_();
+  const auto gradients_of = [&](const Names& some, const Tensor& inputs) {
+    auto active = first.activate(some);
+    const auto y = model->forward(inputs);
+    auto tensors = first.parameters("a");
+    for (const auto& tensor : first.parameters("b")) tensors.push_back(tensor);
+    tensors.push_back(inputs);
+    return torch::autograd::grad({y.to(torch::kFloat).pow(2).sum()}, tensors, {}, {}, false, /*allow_unused=*/true);
+  };
+  const auto mixed = gradients_of(names, many);
+  for (const auto* name : {"a", "b"}) {
+    Names own = names;
+    for (auto& each : own) each = each == name ? name : "";
+    const auto apart = gradients_of(own, many);
+    const size_t count = first.parameters("a").size(), begin = *name == 'a' ? 0 : count;
+    for (size_t i = begin; i < begin + count; ++i) {
+      CHECK(mixed[i].scalar_type() == first.parameters("a")[0].scalar_type());
+      CHECK(distance(mixed[i], apart[i]) < precision / 10 * (1 + apart[i].abs().max().item<double>()));
+    }
+    for (int64_t row = 0; row < 6; ++row) {
+      if (names[static_cast<size_t>(row)] != name) continue;
+      CHECK(distance(mixed.back()[row], apart.back()[row]) <
+            precision / 10 * (1 + apart.back().abs().max().item<double>()));
+    }
+  }
   if (type != torch::kFloat) return;
   auto outer = first.activate({"a", "a", "b"});
   auto inner = second.activate({"b", "a", "a"});

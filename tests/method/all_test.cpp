@@ -60,7 +60,7 @@ TEST_CASE("Every method: forward is x (W + delta)^T + b") {
   Fixture f(method, type);
   f.model->train(training);
   auto delta = f.adapters->delta("default", "fc").to(torch::kDouble);
-  CHECK(delta.abs().max().item<double>() > 0.1);
+  CHECK(delta.abs().max().item<double>() > 0.01);
   auto expected = f.x.to(torch::kDouble).matmul((f.layer().weight.to(torch::kDouble) + delta).t()) + f.changed_bias();
   auto output = f.forward();
   CHECK(output.scalar_type() == type);

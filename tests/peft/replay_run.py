@@ -56,7 +56,8 @@ class Replay:
         if self.run["dropout"] != 0 and not options.allow_dropout:
             fail(f"the run drops out {self.run['dropout']} of its inputs; masks differ, see --allow-dropout")
         base = load_base(options.model or self.run["model"], self.run["dtype"], options.attention)
-        self.model = load_adapter(base, run_dir / "initial_adapter", trainable=True)
+        self.model = load_adapter(base, run_dir / "initial_adapter", trainable=True).to(options.device)
+        self.batches = {name: batch.to(options.device) for name, batch in self.batches.items()}
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.initial = {name: p.detach().clone() for name, p in self.named.items()}
         self.largest_gradient = dict.fromkeys(self.named, 0.0)
@@ -150,9 +151,16 @@ def compare_adapter(replay, directory):
     theirs = get_peft_model_state_dict(replay.model)
     if ours.keys() != theirs.keys():
         fail(f"{directory}: not the tensors of peft: {sorted(ours.keys() ^ theirs.keys())}")
-    distances = {name: largest_distance(ours[name], theirs[name]) for name in ours}
+    distances = {name: largest_distance(ours[name], theirs[name].cpu()) for name in ours}
     worst = max(distances, key=distances.get)
     print(f"trained adapter: {len(distances)} tensors, largest distance {distances[worst]:.2e} ({worst})")
+
+
+def peak_memory(device):
+    """The most bytes that a device held, or, where it is the CPU, the process."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.get_device_module(device).max_memory_allocated(device)
 
 
 def main(arguments=None):
@@ -163,6 +171,7 @@ def main(arguments=None):
     parser.add_argument("--tolerance-each", type=float, default=1e-5, help="for each training loss")
     parser.add_argument("--tolerance-validation", type=float, default=1e-5, help="for each validation loss")
     parser.add_argument("--attention", choices=["eager", "sdpa"], default="sdpa")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--allow-dropout", action="store_true", help="replay a run with dropout, with peft's masks")
     parser.add_argument("--expect-all-trained", action="store_true", help="every adapter tensor must have trained")
     parser.add_argument("--trained-adapter", metavar="DIR", help="show how far this adapter lies from peft's")
@@ -182,7 +191,7 @@ def main(arguments=None):
     if options.summary:
         summary = {
             "seconds_per_step": statistics.median(replay.seconds),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": peak_memory(options.device),
         }
         options.summary.write_text(json.dumps(summary) + "\n")
     return int(not all(results))

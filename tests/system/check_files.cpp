@@ -83,6 +83,18 @@ void check_folders(const std::filesystem::path& folder) {
   expect(make_link("mapped", folder / "link") || has_no_links(last_error()), "a link, or none can be made");
 }
 
+void check_removing(const std::filesystem::path& folder) {
+  const auto removed = folder / "removed", kept = folder / "kept";
+  for (const auto& path : {kept, removed, removed / "inside", removed / "inside" / "deep"})
+    expect(make_folder(path), "a folder that is to be removed");
+  write_new(kept / "file", "stays");
+  write_new(removed / "inside" / "deep" / "file", "goes");
+  make_link(std::filesystem::path("..") / "kept", removed / "link");
+  remove_folder(removed);
+  expect(!std::filesystem::exists(removed), "a folder is removed with all that is in it");
+  expect(std::filesystem::exists(kept / "file"), "but not what a link in it leads to");
+}
+
 }  // namespace
 
 int main() {
@@ -92,7 +104,8 @@ int main() {
   check_writing(folder);
   check_mapping(folder);
   check_folders(folder);
-  std::filesystem::remove_all(folder);
+  check_removing(folder);
+  remove_folder(folder);
   std::printf("%d wrong\n", wrong);
   return wrong == 0 ? 0 : 1;
 }

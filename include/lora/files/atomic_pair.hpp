@@ -139,7 +139,7 @@ class AtomicPair {
   void remove_abandoned() const {
     for (const auto& path : temporary_entries(folder_)) {
       const bool is_folder = std::filesystem::is_directory(std::filesystem::symlink_status(path));
-      if (is_folder && (lock_.held() || path == place_) && !is_in_use(path)) std::filesystem::remove_all(path);
+      if (is_folder && (lock_.held() || path == place_) && !is_in_use(path)) remove_folder(path);
     }
   }
 

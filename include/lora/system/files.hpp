@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 #if defined(_WIN32)
 #if !defined(WIN32_LEAN_AND_MEAN)
@@ -290,6 +291,19 @@ inline char* map_file(FileHandle file, size_t size) {
 inline void unmap_file(char* address, size_t size) { ::munmap(address, size); }
 
 #endif
+
+/// Removes a folder and all that is in it; links in it, not what they lead to. std::filesystem::remove_all must not be
+/// called here: LibTorch's CUDA wheels have a copy of that function (in libtorch.so) and an older one of the iterator
+/// that it uses (in libtorch_cpu.so), and a program that is linked with both crashes in it.
+inline void remove_folder(const std::filesystem::path& folder) {
+  std::vector<std::filesystem::path> inside;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) inside.push_back(entry.path());
+  for (const auto& path : inside) {
+    const bool is_folder = std::filesystem::is_directory(std::filesystem::symlink_status(path));
+    is_folder ? remove_folder(path) : static_cast<void>(std::filesystem::remove(path));
+  }
+  std::filesystem::remove(folder);
+}
 
 }  // namespace detail
 }  // namespace LORA_ABI

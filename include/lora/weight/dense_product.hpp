@@ -50,17 +50,8 @@ LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, 
 /// x M for x (N, k), M (k, n), without a gradient, by the faster of the two.
 LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix);
 
-// The same for products of which one dimension is a rank, and another one are the N rows of a batch.
-
-/// a b for a (rank, k), b (k, N).
-LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b);
-
-/// scale a b for a (rank, N), b (N, k), and any tensor of the result's shape and type.
-LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
-
-/// sum += scale a b, for a (N, rank), b (rank, n) and a `sum` (N, n) that nobody else holds: where oneDNN is faster it
-/// is new memory afterwards.
-LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
+/// sum + x M for a `sum` (N, n), x (N, k) and M (k, n) for which `is_for_onednn` is true, as new memory.
+LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& matrix);
 
 }  // namespace detail
 }  // namespace LORA_ABI
@@ -188,27 +179,9 @@ LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix) {
   return is_for_onednn(x, matrix, {}, /*inputs=*/0) ? onednn_mm(x, matrix, {}) : x.mm(matrix);
 }
 
-LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b) {
-  const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
-  return is_faster ? onednn_mm(a, b, {}) : a.mm(b);
-}
-
-LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale) {
-  const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
-  return is_faster ? onednn_mm(a, b, {}).mul_(scale) : at::addmm(like, a, b, /*beta=*/0, scale);
-}
-
-LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
-  // Rows that are a multiple of 2 KB apart share few places of a cache, which costs MKL half of its time and more.
-  constexpr int64_t kNumbers = 512;
-  const bool collides = sum.dim() == 2 && sum.stride(0) % kNumbers == 0 && sum.is_contiguous();
-  const bool is_faster = collides && is_regular(a.size(0)) && is_for_onednn(a, b, {}, /*inputs=*/0);
-  if (!is_faster || !is_plain_float(sum)) {
-    sum.addmm_(a, b, /*beta=*/1, scale);
-    return;
-  }
+LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& matrix) {
   const auto& onednn = OneDnn::instance();
-  sum = onednn.call(onednn.sum, {a.mul(scale).contiguous(), sum, b.t(), c10::IValue(), "add"});
+  return onednn.call(onednn.sum, {x, sum, matrix.t(), c10::IValue(), "add"});
 }
 
 }  // namespace detail

@@ -228,9 +228,8 @@ inline FourBitTensor quantize_four_bit(const char* who, const at::Tensor& weight
   if (!finite) refuse_not_finite(who, weight);
   if (!double_quantization) return packed;
 
-  const auto mean = packed.absmax.mean();
-  const auto differences = packed.absmax - mean;
-  packed.offset = mean.item<float>();
+  packed.offset = packed.absmax.cpu().mean().item<float>();  // devices add up in another order, to another number
+  const auto differences = packed.absmax - packed.offset;
   TORCH_CHECK_VALUE(std::isfinite(packed.offset), who, ": the weight ", weight.sizes(),
                     " has numbers of which the largest of each block have a mean that no float holds; it can be packed "
                     "with double_quantization(false), or scaled down");

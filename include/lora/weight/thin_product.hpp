@@ -1,0 +1,151 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <lora/linkage.hpp>
+#include <lora/version.hpp>
+
+// Products of which one dimension is a rank, and another one the N rows of a batch. What has rows and features may be
+// in half precision where the rest is float. Then it is not written out in float as a whole: on a CPU some of its rows
+// are at a time, as many as a cache holds; where LibTorch multiplies halves into floats (CUDA), large ones are
+// multiplied with the small operand as a sum of halves.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// a b for a (rank, k), b (k, N), in the type of a.
+LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b);
+
+/// scale a b for a (rank, N), b (N, k), in the type of a, and any tensor of the result's shape and that type.
+LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
+
+/// sum += scale a b, rounded once, for a (N, rank), b (rank, n) of one type and a `sum` (N, n) that nobody else holds:
+/// where it is faster it is new memory afterwards.
+LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <lora/weight/dense_product.hpp>
+#include <lora/weight/plain.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// at::mm whose result is float, of operands that are not; on CUDA since LibTorch 2.8.
+template <class Tensor, class = void>
+struct MmIntoFloat {
+  static constexpr bool exists = false;
+  static Tensor of(const Tensor& a, const Tensor& b) { return at::mm(a.to(at::kFloat), b.to(at::kFloat)); }
+};
+template <class Tensor>
+struct MmIntoFloat<Tensor, std::void_t<decltype(at::mm(std::declval<Tensor>(), std::declval<Tensor>(), at::kFloat))>> {
+  static constexpr bool exists = true;
+  static Tensor of(const Tensor& a, const Tensor& b) { return at::mm(a, b, at::kFloat); }
+};
+
+/// Whether products of a float operand with `large` are computed as those of halves: where the passes over `large` that
+/// this saves are more than the calls that it takes.
+inline bool multiplies_halves(const at::Tensor& large) {
+  constexpr int64_t kLeastNumbers = 1 << 22;
+  return MmIntoFloat<at::Tensor>::exists && large.is_cuda() && large.scalar_type() == at::kBFloat16 &&
+         large.numel() >= kLeastNumbers;
+}
+
+/// a as a sum of halves: the next 8 bits of each number in each of them. Three have the 24 bits of a float.
+inline std::vector<at::Tensor> as_halves(const at::Tensor& a, size_t count) {
+  std::vector<at::Tensor> halves;
+  for (auto rest = a; halves.size() < count; rest = rest - halves.back()) halves.push_back(rest.to(at::kBFloat16));
+  return halves;
+}
+
+/// a b in float, for a (rank, k) in float, b (k, n) in bfloat16.
+inline at::Tensor mm_of_halves(const at::Tensor& a, const at::Tensor& b) {
+  const auto parts = as_halves(a, 3);
+  return MmIntoFloat<at::Tensor>::of(at::cat(parts), b).view({3, a.size(0), b.size(1)}).sum(0);
+}
+
+/// Calls `visit(first, count)` for some of the `rows` rows of `large` after the other, as many as are written out in
+/// another type at a time; for all of them on a device, where calls cost more than memory.
+template <class Visit>
+void for_each_block(const at::Tensor& large, int64_t rows, const Visit& visit) {
+  constexpr int64_t kNumbers = 1 << 18, kLeastRows = 16;
+  const auto width = large.numel() / std::max<int64_t>(rows, 1);
+  const auto size = large.is_cpu() ? std::max(kLeastRows, kNumbers / std::max<int64_t>(width, 1)) : rows;
+  for (int64_t first = 0; first < rows; first += size) visit(first, std::min(size, rows - first));
+}
+
+LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() == b.scalar_type()) {
+    const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
+    return is_faster ? onednn_mm(a, b, {}) : a.mm(b);
+  }
+  if (multiplies_halves(b)) return mm_of_halves(a, b);
+  auto all = at::empty({a.size(0), b.size(1)}, a.options());
+  for_each_block(b, b.size(1), [&](int64_t first, int64_t count) {
+    auto some = all.narrow(1, first, count);
+    at::mm_out(some, a, b.narrow(1, first, count).to(a.scalar_type()));
+  });
+  return all;
+}
+
+LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale) {
+  if (a.scalar_type() == b.scalar_type()) {
+    const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
+    return is_faster ? onednn_mm(a, b, {}).mul_(scale) : at::addmm(like, a, b, /*beta=*/0, scale);
+  }
+  if (multiplies_halves(b)) return mm_of_halves(a, b).mul_(scale);
+  auto sum = at::zeros({a.size(0), b.size(1)}, a.options());
+  for_each_block(b, b.size(0), [&](int64_t first, int64_t count) {
+    sum.addmm_(a.narrow(1, first, count), b.narrow(0, first, count).to(a.scalar_type()), /*beta=*/1, scale);
+  });
+  return sum;
+}
+
+LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
+  if (a.scalar_type() != sum.scalar_type()) {
+    if (multiplies_halves(sum)) {  // a b but for the product of both second halves, 2^-16 of it
+      const auto as = as_halves(a, 2), bs = as_halves(b, 2);
+      sum.addmm_(at::cat({as[0], as[0], as[1]}, 1), at::cat({bs[0], bs[1], bs[0]}), /*beta=*/1, scale);
+      return;
+    }
+    for_each_block(sum, sum.size(0), [&](int64_t first, int64_t count) {
+      auto some = sum.narrow(0, first, count);
+      some.copy_(some.to(a.scalar_type()).addmm_(a.narrow(0, first, count), b, /*beta=*/1, scale));
+    });
+    return;
+  }
+  // Rows that are a multiple of 2 KB apart share few places of a cache, which costs MKL half of its time and more.
+  constexpr int64_t kNumbers = 512;
+  const bool collides = sum.dim() == 2 && sum.stride(0) % kNumbers == 0 && sum.is_contiguous();
+  if (collides && is_regular(a.size(0)) && is_for_onednn(a, b, {}, /*inputs=*/0) && is_plain(sum)) {
+    sum = onednn_plus(sum, a.mul(scale).contiguous(), b);
+  } else {
+    sum.addmm_(a, b, /*beta=*/1, scale);
+  }
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES

@@ -1,0 +1,69 @@
+// Skinny products of floats with halves, against the same in double. Those of one type are in dense_product_test.cpp.
+#include "support/testing.hpp"
+
+#include <lora/weight/thin_product.hpp>
+
+namespace {
+
+using torch::Tensor;
+
+struct Sizes {
+  int64_t rank, rows, features;
+};
+
+/// Some of no block's size; one so large that it is multiplied as halves, where LibTorch can do that.
+std::vector<Sizes> all_sizes() { return {{1, 1, 1}, {3, 70, 5}, {5, 700, 1031}, {4, 40, 20000}, {8, 4100, 1024}}; }
+
+Tensor random(at::IntArrayRef sizes, torch::ScalarType type) {
+  return torch::randn(sizes, testing::on_device(torch::kFloat)).to(type);
+}
+
+/// The largest difference, as a share of the largest number.
+double error(const Tensor& found, const Tensor& exact) {
+  return testing::distance(found, exact) / exact.abs().max().item<double>();
+}
+
+}  // namespace
+
+TEST_CASE("Products of floats with halves are those of floats, and are added to halves with one rounding") {
+  const auto half = GENERATE(torch::kBFloat16, torch::kHalf);
+  const double step = half == torch::kHalf ? std::pow(2.0, -11) : std::pow(2.0, -8);
+  torch::manual_seed(0);
+  for (const auto& [rank, rows, features] : all_sizes()) {
+    INFO(half << " " << rank << " " << rows << " " << features);
+    const auto wide = [](const Tensor& tensor) { return tensor.to(torch::kDouble); };
+    const auto A = random({rank, features}, torch::kFloat), S = random({rank, rows}, torch::kFloat);
+    for (const auto& x : {random({rows, features}, half), random({features, rows}, half).t(),
+                          random({rows, 2 * features}, half).narrow(1, 0, features)}) {
+      const auto projected = lora::detail::thin_mm(A, x.t());
+      CHECK(projected.scalar_type() == torch::kFloat);
+      CHECK(error(projected, wide(A).mm(wide(x).t())) < 1e-5);
+      const auto gradient = lora::detail::thin_mm_like(A, S, x, -1.5);
+      CHECK(gradient.scalar_type() == torch::kFloat);
+      CHECK(error(gradient, wide(S).mm(wide(x)) * -1.5) < 1e-5);
+
+      const auto exact = wide(x) + 0.75 * wide(S).t().mm(wide(A));
+      auto sum = x.clone();
+      lora::detail::add_thin_mm(sum, S.t(), A, 0.75);
+      CHECK(sum.scalar_type() == half);
+      CHECK((wide(sum) - exact).abs().sub(exact.abs() * (1.01 * step)).max().item<double>() < 1e-4);
+      auto part = torch::cat({x, x}, 1);
+      lora::detail::add_thin_mm(sum = part.narrow(1, 0, features), S.t(), A, 0.75);
+      CHECK((wide(part.narrow(1, 0, features)) - exact).abs().sub(exact.abs() * (1.01 * step)).max().item<double>() <
+            1e-4);
+      CHECK(torch::equal(part.narrow(1, features, features), x));
+    }
+  }
+}
+
+TEST_CASE("A product with no rows, or of no features, is empty or zero") {
+  for (const auto& [rows, features] : std::vector<std::pair<int64_t, int64_t>>{{0, 4}, {3, 0}}) {
+    const auto x = random({rows, features}, torch::kBFloat16);
+    const auto A = random({2, features}, torch::kFloat), S = random({2, rows}, torch::kFloat);
+    CHECK(testing::distance(lora::detail::thin_mm(A, x.t()), torch::zeros({2, rows})) == 0);
+    CHECK(testing::distance(lora::detail::thin_mm_like(A, S, x, 2), torch::zeros({2, features})) == 0);
+    auto sum = x;
+    lora::detail::add_thin_mm(sum, S.t(), A, 2);
+    CHECK(torch::equal(sum, x));
+  }
+}
