@@ -39,7 +39,7 @@ void measure(const Case& one, int rounds, torch::Device device) {
   torch::nn::Sequential model(torch::nn::Linear(one.in, one.out)), plain(torch::nn::Linear(one.in, one.out));
   auto config = lora::LoRAConfig(one.rank).alpha(16).dropout(one.dropout).target_modules({"0"});
   if (one.is_dora) config.method(lora::DoRA());
-  for (auto& sequential : {model, plain}) sequential->to(device, one.type);
+  for (auto* sequential : {&model, &plain}) (*sequential)->to(device, one.type);
   auto adapters = lora::attach(*model, config);
   for (auto& tensor : adapters.parameters()) tensor.detach().normal_(0, 0.02);
   for (auto& parameter : plain->parameters()) parameter.requires_grad_(false);

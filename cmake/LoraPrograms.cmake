@@ -4,7 +4,7 @@
 file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/lora_precompiled.cpp" "")
 add_library(lora_precompiled OBJECT "${CMAKE_CURRENT_BINARY_DIR}/lora_precompiled.cpp")
 target_link_libraries(lora_precompiled PRIVATE lora::lora)
-target_compile_options(lora_precompiled PRIVATE -Wall -Wextra)
+target_compile_options(lora_precompiled PRIVATE -Wall -Wextra $<$<CONFIG:Release>:-O1>)
 target_precompile_headers(lora_precompiled PRIVATE <torch/torch.h>)
 set(LORA_PROGRAM_FOLDER "${CMAKE_CURRENT_BINARY_DIR}/programs")
 

@@ -599,6 +599,7 @@ TEST_CASE("Products with weights in few bits take any input that those with numb
                  torch::ones({2, 3}, floats).mm(exact->up->weight.narrow(0, 2, 3))) < 1e-5);
   CHECK_THAT(error_of([&] { model->up(x.to(torch::kDouble)); }), contains("of the type Double") && contains("up"));
   CHECK_THAT(error_of([&] { model->up(torch::ones({2, 5}, floats)); }), contains("do not fit"));
+  if (testing::device().is_cuda()) return;  // whose kernels abort for such an index, and after that nothing works
   CHECK_THAT(error_of([&] { model->tokens(torch::tensor({11}, testing::device())); }), contains("index"));
 }
 

@@ -16,6 +16,7 @@ class RMSNormImpl : public torch::nn::Module {
       : weight(register_parameter("weight", torch::ones({size}))), epsilon_(epsilon) {}
 
   torch::Tensor forward(const torch::Tensor& x) {
+    if (!x.is_cpu()) return at::rms_norm(x, weight.sizes(), weight, epsilon_);  // one call in place of seven
     const auto in_float = x.to(torch::kFloat);
     const auto mean_square = in_float.pow(2).mean(-1, /*keepdim=*/true);
     return weight * (in_float * torch::rsqrt(mean_square + epsilon_)).to(x.scalar_type());

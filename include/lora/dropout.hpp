@@ -48,21 +48,31 @@ class DropoutMask {
   /// 1 / (1 - p) for the rounded p, by which is multiplied what is kept, so that its mean stays.
   double scale() const { return static_cast<double>(kSteps) / std::max<uint32_t>(kept_, 1); }
 
-  /// `factor` x where x is kept, else 0; contiguous.
-  at::Tensor of(const at::Tensor& x, double factor = 1) const {
+  /// True where an element of a tensor of these sizes is kept; on a CPU, where it is computed along, undefined.
+  at::Tensor places(const at::Tensor& like) const {
+    if (like.is_cpu()) return {};
+    // The generator's numbers fall on the elements in an order that follows from how many there are.
+    auto generator = at::globalContext().defaultGenerator(like.device()).clone();
+    generator.set_current_seed(seed_);
+    return at::empty(like.sizes(), like.options().dtype(at::kBool)).bernoulli_(1 / scale(), generator);
+  }
+
+  /// `factor` x where x is kept, else 0; contiguous. `places` are those of x, if they are known.
+  at::Tensor of(const at::Tensor& x, double factor = 1, const at::Tensor& places = {}) const {
     const auto from = x.contiguous();
-    if (!from.is_cpu()) return at::native_dropout_backward(from, on_device(from), factor);
+    if (!from.is_cpu())
+      return at::native_dropout_backward(from, places.defined() ? places : this->places(from), factor);
     auto into = at::empty_like(from);
     for_each(from, into, factor, [](auto& to, auto value) { to = value; });
     return into;
   }
 
-  /// into += x where x is kept. Both are contiguous.
-  void add(const at::Tensor& x, const at::Tensor& into) const {
+  /// into += factor x where x is kept. Both are contiguous.
+  void add(const at::Tensor& x, const at::Tensor& into, double factor = 1, const at::Tensor& places = {}) const {
     if (!x.is_cpu() || x.scalar_type() != into.scalar_type()) {
-      into.add_(of(x));
+      into.add_(of(x, factor, places));
     } else {
-      for_each(x, into, /*factor=*/1, [](auto& to, auto value) { to += value; });
+      for_each(x, into, factor, [](auto& to, auto value) { to += value; });
     }
   }
 
@@ -70,14 +80,6 @@ class DropoutMask {
   static constexpr uint32_t kSteps = 65536;
   static constexpr int64_t kLanes = 4;    // of one hash
   static constexpr int64_t kBlock = 256;  // elements whose hashes are computed together
-
-  /// True where an element of such a tensor is kept. The generator's numbers fall on the elements in an order that
-  /// follows from how many there are.
-  at::Tensor on_device(const at::Tensor& like) const {
-    auto generator = at::globalContext().defaultGenerator(like.device()).clone();
-    generator.set_current_seed(seed_);
-    return at::empty(like.sizes(), like.options().dtype(at::kBool)).bernoulli_(1 / scale(), generator);
-  }
 
   /// Calls `put(into[i], factor * from[i] or zero)` for every element.
   template <class Put>

@@ -127,10 +127,11 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
         dB = g_i.t().mm(x_i.mm(A.t())) * scale;
         continue;
       }
-      const auto G = thin_mm(B.t(), own.t());
-      if (wants_x) add_to_input(dx, plan.slices[i], G.t(), A);
+      const auto g_i = written_out(own, B.scalar_type());
+      const auto G = thin_mm(B.t(), g_i.t());
+      if (wants_x) add_to_input(dx, plan.slices[i], G.t(), A, dropped);
       if (context->needs_input_grad(first + 2 * i)) dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
-      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like(B.t(), kept[2 + factors + i], own, scale).t();
+      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like(B.t(), kept[2 + factors + i], g_i, scale).t();
     }
     if (wants_x) dx = in_type(dx, x.scalar_type());
     return all;
@@ -148,24 +149,38 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   };
 
  private:
-  /// x_i, computed once for the parts of an update.
+  /// x_i and where it is kept, computed once for the parts of an update.
   class DroppedInput {
    public:
     explicit DroppedInput(const at::Tensor& x) : x_(x) {}
 
     at::Tensor by(const DropoutMask& mask, const Entries& rows) {
       if (!mask.acts()) return rows.of(x_);
-      if (!dropped_.defined() || !(mask == mask_)) {
-        dropped_ = mask.of(rows.of(x_));
-        mask_ = mask;
+      take(mask);
+      if (!dropped_.defined()) {
+        const auto own = rows.of(x_);
+        dropped_ = mask.of(own, /*factor=*/1, places(mask, own));
       }
       return dropped_;
     }
 
+    /// Those of x_i, of whose size `like` is.
+    const at::Tensor& places(const DropoutMask& mask, const at::Tensor& like) {
+      take(mask);
+      if (!places_.defined()) places_ = mask.places(like);
+      return places_;
+    }
+
    private:
+    void take(const DropoutMask& mask) {
+      if (mask == mask_) return;
+      mask_ = mask;
+      dropped_ = places_ = at::Tensor();
+    }
+
     const at::Tensor& x_;
     DropoutMask mask_;
-    at::Tensor dropped_;
+    at::Tensor dropped_, places_;
   };
 
   /// The outputs of a slice.
@@ -194,11 +209,14 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   }
 
   /// dx[rows] += d(s G A)
-  static void add_to_input(at::Tensor& dx, const Slice& slice, const at::Tensor& G, const at::Tensor& A) {
-    if (!slice.mask.acts()) return add_product(dx, slice.rows, G, A, slice.scale);
-    const auto added = at::mm(G, A).mul_(slice.scale);
-    if (slice.rows.are_all()) return slice.mask.add(added, dx);
-    slice.rows.add(dx, slice.mask.of(added));
+  static void add_to_input(at::Tensor& dx, const Slice& slice, const at::Tensor& G, const at::Tensor& A,
+                           DroppedInput& dropped) {
+    const auto& [unused_A, unused_B, scale, at, mask, rows] = slice;
+    if (!mask.acts()) return add_product(dx, rows, G, A, scale);
+    const auto added = at::mm(G, A);
+    const auto& places = dropped.places(mask, added);
+    if (rows.are_all()) return mask.add(added, dx, scale, places);
+    rows.add(dx, mask.of(added, scale, places));
   }
 
   /// x M^T + s (x A^T) B^T once more, for derivatives of derivatives.

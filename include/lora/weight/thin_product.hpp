@@ -20,9 +20,14 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b);
 /// scale a b for a (rank, N), b (N, k), in the type of a, and any tensor of the result's shape and that type.
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
 
-/// sum += scale a b, rounded once, for a (N, rank), b (rank, n) of one type and a `sum` (N, n) that nobody else holds:
-/// where it is faster it is new memory afterwards.
+/// sum += scale a b for a (N, rank), b (rank, n) of one type and a `sum` (N, n) that nobody else holds: where it is
+/// faster it is new memory afterwards. One in half precision is rounded once; a large one on CUDA, where LibTorch adds
+/// the product, twice.
 LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
+
+/// `large` in a type, where it is to be used more than once and the products above would write it out as a whole; else
+/// as it is.
+LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type);
 
 }  // namespace detail
 }  // namespace LORA_ABI
@@ -84,17 +89,26 @@ inline at::Tensor mm_of_halves(const at::Tensor& a, const at::Tensor& b) {
   return MmIntoFloat<at::Tensor>::of(at::cat(parts), b).view({3, a.size(0), b.size(1)}).sum(0);
 }
 
+/// So many numbers are written out at a time.
+inline constexpr int64_t kBlockNumbers = 1 << 18;
+
+LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type) {
+  const bool is_little = !large.is_cpu() || large.numel() <= kBlockNumbers;  // on a device calls cost more than memory
+  return large.scalar_type() != type && is_little && !multiplies_halves(large) ? large.to(type) : large;
+}
+
 /// Calls `visit(first, count)` for some of the `rows` rows of `large` after the other, as many as are written out in
-/// another type at a time; for all of them on a device, where calls cost more than memory.
+/// another type at a time.
 template <class Visit>
 void for_each_block(const at::Tensor& large, int64_t rows, const Visit& visit) {
-  constexpr int64_t kNumbers = 1 << 18, kLeastRows = 16;
+  constexpr int64_t kLeastRows = 16;
   const auto width = large.numel() / std::max<int64_t>(rows, 1);
-  const auto size = large.is_cpu() ? std::max(kLeastRows, kNumbers / std::max<int64_t>(width, 1)) : rows;
+  const auto size = std::max(kLeastRows, kBlockNumbers / std::max<int64_t>(width, 1));
   for (int64_t first = 0; first < rows; first += size) visit(first, std::min(size, rows - first));
 }
 
-LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b) {
+LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& large) {
+  const auto b = written_out(large, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
     return is_faster ? onednn_mm(a, b, {}) : a.mm(b);
@@ -108,7 +122,9 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b) {
   return all;
 }
 
-LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale) {
+LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& large,
+                                    double scale) {
+  const auto b = written_out(large, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
     return is_faster ? onednn_mm(a, b, {}).mul_(scale) : at::addmm(like, a, b, /*beta=*/0, scale);
@@ -128,9 +144,12 @@ LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
       sum.addmm_(at::cat({as[0], as[0], as[1]}, 1), at::cat({bs[0], bs[1], bs[0]}), /*beta=*/1, scale);
       return;
     }
+    if (!sum.is_cpu()) {
+      sum.add_(a.mm(b), scale);
+      return;
+    }
     for_each_block(sum, sum.size(0), [&](int64_t first, int64_t count) {
-      auto some = sum.narrow(0, first, count);
-      some.copy_(some.to(a.scalar_type()).addmm_(a.narrow(0, first, count), b, /*beta=*/1, scale));
+      sum.narrow(0, first, count).add_(a.narrow(0, first, count).mm(b), scale);
     });
     return;
   }
