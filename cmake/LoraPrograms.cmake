@@ -1,20 +1,27 @@
 # How the tests, examples and benchmarks of this project are compiled; users of lora have no part in it.
 
-# All of LibTorch costs a compiler 15 seconds, so it is compiled once and shared.
-file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/lora_precompiled.cpp" "")
-add_library(lora_precompiled OBJECT "${CMAKE_CURRENT_BINARY_DIR}/lora_precompiled.cpp")
-target_link_libraries(lora_precompiled PRIVATE lora::lora)
-target_compile_options(lora_precompiled PRIVATE -Wall -Wextra $<$<CONFIG:Release>:-O1>)
-target_precompile_headers(lora_precompiled PRIVATE <torch/torch.h>)
+# lora_precompile(NAME OPTION...): all of LibTorch, which costs a compiler 15 seconds, compiled once and shared by
+# programs with these options. They have to be the same for all of them: what was compiled with others is passed over by
+# some compilers, and by others it puts its own in their place.
+function(lora_precompile name)
+  file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/${name}.cpp" "")
+  add_library(${name} OBJECT "${CMAKE_CURRENT_BINARY_DIR}/${name}.cpp")
+  target_link_libraries(${name} PRIVATE lora::lora)
+  target_compile_options(${name} PRIVATE -Wall -Wextra ${ARGN})
+  target_precompile_headers(${name} PRIVATE <torch/torch.h>)
+endfunction()
+
+lora_precompile(lora_precompiled $<$<CONFIG:Release>:-O2>)
+set(LORA_PRECOMPILED lora_precompiled)  # what programs share; tests/ has its own
 set(LORA_PROGRAM_FOLDER "${CMAKE_CURRENT_BINARY_DIR}/programs")
 
-# lora_add_program(NAME SOURCE... [LIBRARIES TARGET...]). A release is compiled with -O1, in two thirds of the time that
-# -O3 takes: the work of these programs is done inside LibTorch.
+# lora_add_program(NAME SOURCE... [LIBRARIES TARGET...])
 function(lora_add_program name)
   cmake_parse_arguments(PARSE_ARGV 1 program "" "" LIBRARIES)
   add_executable(${name} ${program_UNPARSED_ARGUMENTS})
   target_link_libraries(${name} PRIVATE lora::lora ${program_LIBRARIES})
-  target_compile_options(${name} PRIVATE -Wall -Wextra $<$<CONFIG:Release>:-O1>)
-  target_precompile_headers(${name} REUSE_FROM lora_precompiled)
+  get_target_property(options ${LORA_PRECOMPILED} COMPILE_OPTIONS)
+  target_compile_options(${name} PRIVATE ${options})
+  target_precompile_headers(${name} REUSE_FROM ${LORA_PRECOMPILED})
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${LORA_PROGRAM_FOLDER}")
 endfunction()

@@ -81,36 +81,43 @@ class DropoutMask {
   static constexpr int64_t kLanes = 4;    // of one hash
   static constexpr int64_t kBlock = 256;  // elements whose hashes are computed together
 
+  using Bits = std::array<uint16_t, kBlock>;
+
   /// Calls `put(into[i], factor * from[i] or zero)` for every element.
   template <class Put>
   void for_each(const at::Tensor& from, const at::Tensor& into, double factor, const Put& put) const {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "lora::dropout", [&] {
-      using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
       const auto* source = from.const_data_ptr<scalar_t>();
       auto* target = into.mutable_data_ptr<scalar_t>();
-      const auto one = static_cast<Wide>(factor);
-      std::array<uint16_t, kBlock> bits;
-      const auto put_block = [&, kept = kept_](int64_t first, auto count) {
-        const scalar_t* __restrict__ values = source + first;
-        scalar_t* __restrict__ results = target + first;
-        for (int64_t i = 0; i < count; ++i) {
-          const auto by = uint32_t{bits[static_cast<size_t>(i)]} < kept ? one : Wide(0);
-          put(results[i], static_cast<scalar_t>(static_cast<Wide>(values[i]) * by));
-        }
-      };
       const auto size = from.numel();
+      Bits bits;
       int64_t first = 0;
       for (; first + kBlock <= size; first += kBlock) {
         fill(bits, first);
-        put_block(first, std::integral_constant<int64_t, kBlock>());  // a count that the compiler knows
+        constexpr std::integral_constant<int64_t, kBlock> count;  // that the compiler knows
+        put_block(source + first, target + first, count, bits.data(), factor, put);
       }
       fill(bits, first);
-      put_block(first, size - first);
+      put_block(source + first, target + first, size - first, bits.data(), factor, put);
     });
   }
 
+  /// The same for a block. The compiler knows that these are apart only where they come as arguments; then -O2 makes
+  /// vectors of it.
+  template <class T, class Count, class Put>
+  void put_block(const T* __restrict values, T* __restrict results, Count count, const uint16_t* __restrict bits,
+                 double factor, const Put& put) const {
+    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const auto one = static_cast<Wide>(factor);
+    const auto kept = kept_;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto by = uint32_t{bits[i]} < kept ? one : Wide(0);
+      put(results[i], static_cast<T>(static_cast<Wide>(values[i]) * by));
+    }
+  }
+
   /// 16 bits for each element from `first` on, which is a multiple of the block.
-  void fill(std::array<uint16_t, kBlock>& bits, int64_t first) const {
+  void fill(Bits& bits, int64_t first) const {
     std::array<uint64_t, kBlock / kLanes> hashes;
     for (size_t i = 0; i < hashes.size(); ++i) hashes[i] = hash(static_cast<uint64_t>(first / kLanes) + i);
     std::memcpy(bits.data(), hashes.data(), sizeof bits);
