@@ -45,6 +45,14 @@ TEST_CASE("A mask keeps what is expected, in every type, and scales it so that t
   CHECK(torch::equal(sum, x + mask.of(x) + mask.of(x) / 2));
 }
 
+TEST_CASE("A mask keeps something, however little that is") {
+  const DropoutMask mask(0.9999999);
+  CHECK(mask.scale() == 65536);
+  const auto share = kept(mask, {1 << 20}).mean().item<double>();
+  CHECK(share > 0);
+  CHECK(share < 1e-4);
+}
+
 TEST_CASE("Elements of a mask are independent of each other, and of those of other masks") {
   const auto p = GENERATE(0.1, 0.5, 0.8);
   const double q = std::round((1 - p) * 65536) / 65536;

@@ -9,6 +9,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/native_dropout_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <lora/version.hpp>
 
@@ -27,13 +28,13 @@ namespace detail {
 /// Which elements of a tensor dropout keeps, as a function of a seed and their place, so that nothing is stored for
 /// backward, which computes the mask once more. On a CPU element i is kept when 16 bits of the hash of seed and i / 4
 /// (SplitMix64: Steele, Lea and Flood 2014) are below (1 - p) 65536; other devices have their own generator, with that
-/// seed. p is rounded to 1 / 65536.
+/// seed. 1 - p is rounded to a multiple of 1 / 65536 that is not 0.
 class DropoutMask {
  public:
   /// None.
   DropoutMask() = default;
   /// One for p in [0, 1), with a seed from the CPU's generator.
-  explicit DropoutMask(double p) : kept_(static_cast<uint32_t>(std::lround((1 - p) * kSteps))) {
+  explicit DropoutMask(double p) : kept_(static_cast<uint32_t>(std::max(1L, std::lround((1 - p) * kSteps)))) {
     auto generator = at::detail::getDefaultCPUGenerator();
     std::lock_guard<std::mutex> lock(generator.mutex());
     seed_ = at::check_generator<at::CPUGeneratorImpl>(generator)->random64();
@@ -42,17 +43,23 @@ class DropoutMask {
   bool acts() const { return kept_ < kSteps; }
   bool operator==(const DropoutMask& other) const { return kept_ == other.kept_ && seed_ == other.seed_; }
 
-  /// Whether such tensors can have one; others, which hold no numbers, have LibTorch's dropout.
-  static bool is_for(const at::Tensor& x) { return !x.is_meta() && at::isFloatingType(x.scalar_type()); }
+  /// Whether such tensors can have one; others have LibTorch's dropout.
+  static bool is_for(const at::Tensor& x) {
+    return (x.is_cpu() || x.is_cuda() || x.is_privateuseone()) && at::isFloatingType(x.scalar_type());
+  }
 
   /// 1 / (1 - p) for the rounded p, by which is multiplied what is kept, so that its mean stays.
-  double scale() const { return static_cast<double>(kSteps) / std::max<uint32_t>(kept_, 1); }
+  double scale() const { return static_cast<double>(kSteps) / kept_; }
 
   /// True where an element of a tensor of these sizes is kept; on a CPU, where it is computed along, undefined.
   at::Tensor places(const at::Tensor& like) const {
     if (like.is_cpu()) return {};
     // The generator's numbers fall on the elements in an order that follows from how many there are.
-    auto generator = at::globalContext().defaultGenerator(like.device()).clone();
+    auto of_device = at::globalContext().defaultGenerator(like.device());
+    auto generator = [&] {
+      std::lock_guard<std::mutex> lock(of_device.mutex());
+      return of_device.clone();
+    }();
     generator.set_current_seed(seed_);
     return at::empty(like.sizes(), like.options().dtype(at::kBool)).bernoulli_(1 / scale(), generator);
   }
@@ -157,9 +164,9 @@ struct MaskedInput : torch::autograd::Function<MaskedInput> {
 /// x where a mask keeps it, else 0, not scaled.
 inline at::Tensor kept_of(const at::Tensor& x, const DropoutMask& mask) { return MaskedInput::apply(x, mask, 1.0); }
 
-/// Dropout in training mode, with a new mask.
+/// Dropout in training mode, with a new mask; LibTorch's in a trace, in which it is recorded.
 inline at::Tensor dropout(const at::Tensor& x, double p) {
-  if (!DropoutMask::is_for(x)) return at::dropout(x, p, /*train=*/true);
+  if (!DropoutMask::is_for(x) || torch::jit::tracer::isTracing()) return at::dropout(x, p, /*train=*/true);
   const DropoutMask mask(p);
   return MaskedInput::apply(x, mask, mask.scale());
 }

@@ -47,6 +47,22 @@ def validation_loss(model, inputs, targets, rows):
     return total / count(targets)
 
 
+class Stopwatch:
+    """Counts from when it is made, but for where it is stopped; waits for what a device still has to do."""
+
+    def __init__(self, device):
+        self.wait = (lambda: None) if device == "cpu" else torch.get_device_module(device).synchronize
+        self.seconds = 0.0
+        self.go_on()
+
+    def go_on(self):
+        self.begin = time.perf_counter()
+
+    def stop(self):
+        self.wait()
+        self.seconds += time.perf_counter() - self.begin
+
+
 class Replay:
     def __init__(self, run_dir, options):
         self.run = json.loads((run_dir / "run.json").read_text())
@@ -69,6 +85,7 @@ class Replay:
             weight_decay=self.run["weight_decay"],
         )
         self.seconds = []
+        self.device = options.device
 
     def validate(self):
         inputs, targets = self.batches["validation_inputs"], self.batches["validation_targets"]
@@ -76,7 +93,7 @@ class Replay:
 
     def step(self, index):
         """One update; returns the mean loss over the tokens of all its micro-batches, before the update."""
-        begin = time.perf_counter()
+        watch = Stopwatch(self.device)
         self.model.train()
         inputs, targets = self.batches["train_inputs"][index], self.batches["train_targets"][index]
         tokens, total = count(targets), 0.0
@@ -84,14 +101,17 @@ class Replay:
             loss = summed_loss(self.model, micro_inputs, micro_targets) / tokens
             loss.backward()
             total += loss.item()
+        watch.stop()
         self.note_gradients()
+        watch.go_on()
         if self.run["clip"] > 0:
             torch.nn.utils.clip_grad_norm_(self.named.values(), self.run["clip"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.run["lr"][index]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.seconds.append(time.perf_counter() - begin)
+        watch.stop()
+        self.seconds.append(watch.seconds)
         return total
 
     def note_gradients(self):

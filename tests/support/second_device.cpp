@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(const Tenso
 void check_devices(const std::string& op, const c10::IValue& argument) {
   if (argument.isTensor()) check_device(op, argument.toTensor());
   if (argument.isTensorList()) {
-    for (const Tensor& tensor : argument.toTensorList()) check_device(op, tensor);
+    for (const auto& tensor : argument.toTensorVector()) check_device(op, tensor);
   }
   if (argument.isOptionalTensorList()) {
     for (const optional<Tensor>& tensor : argument.toOptionalTensorList()) check_device(op, tensor.value_or(Tensor()));

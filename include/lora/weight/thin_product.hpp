@@ -6,9 +6,9 @@
 #include <lora/version.hpp>
 
 // Products of which one dimension is a rank, and another one the N rows of a batch. What has rows and features may be
-// in half precision where the rest is float. Then it is not written out in float as a whole: on a CPU some of its rows
-// are at a time, as many as a cache holds; where LibTorch multiplies halves into floats (CUDA), large ones are
-// multiplied with the small operand as a sum of halves.
+// in half precision where the rest is float. Then a large one is not written out in float as a whole: on a CPU some of
+// its rows are at a time, as many as a cache holds; on CUDA, where LibTorch multiplies bfloat16 into floats, it is
+// multiplied with the small operand as a sum of halves. Elsewhere it is written out.
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -21,8 +21,8 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b);
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
 
 /// sum += scale a b for a (N, rank), b (rank, n) of one type and a `sum` (N, n) that nobody else holds: where it is
-/// faster it is new memory afterwards. One in half precision is rounded once; a large one on CUDA, where LibTorch adds
-/// the product, twice.
+/// faster it is new memory afterwards. One in half precision is rounded once; a large one in bfloat16 on CUDA, where
+/// LibTorch adds the product, twice.
 LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
 
 /// `large` in a type, where it is to be used more than once and the products above would write it out as a whole; else
@@ -35,6 +35,7 @@ LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type)
 
 #if LORA_BODIES
 
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
@@ -73,7 +74,7 @@ struct MmIntoFloat<Tensor, std::void_t<decltype(at::mm(std::declval<Tensor>(), s
 inline bool multiplies_halves(const at::Tensor& large) {
   constexpr int64_t kLeastNumbers = 1 << 22;
   return MmIntoFloat<at::Tensor>::exists && large.is_cuda() && large.scalar_type() == at::kBFloat16 &&
-         large.numel() >= kLeastNumbers;
+         large.numel() >= kLeastNumbers && !at::globalContext().hasROCM();
 }
 
 /// a as a sum of halves: the next 8 bits of each number in each of them. Three have the 24 bits of a float.
@@ -93,7 +94,8 @@ inline at::Tensor mm_of_halves(const at::Tensor& a, const at::Tensor& b) {
 inline constexpr int64_t kBlockNumbers = 1 << 18;
 
 LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type) {
-  const bool is_little = !large.is_cpu() || large.numel() <= kBlockNumbers;  // on a device calls cost more than memory
+  // On a device calls cost more than memory; and what a transform looks at is not written to.
+  const bool is_little = !large.is_cpu() || large.numel() <= kBlockNumbers || !is_plain(large);
   return large.scalar_type() != type && is_little && !multiplies_halves(large) ? large.to(type) : large;
 }
 
