@@ -94,9 +94,10 @@ inline at::Tensor mm_of_halves(const at::Tensor& a, const at::Tensor& b) {
 inline constexpr int64_t kBlockNumbers = 1 << 18;
 
 LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type) {
+  if (large.scalar_type() == type || multiplies_halves(large)) return large;
   // On a device calls cost more than memory; and what a transform looks at is not written to.
-  const bool is_little = !large.is_cpu() || large.numel() <= kBlockNumbers || !is_plain(large);
-  return large.scalar_type() != type && is_little && !multiplies_halves(large) ? large.to(type) : large;
+  const bool is_whole = !large.is_cpu() || large.numel() <= kBlockNumbers || !is_plain(large);
+  return is_whole ? large.to(type) : large;
 }
 
 /// Calls `visit(first, count)` for some of the `rows` rows of `large` after the other, as many as are written out in
