@@ -117,6 +117,7 @@ set(LORA_DETAIL_HEADERS
   peft/tables.hpp
   peft/tensors.hpp
   selection/candidate.hpp
+  selection/expression.hpp
   selection/full.hpp
   selection/patterns.hpp
   selection/selection.hpp

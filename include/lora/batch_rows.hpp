@@ -3,17 +3,15 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/api/include/torch/arg.h>
 
+#include <lora/linkage.hpp>
 #include <lora/version.hpp>
 
-#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -128,18 +126,7 @@ class BatchRows {
   };
 
   /// `names` has the adapter of each row; the empty one is the base model.
-  BatchRows(const std::vector<std::string>& names, RowOptions options)
-      : size_(count(names)), options_(std::move(options)) {
-    for (int64_t row = 0; row < size_; ++row) {
-      const auto& name = names[static_cast<size_t>(row)];
-      auto& runs = runs_[group_of(name)];
-      if (!runs.empty() && runs.back().first + runs.back().count == row) {
-        ++runs.back().count;
-      } else {
-        runs.push_back({row, 1});
-      }
-    }
-  }
+  BatchRows(const std::vector<std::string>& names, RowOptions options);
 
   int64_t size() const { return size_; }
   const RowOptions& options() const { return options_; }
@@ -150,36 +137,11 @@ class BatchRows {
 
   /// Notes an input of a layer without adapters, whose first dimension may be the rows, and the next ones, of the first
   /// `leading`, their positions.
-  void note(at::IntArrayRef sizes, int64_t leading) const {
-    if (leading > 0 && sizes[0] == size_) note_positions(sizes, 0, leading);
-  }
+  void note(at::IntArrayRef sizes, int64_t leading) const;
 
   /// Where the rows are in an input of which the first `leading` dimensions may count them, and `axis` does. Throws
   /// where that cannot be.
-  RowLayout layout(at::IntArrayRef sizes, int64_t leading, std::optional<int64_t> axis,
-                   const std::string& layer) const {
-    TORCH_CHECK(axis.has_value(), "lora: it is not known which dimension of the inputs of \"", layer,
-                "\" counts the rows of the batch; say so with lora::RowOptions().axis(\"", layer, "\", dimension)");
-    const auto size = [&](int64_t dimension) { return sizes[static_cast<size_t>(dimension)]; };
-    if (*axis < leading && size(*axis) == size_) {
-      note_positions(sizes, *axis, leading);
-      return {*axis, 1, size_, 1};
-    }
-    if (leading > 0) {
-      const bool is_joined = *axis >= leading;  // with those before it
-      const auto dim = is_joined ? 0 : *axis;
-      const auto entries = size(dim) / size_;
-      bool has_rows = false;  // in another dimension, which these then are not
-      for (int64_t other = 0; other < leading; ++other) has_rows = has_rows || (other != dim && size(other) == size_);
-      const bool is_known = options_.flattened() || (!has_rows && was_seen(entries));
-      if (size(dim) % size_ == 0 && is_known)
-        return is_joined ? RowLayout{dim, entries, size_, 1} : RowLayout{dim, 1, size_, entries};
-    }
-    TORCH_CHECK(
-        false, "lora: the scope names an adapter for each of ", size_, " rows, but the input of \"", layer,
-        "\" has shape ", sizes, ", of which dimension ", *axis, " should count them. Give a name for each row; ",
-        "for rows in another dimension, or with several entries one after the other, there is lora::RowOptions");
-  }
+  RowLayout layout(at::IntArrayRef sizes, int64_t leading, std::optional<int64_t> axis, const std::string& layer) const;
 
   /// Calls `visit(entries)` for the entries of a group in a dimension that is laid out so, in as few pieces as is
   /// cheap.
@@ -203,96 +165,33 @@ class BatchRows {
   }
 
   /// The entries of a group as a tensor of indices.
-  at::Tensor index(size_t group, const RowLayout& layout, const at::Device& device) const {
-    const c10::InferenceMode off(false);  // what is kept is for any mode
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto& index = indices_[{group, layout.outer, layout.inner, device.str()}];
-    if (!index.defined()) index = numbers(entries_of(group, layout)).to(device);
-    return index;
-  }
+  at::Tensor index(size_t group, const RowLayout& layout, const at::Device& device) const;
 
   /// Where each entry is when those of all groups follow each other.
-  at::Tensor inverse(const RowLayout& layout, const at::Device& device) const {
-    std::vector<int64_t> places(static_cast<size_t>(layout.outer * layout.rows * layout.inner));
-    int64_t next = 0;
-    for (size_t group = 0; group < groups(); ++group) {
-      for (const auto entry : entries_of(group, layout)) places[static_cast<size_t>(entry)] = next++;
-    }
-    const c10::InferenceMode off(false);
-    return numbers(places).to(device);
-  }
+  at::Tensor inverse(const RowLayout& layout, const at::Device& device) const;
 
   /// The group of each entry.
-  at::Tensor groups_of_entries(const RowLayout& layout, const at::Device& device) const {
-    std::vector<int64_t> numbers_of_groups(static_cast<size_t>(layout.outer * layout.rows * layout.inner));
-    for (size_t group = 0; group < groups(); ++group) {
-      for (const auto entry : entries_of(group, layout))
-        numbers_of_groups[static_cast<size_t>(entry)] = static_cast<int64_t>(group);
-    }
-    const c10::InferenceMode off(false);
-    return numbers(numbers_of_groups).to(device);
-  }
+  at::Tensor groups_of_entries(const RowLayout& layout, const at::Device& device) const;
 
  private:
   /// Below so many entries a piece costs less in a list than by itself.
   static constexpr int64_t kShort = 16;
 
-  static int64_t count(const std::vector<std::string>& names) {
-    TORCH_CHECK_VALUE(!names.empty(), "lora::activate: there has to be the name of an adapter for each row of the ",
-                      "batch, the empty name for the base model, but there is none");
-    return static_cast<int64_t>(names.size());
-  }
+  static int64_t count(const std::vector<std::string>& names);
 
-  size_t group_of(const std::string& name) {
-    const auto [place, is_new] = numbers_.emplace(name, names_.size());
-    if (is_new) {
-      names_.push_back(name);
-      runs_.emplace_back();
-    }
-    return place->second;
-  }
+  size_t group_of(const std::string& name);
 
   /// How many positions each row has, where the dimension `axis` of an input counts rows: as many as all dimensions
   /// behind it have, and the first ones of these.
-  void note_positions(at::IntArrayRef sizes, int64_t axis, int64_t leading) const {
-    int64_t before = 1, behind = 1;
-    for (int64_t dimension = 0; dimension < axis; ++dimension) before *= sizes[static_cast<size_t>(dimension)];
-    std::lock_guard<std::mutex> lock(mutex_);
-    positions_.insert(before);
-    for (auto dimension = axis + 1; dimension < leading; ++dimension) {
-      behind *= sizes[static_cast<size_t>(dimension)];
-      positions_.insert(before * behind);
-    }
-  }
+  void note_positions(at::IntArrayRef sizes, int64_t axis, int64_t leading) const;
 
-  bool was_seen(int64_t positions) const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return positions_.count(positions) > 0;
-  }
+  bool was_seen(int64_t positions) const;
 
-  int64_t rows_of(size_t group) const {
-    int64_t rows = 0;
-    for (const auto& run : runs_[group]) rows += run.count;
-    return rows;
-  }
+  int64_t rows_of(size_t group) const;
 
-  std::vector<int64_t> entries_of(size_t group, const RowLayout& layout) const {
-    std::vector<int64_t> entries;
-    for (int64_t outer = 0; outer < layout.outer; ++outer) {
-      for (const auto& run : runs_[group]) {
-        const auto first = (outer * layout.rows + run.first) * layout.inner;
-        for (int64_t i = 0; i < run.count * layout.inner; ++i) entries.push_back(first + i);
-      }
-    }
-    return entries;
-  }
+  std::vector<int64_t> entries_of(size_t group, const RowLayout& layout) const;
 
-  static at::Tensor numbers(const std::vector<int64_t>& values) {
-    const c10::InferenceMode off(false);
-    auto tensor = at::empty({static_cast<int64_t>(values.size())}, at::kLong);
-    std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<int64_t>());
-    return tensor;
-  }
+  static at::Tensor numbers(const std::vector<int64_t>& values);
 
   int64_t size_;
   RowOptions options_;
@@ -319,3 +218,144 @@ struct RowsOfUpdate {
 }  // namespace detail
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+LORA_INLINE BatchRows::BatchRows(const std::vector<std::string>& names, RowOptions options)
+    : size_(count(names)), options_(std::move(options)) {
+  for (int64_t row = 0; row < size_; ++row) {
+    const auto& name = names[static_cast<size_t>(row)];
+    auto& runs = runs_[group_of(name)];
+    if (!runs.empty() && runs.back().first + runs.back().count == row) {
+      ++runs.back().count;
+    } else {
+      runs.push_back({row, 1});
+    }
+  }
+}
+
+LORA_INLINE void BatchRows::note(at::IntArrayRef sizes, int64_t leading) const {
+  if (leading > 0 && sizes[0] == size_) note_positions(sizes, 0, leading);
+}
+
+LORA_INLINE RowLayout BatchRows::layout(at::IntArrayRef sizes, int64_t leading, std::optional<int64_t> axis,
+                                        const std::string& layer) const {
+  TORCH_CHECK(axis.has_value(), "lora: it is not known which dimension of the inputs of \"", layer,
+              "\" counts the rows of the batch; say so with lora::RowOptions().axis(\"", layer, "\", dimension)");
+  const auto size = [&](int64_t dimension) { return sizes[static_cast<size_t>(dimension)]; };
+  if (*axis < leading && size(*axis) == size_) {
+    note_positions(sizes, *axis, leading);
+    return {*axis, 1, size_, 1};
+  }
+  if (leading > 0) {
+    const bool is_joined = *axis >= leading;  // with those before it
+    const auto dim = is_joined ? 0 : *axis;
+    const auto entries = size(dim) / size_;
+    bool has_rows = false;  // in another dimension, which these then are not
+    for (int64_t other = 0; other < leading; ++other) has_rows = has_rows || (other != dim && size(other) == size_);
+    const bool is_known = options_.flattened() || (!has_rows && was_seen(entries));
+    if (size(dim) % size_ == 0 && is_known)
+      return is_joined ? RowLayout{dim, entries, size_, 1} : RowLayout{dim, 1, size_, entries};
+  }
+  TORCH_CHECK(false, "lora: the scope names an adapter for each of ", size_, " rows, but the input of \"", layer,
+              "\" has shape ", sizes, ", of which dimension ", *axis, " should count them. Give a name for each row; ",
+              "for rows in another dimension, or with several entries one after the other, there is lora::RowOptions");
+}
+
+LORA_INLINE at::Tensor BatchRows::index(size_t group, const RowLayout& layout, const at::Device& device) const {
+  const c10::InferenceMode off(false);  // what is kept is for any mode
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto& index = indices_[{group, layout.outer, layout.inner, device.str()}];
+  if (!index.defined()) index = numbers(entries_of(group, layout)).to(device);
+  return index;
+}
+
+LORA_INLINE at::Tensor BatchRows::inverse(const RowLayout& layout, const at::Device& device) const {
+  std::vector<int64_t> places(static_cast<size_t>(layout.outer * layout.rows * layout.inner));
+  int64_t next = 0;
+  for (size_t group = 0; group < groups(); ++group) {
+    for (const auto entry : entries_of(group, layout)) places[static_cast<size_t>(entry)] = next++;
+  }
+  const c10::InferenceMode off(false);
+  return numbers(places).to(device);
+}
+
+LORA_INLINE at::Tensor BatchRows::groups_of_entries(const RowLayout& layout, const at::Device& device) const {
+  std::vector<int64_t> numbers_of_groups(static_cast<size_t>(layout.outer * layout.rows * layout.inner));
+  for (size_t group = 0; group < groups(); ++group) {
+    for (const auto entry : entries_of(group, layout))
+      numbers_of_groups[static_cast<size_t>(entry)] = static_cast<int64_t>(group);
+  }
+  const c10::InferenceMode off(false);
+  return numbers(numbers_of_groups).to(device);
+}
+
+LORA_INLINE int64_t BatchRows::count(const std::vector<std::string>& names) {
+  TORCH_CHECK_VALUE(!names.empty(), "lora::activate: there has to be the name of an adapter for each row of the ",
+                    "batch, the empty name for the base model, but there is none");
+  return static_cast<int64_t>(names.size());
+}
+
+LORA_INLINE size_t BatchRows::group_of(const std::string& name) {
+  const auto [place, is_new] = numbers_.emplace(name, names_.size());
+  if (is_new) {
+    names_.push_back(name);
+    runs_.emplace_back();
+  }
+  return place->second;
+}
+
+LORA_INLINE void BatchRows::note_positions(at::IntArrayRef sizes, int64_t axis, int64_t leading) const {
+  int64_t before = 1, behind = 1;
+  for (int64_t dimension = 0; dimension < axis; ++dimension) before *= sizes[static_cast<size_t>(dimension)];
+  std::lock_guard<std::mutex> lock(mutex_);
+  positions_.insert(before);
+  for (auto dimension = axis + 1; dimension < leading; ++dimension) {
+    behind *= sizes[static_cast<size_t>(dimension)];
+    positions_.insert(before * behind);
+  }
+}
+
+LORA_INLINE bool BatchRows::was_seen(int64_t positions) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return positions_.count(positions) > 0;
+}
+
+LORA_INLINE int64_t BatchRows::rows_of(size_t group) const {
+  int64_t rows = 0;
+  for (const auto& run : runs_[group]) rows += run.count;
+  return rows;
+}
+
+LORA_INLINE std::vector<int64_t> BatchRows::entries_of(size_t group, const RowLayout& layout) const {
+  std::vector<int64_t> entries;
+  for (int64_t outer = 0; outer < layout.outer; ++outer) {
+    for (const auto& run : runs_[group]) {
+      const auto first = (outer * layout.rows + run.first) * layout.inner;
+      for (int64_t i = 0; i < run.count * layout.inner; ++i) entries.push_back(first + i);
+    }
+  }
+  return entries;
+}
+
+LORA_INLINE at::Tensor BatchRows::numbers(const std::vector<int64_t>& values) {
+  const c10::InferenceMode off(false);
+  auto tensor = at::empty({static_cast<int64_t>(values.size())}, at::kLong);
+  std::copy(values.begin(), values.end(), tensor.mutable_data_ptr<int64_t>());
+  return tensor;
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <lora/linkage.hpp>
 #include <lora/method/all.hpp>
 #include <lora/options.hpp>
 #include <lora/version.hpp>
@@ -124,8 +125,30 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   LORA_ARG(std::string, task_type);
 
  public:
-  /* implicit */ LoRAConfig(int64_t rank) : BasicOptions(rank) {}
+  /* implicit */ LoRAConfig(int64_t rank);
+  LoRAConfig(const LoRAConfig& other);
+  LoRAConfig(LoRAConfig&& other) noexcept;
+  LoRAConfig& operator=(const LoRAConfig& other);
+  LoRAConfig& operator=(LoRAConfig&& other) noexcept;
+  ~LoRAConfig();
 };
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#if LORA_BODIES
+
+namespace lora {
+inline namespace LORA_ABI {
+
+LORA_INLINE LoRAConfig::LoRAConfig(int64_t rank) : BasicOptions(rank) {}
+LORA_INLINE LoRAConfig::LoRAConfig(const LoRAConfig& other) = default;
+LORA_INLINE LoRAConfig::LoRAConfig(LoRAConfig&& other) noexcept = default;
+LORA_INLINE LoRAConfig& LoRAConfig::operator=(const LoRAConfig& other) = default;
+LORA_INLINE LoRAConfig& LoRAConfig::operator=(LoRAConfig&& other) noexcept = default;
+LORA_INLINE LoRAConfig::~LoRAConfig() = default;
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES

@@ -10,7 +10,7 @@ set(lines
   "files/"
   "weight/"
   "files/bitsandbytes.hpp"
-  "selection/text.hpp selection/patterns.hpp"
+  "selection/text.hpp selection/expression.hpp selection/patterns.hpp"
   "method/"
   "batch_rows.hpp dropout.hpp low_rank_linear.hpp functional.hpp site.hpp"
   "layers/"

@@ -2,6 +2,7 @@
 #include "support/testing.hpp"
 
 #include <lora/selection/patterns.hpp>
+#include <lora/selection/text.hpp>
 
 namespace {
 

@@ -2,7 +2,7 @@
 
 #include <torch/nn/module.h>
 
-#include <lora/layers/files.hpp>
+#include <lora/linkage.hpp>
 #include <lora/site.hpp>
 #include <lora/version.hpp>
 
@@ -25,36 +25,11 @@ struct LayerWeight {
   int64_t groups = 1;      ///< of a kernel
   bool is_buffer = false;  ///< no parameter
 
-  MatrixView view() const {
-    const auto sizes = place.slot->read().sizes();
-    switch (form) {
-      case Form::kRows:
-        return MatrixView::rows(sizes);
-      case Form::kLookup:
-        return MatrixView::lookup(sizes);
-      case Form::kKernel:
-        return MatrixView::kernel(sizes, groups, /*is_transposed=*/false);
-      case Form::kTransposedKernel:
-        return MatrixView::kernel(sizes, groups, /*is_transposed=*/true);
-      case Form::kNone:
-        return MatrixView::none(sizes);
-      default:
-        return MatrixView::plain(sizes);
-    }
-  }
+  MatrixView view() const;
 
-  FileLayout files(const MatrixView& view) const {
-    if (form == Form::kLookup) return layers::embedding_files();
-    const bool is_kernel = form == Form::kKernel || form == Form::kTransposedKernel;
-    if (is_kernel) return layers::ConvolutionFiles(view.shape(), place.slot->read().sizes().slice(2).vec()).layout();
-    return {};
-  }
+  FileLayout files(const MatrixView& view) const;
 
-  std::shared_ptr<Site> site() const {
-    auto matrix = view();
-    auto layout = files(matrix);
-    return std::make_shared<Site>(place, std::move(matrix), std::move(layout));
-  }
+  std::shared_ptr<Site> site() const;
 };
 
 using LayerWeights = std::vector<LayerWeight>;
@@ -95,3 +70,46 @@ inline LayerWeights only(LayerWeight weight) {
 }  // namespace layers
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#if LORA_BODIES
+
+#include <lora/layers/files.hpp>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+LORA_INLINE MatrixView LayerWeight::view() const {
+  const auto sizes = place.slot->read().sizes();
+  switch (form) {
+    case Form::kRows:
+      return MatrixView::rows(sizes);
+    case Form::kLookup:
+      return MatrixView::lookup(sizes);
+    case Form::kKernel:
+      return MatrixView::kernel(sizes, groups, /*is_transposed=*/false);
+    case Form::kTransposedKernel:
+      return MatrixView::kernel(sizes, groups, /*is_transposed=*/true);
+    case Form::kNone:
+      return MatrixView::none(sizes);
+    default:
+      return MatrixView::plain(sizes);
+  }
+}
+
+LORA_INLINE FileLayout LayerWeight::files(const MatrixView& view) const {
+  if (form == Form::kLookup) return layers::embedding_files();
+  const bool is_kernel = form == Form::kKernel || form == Form::kTransposedKernel;
+  if (is_kernel) return layers::ConvolutionFiles(view.shape(), place.slot->read().sizes().slice(2).vec()).layout();
+  return {};
+}
+
+LORA_INLINE std::shared_ptr<Site> LayerWeight::site() const {
+  auto matrix = view();
+  auto layout = files(matrix);
+  return std::make_shared<Site>(place, std::move(matrix), std::move(layout));
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES

@@ -4,7 +4,9 @@
 #include <lora/peft/load_options.hpp>
 #include <lora/files/pickled.hpp>
 #include <lora/files/safetensors.hpp>
+#include <lora/selection/expression.hpp>
 #include <lora/selection/patterns.hpp>
+#include <lora/selection/text.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <lora/selection/text.hpp>
+#include <lora/selection/expression.hpp>
 #include <lora/version.hpp>
 
 #include <cstdint>

@@ -3,6 +3,7 @@
 #include <lora/config.hpp>
 #include <lora/selection/patterns.hpp>
 #include <lora/selection/candidate.hpp>
+#include <lora/selection/expression.hpp>
 #include <lora/selection/full.hpp>
 #include <lora/selection/text.hpp>
 #include <lora/model/model.hpp>

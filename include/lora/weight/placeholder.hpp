@@ -1,15 +1,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <ATen/TensorOperators.h>
-#include <ATen/TracerMode.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/util/accumulate.h>
 
+#include <lora/linkage.hpp>
 #include <lora/system/attributes.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
@@ -20,8 +16,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <utility>
-#include <vector>
 
 // What stands in a model for a weight whose numbers are held in few bits: a tensor that has the sizes, type and place
 // of the weight, and no memory. Whoever reads or writes its numbers is told by LibTorch what the matter is; what knows
@@ -73,8 +67,76 @@ inline bool is_whole_placeholder(const at::Tensor& tensor) {
 }
 
 /// A tensor of the type `dtype` for a weight that is called `name`.
-inline at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at::ScalarType dtype,
-                              const std::string& name) {
+LORA_INLINE at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at::ScalarType dtype,
+                                   const std::string& name);
+
+/// Rows of a quantized matrix, or of a batch of them one below the other, or the transpose of these.
+struct HeldRows {
+  const QuantizedWeight* weight;
+  int64_t first, count, columns;
+  bool is_transposed;
+};
+
+/// What an operand of two dimensions is of a quantized matrix; nothing where it is something else.
+LORA_INLINE std::optional<HeldRows> held_rows(const at::Tensor& operand);
+
+/// So many numbers of a weight from `first` on, in the order of memory, as a tensor of these sizes.
+LORA_INLINE at::Tensor dequantized(const QuantizedWeight& weight, int64_t first, at::IntArrayRef sizes,
+                                   at::ScalarType type);
+
+/// Whether two tensors lie in the same memory; of placeholders, whether they are views of the same one.
+LORA_INLINE bool share_memory(const at::Tensor& a, const at::Tensor& b);
+
+/// How many numbers of a weight are written out at a time: few enough to stay in a cache, and so many that products
+/// with them are as fast as those with all (768 x 768, 512 rows: 1.21 of the time in panels of 2^16, 1.06 of 2^18, 1.04
+/// here).
+inline constexpr int64_t kPanel = 1 << 20;
+
+/// Calls `visit(first, numbers)` for one panel of rows after the other.
+template <class Visit>
+void for_each_panel(const QuantizedWeight& weight, at::ScalarType type, const Visit& visit) {
+  auto sizes = weight.sizes().vec();
+  const auto rows = sizes.empty() ? 1 : sizes.front();
+  const auto columns = c10::multiply_integers(sizes) / std::max<int64_t>(1, rows);
+  const bool is_here = weight.device() == at::kCPU;  // elsewhere all numbers are written out in any case
+  const auto height = is_here ? std::max<int64_t>(1, kPanel / std::max<int64_t>(1, columns)) : rows;
+  for (int64_t row = 0; row < rows; row += height) {
+    if (!sizes.empty()) sizes.front() = std::min(height, rows - row);
+    visit(row, dequantized(weight, row * columns, sizes, type));
+  }
+}
+
+/// The numbers of a placeholder, or of a view of one; any other tensor as it is.
+LORA_INLINE at::Tensor dequantized(const at::Tensor& operand);
+
+/// `tensor.to(device, type)`, of a placeholder another one; `copies` says whether that is so where nothing changes,
+/// too. Copies share their numbers, which do not change.
+LORA_INLINE at::Tensor moved(const at::Tensor& tensor, at::Device device, at::ScalarType type, bool copies = false);
+
+/// The memory that the numbers of a tensor take.
+LORA_INLINE int64_t held_bytes(const at::Tensor& tensor);
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/TensorOperators.h>
+#include <ATen/TracerMode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+
+#include <utility>
+#include <vector>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+LORA_INLINE at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at::ScalarType dtype,
+                                   const std::string& name) {
   const auto device = weight->device();
   const auto bytes = static_cast<size_t>(c10::multiply_integers(weight->sizes())) * c10::elementSize(dtype);
   const auto sizes = weight->sizes().vec();
@@ -96,15 +158,7 @@ inline at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight, at:
   return tensor;
 }
 
-/// Rows of a quantized matrix, or of a batch of them one below the other, or the transpose of these.
-struct HeldRows {
-  const QuantizedWeight* weight;
-  int64_t first, count, columns;
-  bool is_transposed;
-};
-
-/// What an operand of two dimensions is of a quantized matrix; nothing where it is something else.
-inline std::optional<HeldRows> held_rows(const at::Tensor& operand) {
+LORA_INLINE std::optional<HeldRows> held_rows(const at::Tensor& operand) {
   const auto* weight = quantized(operand);
   if (weight == nullptr || operand.dim() != 2 || weight->sizes().size() < 2) return std::nullopt;
   const auto columns = weight->sizes().back();
@@ -121,9 +175,8 @@ inline std::optional<HeldRows> held_rows(const at::Tensor& operand) {
   return std::nullopt;
 }
 
-/// So many numbers of a weight from `first` on, in the order of memory, as a tensor of these sizes.
-inline at::Tensor dequantized(const QuantizedWeight& weight, int64_t first, at::IntArrayRef sizes,
-                              at::ScalarType type) {
+LORA_INLINE at::Tensor dequantized(const QuantizedWeight& weight, int64_t first, at::IntArrayRef sizes,
+                                   at::ScalarType type) {
   const auto count = c10::multiply_integers(sizes);
   if (weight.device() != at::kCPU) return weight.dense().flatten().narrow(0, first, count).view(sizes).to(type);
   auto numbers = at::empty(sizes, at::TensorOptions(at::kFloat).device(at::kCPU));
@@ -131,33 +184,7 @@ inline at::Tensor dequantized(const QuantizedWeight& weight, int64_t first, at::
   return numbers.to(type);
 }
 
-/// Whether two tensors lie in the same memory; of placeholders, whether they are views of the same one.
-inline bool share_memory(const at::Tensor& a, const at::Tensor& b) {
-  if (!a.has_storage() || !b.has_storage()) return false;
-  if (a.storage().unsafeGetStorageImpl() == b.storage().unsafeGetStorageImpl()) return true;
-  return !is_quantized(a) && !is_quantized(b) && a.is_alias_of(b);
-}
-
-/// How many numbers of a weight are written out at a time: few enough to stay in a cache, and so many that products
-/// with them are as fast as those with all (768 x 768, 512 rows: 1.21 of the time in panels of 2^16, 1.06 of 2^18, 1.04
-/// here).
-inline constexpr int64_t kPanel = 1 << 20;
-
-/// Calls `visit(first, numbers)` for one panel of rows after the other.
-template <class Visit>
-void for_each_panel(const QuantizedWeight& weight, at::ScalarType type, const Visit& visit) {
-  auto sizes = weight.sizes().vec();
-  const auto rows = sizes.empty() ? 1 : sizes.front();
-  const auto columns = c10::multiply_integers(sizes) / std::max<int64_t>(1, rows);
-  const bool is_here = weight.device() == at::kCPU;  // elsewhere all numbers are written out in any case
-  const auto height = is_here ? std::max<int64_t>(1, kPanel / std::max<int64_t>(1, columns)) : rows;
-  for (int64_t row = 0; row < rows; row += height) {
-    if (!sizes.empty()) sizes.front() = std::min(height, rows - row);
-    visit(row, dequantized(weight, row * columns, sizes, type));
-  }
-}
-
-inline const at::Tensor& HeldNumbers::row_squares() const {
+LORA_INLINE const at::Tensor& HeldNumbers::row_squares() const {
   std::call_once(squares_flag_, [&] {
     const BelowInterception below;
     at::NoGradGuard no_grad;
@@ -169,8 +196,7 @@ inline const at::Tensor& HeldNumbers::row_squares() const {
   return squares_;
 }
 
-/// The numbers of a placeholder, or of a view of one; any other tensor as it is.
-inline at::Tensor dequantized(const at::Tensor& operand) {
+LORA_INLINE at::Tensor dequantized(const at::Tensor& operand) {
   const auto* weight = quantized(operand);
   if (weight == nullptr) return operand;
   const BelowInterception below;
@@ -184,17 +210,20 @@ inline at::Tensor dequantized(const at::Tensor& operand) {
   return weight->dense().to(type).as_strided(operand.sizes(), operand.strides(), first);
 }
 
-/// `tensor.to(device, type)`, of a placeholder another one; `copies` says whether that is so where nothing changes,
-/// too. Copies share their numbers, which do not change.
-inline at::Tensor moved(const at::Tensor& tensor, at::Device device, at::ScalarType type, bool copies = false) {
+LORA_INLINE bool share_memory(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.has_storage() || !b.has_storage()) return false;
+  if (a.storage().unsafeGetStorageImpl() == b.storage().unsafeGetStorageImpl()) return true;
+  return !is_quantized(a) && !is_quantized(b) && a.is_alias_of(b);
+}
+
+LORA_INLINE at::Tensor moved(const at::Tensor& tensor, at::Device device, at::ScalarType type, bool copies) {
   const auto* held = held_numbers(tensor);
   if (held == nullptr || !is_whole_placeholder(tensor)) return tensor.to(device, type, /*non_blocking=*/false, copies);
   if (!copies && device == tensor.device() && type == tensor.scalar_type()) return tensor;
   return placeholder(device == tensor.device() ? held->weight : held->weight->to(device), type, held->name);
 }
 
-/// The memory that the numbers of a tensor take.
-inline int64_t held_bytes(const at::Tensor& tensor) {
+LORA_INLINE int64_t held_bytes(const at::Tensor& tensor) {
   const auto* weight = quantized(tensor);
   if (weight == nullptr) return static_cast<int64_t>(tensor.nbytes());
   const auto whole = std::max<int64_t>(1, c10::multiply_integers(weight->sizes()));
@@ -204,3 +233,5 @@ inline int64_t held_bytes(const at::Tensor& tensor) {
 }  // namespace detail
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#endif  // LORA_BODIES

@@ -1,15 +1,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/zeros.h>
 
+#include <lora/linkage.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/shape.hpp>
 
-#include <algorithm>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -43,29 +39,11 @@ class MatrixView {
 
   /// The kernel (out, in / groups, ...) of a convolution, or (in, out / groups, ...) of a transposed one. Each group is
   /// a matrix of its own, and the rank is divided among them.
-  static MatrixView kernel(at::IntArrayRef sizes, int64_t groups, bool is_transposed) {
-    auto split = sizes.vec();
-    split[0] /= groups;
-    split.insert(split.begin(), groups);
-    auto order = identity(split.size());
-    if (is_transposed) std::swap(order[1], order[2]);
-    MatrixView view(sizes, split, order, 2);
-    view.shape_.rank_shares = groups;
-    if (groups == 1) view.drop_batch();
-    return view;
-  }
+  static MatrixView kernel(at::IntArrayRef sizes, int64_t groups, bool is_transposed);
 
   /// Some of the projections that a weight (out, in) is made of, one below the other: a batch of as many matrices, each
   /// as large as the largest part of the weight, the smaller ones filled up with zeros.
-  static MatrixView parts(at::IntArrayRef sizes, const std::vector<int64_t>& rows, const std::vector<bool>& chosen) {
-    auto view = plain(sizes);
-    view.is_plain_ = false;
-    view.rows_ = rows;
-    view.chosen_ = chosen;
-    view.shape_.out = *std::max_element(rows.begin(), rows.end());
-    view.shape_.batch = {std::count(chosen.begin(), chosen.end(), true)};
-    return view;
-  }
+  static MatrixView parts(at::IntArrayRef sizes, const std::vector<int64_t>& rows, const std::vector<bool>& chosen);
 
   /// A tensor that is no matrix, as it is: a bias, or whatever is trained in full.
   static MatrixView none(at::IntArrayRef sizes) {
@@ -84,16 +62,10 @@ class MatrixView {
   const MatrixShape& shape() const { return shape_; }
 
   /// The weight as a matrix.
-  at::Tensor matrix(const at::Tensor& weight) const {
-    if (!rows_.empty()) return stacked_parts(weight);
-    return is_plain_ ? weight : weight.reshape(split_).permute(order_).reshape(joined_);
-  }
+  at::Tensor matrix(const at::Tensor& weight) const;
 
   /// A matrix in the layout of the weight.
-  at::Tensor weight(const at::Tensor& matrix) const {
-    if (!rows_.empty()) return joined_parts(matrix);
-    return is_plain_ ? matrix : matrix.reshape(permuted_).permute(inverse_).reshape(sizes_);
-  }
+  at::Tensor weight(const at::Tensor& matrix) const;
 
  private:
   MatrixView() : is_plain_(true) {}
@@ -118,25 +90,9 @@ class MatrixView {
     shape_.batch.assign(joined_.begin(), joined_.end() - 2);
   }
 
-  at::Tensor stacked_parts(const at::Tensor& weight) const {
-    std::vector<at::Tensor> parts;
-    int64_t first = 0;
-    for (size_t i = 0; i < rows_.size(); first += rows_[i++]) {
-      if (!chosen_[i]) continue;
-      parts.push_back(at::constant_pad_nd(weight.narrow(0, first, rows_[i]), {0, 0, 0, shape_.out - rows_[i]}));
-    }
-    return at::stack(parts);
-  }
+  at::Tensor stacked_parts(const at::Tensor& weight) const;
 
-  at::Tensor joined_parts(const at::Tensor& matrices) const {
-    std::vector<at::Tensor> parts;
-    int64_t next = 0;
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      parts.push_back(chosen_[i] ? matrices.select(0, next++).narrow(0, 0, rows_[i])
-                                 : at::zeros({rows_[i], shape_.in}, matrices.options().requires_grad(false)));
-    }
-    return at::cat(parts);
-  }
+  at::Tensor joined_parts(const at::Tensor& matrices) const;
 
   void drop_batch() {
     joined_.erase(joined_.begin());
@@ -158,3 +114,73 @@ class MatrixView {
 
 }  // namespace LORA_ABI
 }  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+namespace lora {
+inline namespace LORA_ABI {
+
+LORA_INLINE MatrixView MatrixView::kernel(at::IntArrayRef sizes, int64_t groups, bool is_transposed) {
+  auto split = sizes.vec();
+  split[0] /= groups;
+  split.insert(split.begin(), groups);
+  auto order = identity(split.size());
+  if (is_transposed) std::swap(order[1], order[2]);
+  MatrixView view(sizes, split, order, 2);
+  view.shape_.rank_shares = groups;
+  if (groups == 1) view.drop_batch();
+  return view;
+}
+
+LORA_INLINE MatrixView MatrixView::parts(at::IntArrayRef sizes, const std::vector<int64_t>& rows,
+                                         const std::vector<bool>& chosen) {
+  auto view = plain(sizes);
+  view.is_plain_ = false;
+  view.rows_ = rows;
+  view.chosen_ = chosen;
+  view.shape_.out = *std::max_element(rows.begin(), rows.end());
+  view.shape_.batch = {std::count(chosen.begin(), chosen.end(), true)};
+  return view;
+}
+
+LORA_INLINE at::Tensor MatrixView::matrix(const at::Tensor& weight) const {
+  if (!rows_.empty()) return stacked_parts(weight);
+  return is_plain_ ? weight : weight.reshape(split_).permute(order_).reshape(joined_);
+}
+
+LORA_INLINE at::Tensor MatrixView::weight(const at::Tensor& matrix) const {
+  if (!rows_.empty()) return joined_parts(matrix);
+  return is_plain_ ? matrix : matrix.reshape(permuted_).permute(inverse_).reshape(sizes_);
+}
+
+LORA_INLINE at::Tensor MatrixView::stacked_parts(const at::Tensor& weight) const {
+  std::vector<at::Tensor> parts;
+  int64_t first = 0;
+  for (size_t i = 0; i < rows_.size(); first += rows_[i++]) {
+    if (!chosen_[i]) continue;
+    parts.push_back(at::constant_pad_nd(weight.narrow(0, first, rows_[i]), {0, 0, 0, shape_.out - rows_[i]}));
+  }
+  return at::stack(parts);
+}
+
+LORA_INLINE at::Tensor MatrixView::joined_parts(const at::Tensor& matrices) const {
+  std::vector<at::Tensor> parts;
+  int64_t next = 0;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    parts.push_back(chosen_[i] ? matrices.select(0, next++).narrow(0, 0, rows_[i])
+                               : at::zeros({rows_[i], shape_.in}, matrices.options().requires_grad(false)));
+  }
+  return at::cat(parts);
+}
+
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES
