@@ -1,6 +1,6 @@
 """What does an adapter cost beside the frozen layer, here and in peft?
 
-python layer_vs_peft.py [--programs DIR] [--rounds N] [--turns N]
+python layer_vs_peft.py [--programs DIR] [--rounds N] [--turns N] [--device cpu|cuda]
 
 The cases are those of the programs `layer` (one adapter: steps of training and forward passes) and `rows` (a batch whose
 rows have different adapters). Processes of both take turns, on one thread; each measures its frozen layer and the
@@ -22,16 +22,25 @@ STEP = re.compile(r"(step|forward), (\d+) rows, (\d+) -> (\d+), r=(\d+)(?:, drop
 ROWS = re.compile(r"(step|forward), (\d+) rows of (\d+), (\d+) adapters, (sorted|in turns)$")
 
 
-def ratio(frozen, adapted, rounds):
+def now(device):
+    """The time when the device has done all that it was asked for."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratio(frozen, adapted, rounds, device="cpu"):
     """The median of the times of the second over those of the first, measured in turns."""
     ratios = []
     for turn in range(-10, rounds):
-        start = time.perf_counter()
+        start = now(device)
         frozen()
-        middle = time.perf_counter()
+        middle = now(device)
         adapted()
         if turn >= 0:
-            ratios.append((time.perf_counter() - middle) / (middle - start))
+            ratios.append((now(device) - middle) / (middle - start))
     return statistics.median(ratios)
 
 
@@ -46,15 +55,16 @@ def adapted_layer(width_in, width_out, dtype=None, count=1, **options):
     return model
 
 
-def single(kind, rows, width_in, width_out, rank, dropout, dora, half, rounds):
+def single(kind, rows, width_in, width_out, rank, dropout, dora, half, rounds, device):
     import torch
 
     is_step = kind == "step"
     dtype = torch.bfloat16 if half else torch.float
-    model = adapted_layer(width_in, width_out, dtype, r=rank, lora_dropout=dropout, use_dora=dora).train(is_step)
-    plain = torch.nn.Linear(width_in, width_out, dtype=dtype).requires_grad_(False)
-    x = torch.randn(rows, width_in, dtype=dtype, requires_grad=is_step)
-    gradient = torch.randn(rows, width_out, dtype=dtype)
+    model = adapted_layer(width_in, width_out, dtype, r=rank, lora_dropout=dropout, use_dora=dora)
+    model = model.train(is_step).to(device)
+    plain = torch.nn.Linear(width_in, width_out, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(rows, width_in, device=device, dtype=dtype, requires_grad=is_step)
+    gradient = torch.randn(rows, width_out, device=device, dtype=dtype)
 
     def run(layer):
         y = layer(x)
@@ -65,7 +75,7 @@ def single(kind, rows, width_in, width_out, rank, dropout, dora, half, rounds):
             parameter.grad = None
 
     with torch.set_grad_enabled(is_step):
-        return ratio(lambda: run(plain), lambda: run(model), rounds)
+        return ratio(lambda: run(plain), lambda: run(model), rounds, device)
 
 
 def mixed(kind, rows, positions, count, order, rounds):
@@ -83,25 +93,42 @@ def mixed(kind, rows, positions, count, order, rounds):
         return ratio(lambda: plain(x), lambda: model(x, adapter_names=names), rounds)
 
 
-def in_peft(case, rounds):
+def in_peft(case, rounds, device):
     if match := STEP.match(case):
         kind, rows, width_in, width_out, rank, dropout, dora, half = match.groups()
         sizes = int(rows), int(width_in), int(width_out), int(rank)
-        return single(kind, *sizes, float(dropout or 0), bool(dora), bool(half), rounds)
+        return single(kind, *sizes, float(dropout or 0), bool(dora), bool(half), rounds, device)
     kind, rows, positions, count, order = ROWS.match(case).groups()
     return mixed(kind, int(rows), int(positions), int(count), order, rounds)
 
 
-def ours(programs, rounds):
+def ours(programs, rounds, device):
     """Of each case the ratios to LibTorch's frozen layer, as the programs print them: of the adapted layer, and of the
-    frozen layer in a scope, which `rows` does not measure."""
+    frozen layer in a scope, which `rows`, a program for a CPU, does not measure."""
     found = {}
-    for program in ("layer", "rows"):
-        text = subprocess.run([str(programs / program), str(rounds)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    for program in ("layer", "rows") if device == "cpu" else ("layer",):
+        command = [str(programs / program), str(rounds), *([device] if device != "cpu" else [])]
+        text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         for line in text.splitlines()[2:]:
             cells = [cell.strip() for cell in line.split("|")]
             found[cells[1]] = float(cells[3]), float(cells[4]) if program == "layer" else None
     return found
+
+
+def compare(programs, rounds, turns, device="cpu", only=""):
+    """Of each case the ratios of all turns: those of `ours`, and peft's where it has the case."""
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    here, there = {}, {}
+    for _ in range(turns):
+        for case, value in ours(programs, rounds, device).items():
+            here.setdefault(case, []).append(value)
+        for case in here:
+            if only in case and (value := in_peft(case, rounds, device)) is not None:
+                there.setdefault(case, []).append(value)
+    return here, there
 
 
 def main():
@@ -109,21 +136,15 @@ def main():
     parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of layer and rows")
     parser.add_argument("--rounds", type=int, default=100, help="measurements of a case in a turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="of peft, only the cases that contain this")
     arguments = parser.parse_args()
 
     import torch
 
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    here, there = {}, {}
-    for _ in range(arguments.turns):
-        for case, value in ours(arguments.programs, arguments.rounds).items():
-            here.setdefault(case, []).append(value)
-        for case in here:
-            if arguments.only in case and (value := in_peft(case, arguments.rounds)) is not None:
-                there.setdefault(case, []).append(value)
-    print(f"torch {torch.__version__}, one thread, {arguments.turns} turns of {arguments.rounds} rounds")
+    here, there = compare(**vars(arguments))
+    where = "one thread" if arguments.device == "cpu" else arguments.device
+    print(f"torch {torch.__version__}, {where}, {arguments.turns} turns of {arguments.rounds} rounds")
     print("| case | here | frozen here | peft | of its time | of its excess |\n|---|---|---|---|---|---|")
     for case, values in here.items():
         mine = statistics.median(value for value, _ in values)

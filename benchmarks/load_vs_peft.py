@@ -52,6 +52,18 @@ def row(name, runs):
     return f"{name:<12} {first:>8.2f} ms {last:>8.2f} ms {statistics.median(sum(runs, [])):>8.2f} ms"
 
 
+def compare(programs, model, count, rounds):
+    """The size of an adapter in bytes, and the milliseconds of each load of each round, here and in peft."""
+    with tempfile.TemporaryDirectory(prefix="lora_load_") as folder:
+        make_adapter(model, folder)
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        here, there = [], []
+        for _ in range(rounds):
+            here.append(times([programs / "load_adapter", model, folder, count]))
+            there.append(times([sys.executable, __file__, "--in-peft", folder, "--model", model, "--count", count]))
+    return size, here, there
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--programs", type=Path, default=ROOT / "build/cmake/programs", help="folder of load_adapter")
@@ -66,14 +78,7 @@ def main():
     for path in [options.programs / "load_adapter", options.model]:
         if not path.exists():
             sys.exit(f"error: {path} is missing; sh tests/run.sh makes it")
-    with tempfile.TemporaryDirectory(prefix="lora_load_") as folder:
-        make_adapter(options.model, folder)
-        size = sum(path.stat().st_size for path in Path(folder).iterdir())
-        here, there = [], []
-        for _ in range(options.rounds):
-            here.append(times([options.programs / "load_adapter", options.model, folder, options.count]))
-            command = [sys.executable, __file__, "--in-peft", folder, "--model", options.model]
-            there.append(times([*command, "--count", options.count]))
+    size, here, there = compare(options.programs, options.model, options.count, options.rounds)
     print(f"an adapter of {size / 1e6:.2f} MB, {options.count} times, {options.rounds} rounds")
     print(f"{'':<12} {'first ten':>11} {'last ten':>11} {'all':>11}")
     print(row("here", here))

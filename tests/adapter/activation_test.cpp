@@ -196,6 +196,8 @@ TEST_CASE("A model is not moved or cast inside of a scope, where its adapted wei
     CHECK_THROWS_WITH(model->lm_head->to(torch::kDouble), testing::contains("the weight of lm_head gets other data") &&
                                                               testing::contains("leave the scope"));
     model->lm_head->to(torch::kFloat);  // nothing to do
+    CHECK_THROWS_WITH(model->lm_head->to(torch::Device(torch::kMeta)), testing::contains("inside of a scope"));
+    CHECK_THROWS_WITH(model->lm_head->to(torch::kMeta, torch::kHalf), testing::contains("inside of a scope"));
     CHECK_THROWS_WITH(model->lm_head->weight.set_data(torch::zeros({6, 8}, testing::device())),
                       testing::contains("inside of a scope"));
   }

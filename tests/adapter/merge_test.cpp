@@ -102,6 +102,27 @@ TEST_CASE("Merging for good leaves a plain model: its tensors, its flags, its fi
   CHECK(torch::equal(plain->forward(f.x), f.model->forward(f.x)));
 }
 
+TEST_CASE("Who held the weights before they were adapted goes on with them when they are merged for good") {
+  torch::manual_seed(0);
+  testing::Stack model(1);
+  const torch::Tensor held = model->lm_head->weight;
+  const auto before = held.clone();
+  torch::optim::SGD optimizer(model->parameters(), 0.1);
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(6).target_modules({"q_proj", "lm_head"}));
+  testing::randomize(adapters.parameters());
+  const auto expected = before + adapters.delta("default", "lm_head");
+  adapters.merge_and_unload();
+  CHECK(held.is_same(model->lm_head->weight));
+  CHECK(testing::distance(held, expected) < 1e-6);
+  const auto x = torch::randn({2, 8}, testing::device());
+  const auto merged = held.clone();
+  model->forward(x).square().mean().backward();
+  const auto gradient = held.grad().clone();
+  CHECK(gradient.abs().max().item<double>() > 1e-3);
+  optimizer.step();
+  CHECK(testing::distance(model->lm_head->weight, merged - 0.1 * gradient) < 1e-6);
+}
+
 TEST_CASE("What is merged cannot be merged again, and of two adapters the last is unmerged first") {
   Fixture f;
   f.adapters->merge();

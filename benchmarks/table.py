@@ -1,0 +1,143 @@
+"""What peft takes, and what of it is needed here: one table of layers, fine-tuning and loading.
+
+python table.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--device cpu|cuda] [--threads N] [--turns N]
+                [--short]
+
+Runs the work of layer_vs_peft.py, finetune_vs_peft.py and load_vs_peft.py, here and in peft in turns. A row is the
+median of the turns and the spread of the last column, (largest - smallest) / median. Layers are on one thread and
+counted in the time of LibTorch's frozen layer. The table comes last, and is left in DIR as benchmarks.md, with a
+picture, benchmarks.png, where there is gnuplot. Exits with 1 when a loss or a logit is not peft's. With --short
+everything runs as briefly as it can, which shows that it runs, and no times.
+"""
+
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the layers; fine-tuning is told its own number
+
+import finetune_vs_peft
+import layer_vs_peft
+import load_vs_peft
+
+RUNS = {
+    "q and v": [],
+    "q and v, checkpoints": ["--checkpoint"],
+    "all linear layers, dropout 0.05": ["--targets", "all-linear", "--dropout", "0.05"],
+}
+
+
+class Row:
+    """Measurements of one thing here and in peft, a value for each turn."""
+
+    def __init__(self, name, unit, here, peft):
+        self.name, self.unit = name, unit
+        self.here, self.peft = statistics.median(here), statistics.median(peft)
+        ratios = [mine / theirs for mine, theirs in zip(here, peft, strict=True)]
+        self.ratio = statistics.median(ratios)
+        self.spread = (max(ratios) - min(ratios)) / self.ratio
+
+    def text(self):
+        here, peft = (f"{value:.4g}{self.unit}" for value in (self.here, self.peft))
+        return f"| {self.name} | {here} | {peft} | {self.ratio:.2f} | {100 * self.spread:.0f} % |"
+
+
+def layers(options):
+    rounds = 2 if options.short else 60
+    here, peft = layer_vs_peft.compare(options.programs, rounds, options.turns, options.device)
+    return [Row(case, "", [mine for mine, _ in here[case]], peft[case]) for case in here if case in peft]
+
+
+def fine_tuning(options):
+    rows, agree = [], True
+    for name, rest in RUNS.items():
+        options.rest = rest
+        here, peft = [], []
+        for _ in range(options.turns):
+            with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as out:
+                mine, theirs, is_same = finetune_vs_peft.measure(options, Path(out))
+            here.append(mine)
+            peft.append(theirs)
+            agree = agree and is_same
+        seconds = [run[0] for run in here], [run[0] for run in peft]
+        memory = [run[1] / 1e9 for run in here], [run[1] / 1e9 for run in peft]
+        rows += [Row(f"fine-tuning, {name}: a step", " s", *seconds), Row(f"... its memory", " GB", *memory)]
+    return rows, agree
+
+
+def loading(options):
+    count = 3 if options.short else 100
+    size, here, peft = load_vs_peft.compare(options.programs, options.model, count, options.turns)
+    medians = [[statistics.median(run) for run in runs] for runs in (here, peft)]
+    return [Row(f"an adapter of {size / 1e6:.1f} MB more", " ms", *medians)]
+
+
+def machine(options):
+    """The processor, or the GPU, and what was used of it."""
+    import torch
+
+    if options.device != "cpu":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    name = names[0] if names else platform.machine()
+    return f"{name}, torch {torch.__version__}; layers on one thread, the rest on {options.threads}"
+
+
+def draw(rows, file):
+    """A box for each ratio, with gnuplot."""
+    if not shutil.which("gnuplot"):
+        print("gnuplot is not installed (Debian: gnuplot-nox): no picture")
+        return
+    values = "\n".join(f'"{row.name}" {row.ratio:.4f}' for row in rows)
+    commands = f"""$rows << END
+{values}
+END
+set terminal png size 1100,800
+set output '{file}'
+set style fill solid 0.6
+set boxwidth 0.7
+set grid ytics
+set yrange [0:*]
+set ylabel 'of what peft takes'
+set xtics rotate by 60 right
+set arrow from graph 0, first 1 to graph 1, first 1 nohead
+plot $rows using 0:2:xtic(1) with boxes notitle
+"""
+    subprocess.run(["gnuplot"], input=commands, text=True, check=True)
+
+
+def main():
+    parser = finetune_vs_peft.finetune_options(__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--short", action="store_true")
+    parser.set_defaults(steps=10, out=finetune_vs_peft.ROOT / "build")
+    options = parser.parse_args()
+    options.tokens_per_step = 4 * 128  # the defaults of finetune_gpt
+    if options.short:
+        options.turns, options.steps = 1, 2
+    programs = [options.programs / name for name in ("layer", "rows", "finetune_gpt", "load_adapter")]
+    finetune_vs_peft.require("benchmarks/run.sh", *programs, options.model, options.text)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    rows = layers(options)
+    runs, agree = fine_tuning(options)
+    rows += runs + loading(options)
+    heading = f"{machine(options)}; {options.turns} turns"
+    table = ["| | here | peft | ratio | spread |", "|---|---|---|---|---|", *(row.text() for row in rows)]
+    text = "\n".join([heading, "", *table]) + "\n"
+    (options.out / "benchmarks.md").write_text(text)
+    draw(rows, options.out / "benchmarks.png")
+    print(f"\n{text}", flush=True)
+    return int(not agree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
