@@ -67,7 +67,7 @@ def fine_tuning(options):
             agree = agree and is_same
         seconds = [run[0] for run in here], [run[0] for run in peft]
         memory = [run[1] / 1e9 for run in here], [run[1] / 1e9 for run in peft]
-        rows += [Row(f"fine-tuning, {name}: a step", " s", *seconds), Row(f"... its memory", " GB", *memory)]
+        rows += [Row(f"fine-tuning, {name}: a step", " s", *seconds), Row(f"{name}: memory", " GB", *memory)]
     return rows, agree
 
 
@@ -99,16 +99,15 @@ def draw(rows, file):
     commands = f"""$rows << END
 {values}
 END
-set terminal png size 1100,800
+set terminal png size 1000,{120 + 24 * len(rows)}
 set output '{file}'
 set style fill solid 0.6
-set boxwidth 0.7
-set grid ytics
-set yrange [0:*]
-set ylabel 'of what peft takes'
-set xtics rotate by 60 right
-set arrow from graph 0, first 1 to graph 1, first 1 nohead
-plot $rows using 0:2:xtic(1) with boxes notitle
+set grid xtics
+set xrange [0:1.05<*]
+set yrange [{len(rows)}:-1]
+set xlabel 'of what peft takes'
+set arrow from 1, graph 0 to 1, graph 1 nohead
+plot $rows using ($2 / 2):0:($2 / 2):(0.35):ytic(1) with boxxyerror notitle
 """
     subprocess.run(["gnuplot"], input=commands, text=True, check=True)
 

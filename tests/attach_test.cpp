@@ -3,6 +3,8 @@
 
 #include <lora/attach.hpp>
 
+#include <sstream>
+
 using lora::LoRAConfig;
 
 namespace {
@@ -198,6 +200,9 @@ TEST_CASE("The embedding that a head is tied to keeps its values, merged or not,
   auto table = model->tokens->weight.clone();
   auto registered = model->head->named_parameters()["weight"].clone();
   auto adapters = lora::attach(*model, LoRAConfig(2).alpha(6).target_modules({"head"}));
+  std::ostringstream report;
+  report << adapters.report();
+  CHECK_THAT(report.str(), testing::contains("head shares its weight with tokens, whose own use of it stays as it is"));
   testing::randomize(adapters.parameters());
   auto expected = model->tokens(ids).tanh().matmul((table + adapters.delta("default", "head")).t());
   {
