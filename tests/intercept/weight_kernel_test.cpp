@@ -120,6 +120,8 @@ const std::vector<Row>& rows() {
       {"clone, written to", [](const Operands& o) { return o.w.clone().mul_(2).add_(o.v); }},
       {"t, contiguous", [](const Operands& o) { return o.w.t().contiguous() * 2; }},
       {"float and back", [](const Operands& o) { return o.w.to(torch::kFloat).to(torch::kDouble); }, Known::kRight, 1e-6},
+      {"bfloat16 and back", [](const Operands& o) { return o.w.to(torch::kBFloat16).to(torch::kDouble); },
+       Known::kRight, 5e-2},
       {"cast in linear",
        [](const Operands& o) { return F::linear(o.x.to(torch::kFloat), o.w.to(torch::kFloat)); }, Known::kRight, 1e-5},
       {"its own type", [](const Operands& o) { return o.w.to(torch::kDouble) * 2; }},

@@ -84,3 +84,11 @@ TEST_CASE("A pattern that would cost too much is refused with the limits and wha
                         testing::contains("\"" + pattern.substr(0, 60) + "...\" " + has));
   CHECK(error.size() < 300);  // not all of the pattern
 }
+
+TEST_CASE("A letter after a backslash that means nothing is named, and Python's beginning and end are understood") {
+  const auto error = testing::error_of([] { lora::detail::compile("a\\yb", "a\\yb"); });
+  CHECK_THAT(error, testing::contains("\"a\\yb\" has \\y, which is nothing in a regular expression"));
+  CHECK(std::regex_search("q_proj", lora::detail::compile("\\Aq_proj\\Z", "as written")));
+  CHECK_FALSE(std::regex_search("xq_proj", lora::detail::compile("\\Aq_proj\\Z", "as written")));
+  CHECK_FALSE(std::regex_search("q_projZ", lora::detail::compile("\\Aq_proj\\Z", "as written")));
+}
