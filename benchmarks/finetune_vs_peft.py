@@ -113,8 +113,11 @@ def measure(options, out):
     status, peft_memory, _ = run_measured(command, options.threads)
     if not summary.exists():
         sys.exit(f"error: the replay in peft ended with {status}")
+    replay = json.loads(summary.read_text())
+    if options.device != "cpu":
+        peft_memory = replay["peak_memory_bytes"]  # of the device
     ours = our_seconds_per_step(metrics, options.tokens_per_step), our_memory
-    return ours, (json.loads(summary.read_text())["seconds_per_step"], peft_memory), status == 0
+    return ours, (replay["seconds_per_step"], peft_memory), status == 0
 
 
 def same_logits(options, out):

@@ -27,7 +27,7 @@ def now(device):
     if device != "cpu":
         import torch
 
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

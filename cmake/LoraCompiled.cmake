@@ -8,4 +8,6 @@ if(NOT TARGET lora_compiled)
   target_compile_definitions(lora_compiled PUBLIC LORA_COMPILED)
   target_link_libraries(lora_compiled PUBLIC lora::lora)
   set_target_properties(lora_compiled PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  # Whose functions call each other as directly as those of headers.
+  target_compile_options(lora_compiled PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fno-semantic-interposition>)
 endif()

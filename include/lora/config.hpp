@@ -126,6 +126,7 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
 
  public:
   /* implicit */ LoRAConfig(int64_t rank);
+  // As a compiler makes them, but declared, so that lora::compiled has their bodies, and not every file of a program.
   LoRAConfig(const LoRAConfig& other);
   LoRAConfig(LoRAConfig&& other) noexcept;
   LoRAConfig& operator=(const LoRAConfig& other);

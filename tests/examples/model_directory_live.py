@@ -367,6 +367,24 @@ def check_default(programs, folder, model):
         check(len(list(csv.reader(file))) > 1, "metrics.csv has rows")
 
 
+def check_default_generation(programs, folder, model):
+    """The default model with other settings in its generation_config.json."""
+    changed = folder / "changed"
+    changed.mkdir()
+    for file in model.iterdir():
+        (changed / file.name).symlink_to(file.resolve())
+    settings = json.loads((model / "generation_config.json").read_text())
+    prompt = "In the beginning"
+    ids = AutoTokenizer.from_pretrained(model)(prompt)["input_ids"]
+    said = generated(model, ids)
+    check_said(programs, model, ids, f"{model.name}: as it is", "--prompt", prompt)
+    for change in ({"repetition_penalty": 1.7}, {"eos_token_id": [settings["eos_token_id"], said[5]]}):
+        (changed / "generation_config.json").unlink()
+        (changed / "generation_config.json").write_text(json.dumps({**settings, **change}))
+        check_said(programs, changed, ids, f"{model.name}: {change}", "--prompt", prompt)
+        check(generated(changed, ids) != said, "it changes the text")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--programs", type=Path, required=True, help="folder of finetune_gpt and the others")
@@ -386,6 +404,7 @@ def main():
         check_all_linear(options.programs, folder)
         if options.model:
             check_default(options.programs, folder, options.model)
+            check_default_generation(options.programs, folder, options.model)
     print(f"{checks} checks, {failures} failed")
     return int(failures > 0 or checks < 100)
 

@@ -5,7 +5,7 @@
 #include <lora/version.hpp>
 
 #include <algorithm>
-#include <cstdint>
+#include <cstddef>
 #include <numeric>
 #include <string>
 #include <string_view>

@@ -16,6 +16,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 
 // What stands in a model for a weight whose numbers are held in few bits: a tensor that has the sizes, type and place
 // of the weight, and no memory. Whoever reads or writes its numbers is told by LibTorch what the matter is; what knows
@@ -128,7 +129,6 @@ LORA_INLINE int64_t held_bytes(const at::Tensor& tensor);
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 
-#include <utility>
 #include <vector>
 
 namespace lora {
