@@ -1,6 +1,6 @@
 #!/bin/sh
 # sh benchmarks/run.sh [OPTION...]: sets up whatever is missing, builds the programs and compares with Python's PEFT:
-# one Markdown table of ratios. The options are those of table.py: --short, --device cuda, --turns N. Nothing else should
+# one Markdown table of ratios. The options are those of table.py: --short, --device cuda, --turns N. Nothing else is to
 # run beside it.
 set -eu
 cd "$(dirname "$0")/.."
