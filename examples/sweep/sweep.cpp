@@ -10,7 +10,7 @@
 //   sweep [WIDTH [LAYERS [STEPS [AT_ONCE]]]]      256 3 120 16; draws the losses into sweep.svg
 //
 // A pass over 256 rows costs less than 16 passes over 16 rows, the more so the larger the weights are beside the caches
-// of the processor; the weights are there once, the rows of AT_ONCE trainings at a time. `sweep 2048 3 20 8` took 0.6
+// of the processor; the weights are there once, the rows of AT_ONCE trainings at a time. `sweep 2048 3 20 8` took 0.48
 // of the time of 16 runs and 1.28 times the memory of one on one thread (AMD EPYC); the default, whose weights stay in
 // the cache, 0.7 and 2.6.
 #include <torch/torch.h>
