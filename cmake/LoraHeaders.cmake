@@ -93,6 +93,7 @@ set(LORA_DETAIL_HEADERS
   files/safetensors/header.hpp
   files/safetensors/types.hpp
   intercept/carried_here.hpp
+  intercept/copies.hpp
   intercept/fused_attention.hpp
   intercept/in_scope.hpp
   intercept/kernels.hpp

@@ -219,6 +219,42 @@ TEST_CASE("A scope in which another model runs says so, also when the adapted on
   if (!both) CHECK_THAT(warnings.texts[0], testing::contains("none with an adapter"));
 }
 
+TEST_CASE("A clone that runs beside the adapted model in one scope is said to have no adapters") {
+  const auto* name = GENERATE("0", "1");  // a table, and a matrix
+  torch::nn::Sequential model(torch::nn::Embedding(10, 8), torch::nn::Linear(8, 6));
+  model->to(testing::device());
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(6).target_modules({name}));
+  testing::randomize(adapters.parameters());
+  const auto ids = torch::arange(10, testing::on_device(torch::kLong));
+  const auto base = model->forward(ids);
+  const auto copy = model->clone();
+  auto& clone = dynamic_cast<torch::nn::SequentialImpl&>(*copy);
+  testing::Warnings warnings;
+  SECTION("in one warning, however often it runs") {
+    for (int i = 0; i < 2; ++i) {
+      const auto active = adapters.activate();
+      CHECK(testing::distance(model->forward(ids), base) > 1e-3);
+      CHECK(torch::equal(clone.forward(ids), base));
+    }
+    REQUIRE(warnings.texts.size() == 1);
+    CHECK_THAT(warnings.texts[0], testing::contains(std::string("a copy of the weight of ") + name) &&
+                                      testing::contains("Attach to the clone"));
+  }
+  SECTION("not outside of the scope, nor in a scope of adapters of its own") {
+    CHECK(torch::equal(clone.forward(ids), base));
+    auto own = lora::attach(clone, lora::LoRAConfig(2).target_modules({name}));
+    const auto active = own.activate();
+    clone.forward(ids);
+    CHECK(warnings.texts.empty());
+  }
+  SECTION("not of a model that was cast, whose weights are copies of what they were") {
+    model->to(torch::kDouble);
+    const auto active = adapters.activate();
+    CHECK(testing::distance(model->forward(ids), base) > 1e-3);
+    CHECK(warnings.texts.empty());
+  }
+}
+
 TEST_CASE("carry wraps whatever can be called") {
   Fixture f;
   auto active = f.adapters.activate();

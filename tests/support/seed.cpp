@@ -4,7 +4,7 @@
 
 namespace {
 
-#if __has_include(<catch2/catch_all.hpp>)
+#if LORA_CATCH2 >= 3
 using Listener = Catch::EventListenerBase;
 #else
 using Listener = Catch::TestEventListenerBase;

@@ -1,10 +1,10 @@
-// Included by every test: LibTorch before Catch2 (otherwise CHECK is not Catch's), one spelling for Catch2 2 and 3,
-// and the comparisons the tests share.
+// Included by every test: LibTorch before Catch2 (otherwise CHECK is not Catch's), one spelling for Catch2 2 and 3
+// (LORA_CATCH2 is the one that was found; a machine can have both), and the comparisons the tests share.
 #pragma once
 
 #include <torch/torch.h>
 
-#if __has_include(<catch2/catch_all.hpp>)
+#if LORA_CATCH2 >= 3
 #include <catch2/catch_all.hpp>
 #else
 #include <catch2/catch.hpp>
@@ -21,7 +21,7 @@
 
 namespace testing {
 
-#if __has_include(<catch2/catch_all.hpp>)
+#if LORA_CATCH2 >= 3
 using Catch::Approx;
 inline auto contains(const std::string& text) { return Catch::Matchers::ContainsSubstring(text); }
 #else

@@ -64,7 +64,7 @@ at::Tensor adapt_product(const char* operation, const at::Tensor& x, const at::T
   const BelowInterception below;
   const auto updates = find_updates(operand, Use::kProduct, operation, misses_gradient(x));
   if (updates.empty()) {
-    note_passed();
+    note_passed(operand);
     note_input(x, kind ? x.dim() - 1 : 1);  // of a convolution only the first
   }
   const bool has_bias = bias.has_value() && bias->defined(), is_marked_bias = has_bias && is_marked(*bias);
@@ -170,7 +170,10 @@ inline at::Tensor embedding_kernel(const at::Tensor& table, const at::Tensor& in
                                    bool scale_grad_by_freq, bool sparse) {
   const BelowInterception below;
   const auto updates = find_updates(table, Use::kLookup, "aten::embedding");
-  if (updates.empty()) note_input(indices, indices.dim());
+  if (updates.empty()) {
+    look_for_copy(table);
+    note_input(indices, indices.dim());
+  }
   const auto look_up = [&](const at::Tensor& i, const at::Tensor& entries, const at::Tensor& /*bias*/) {
     return at::embedding(entries, i, padding_idx, scale_grad_by_freq, sparse && entries.is_same(table));
   };

@@ -76,6 +76,13 @@ class Usage {
                "that runs");
   }
 
+  void warn_of_copy(const Site& site) {
+    if (warned_of_copy_.exchange(true)) return;
+    TORCH_WARN("lora::activate: a product in the scope was computed with a copy of the weight of ", site.name(),
+               ", as a clone of the model has it. Copies have no adapters, so the base model ran there. Attach to the ",
+               "clone, or, where the base is meant, run it outside of the scope");
+  }
+
   void warn_of_gradients(const std::vector<std::string>& layers) {
     if (layers.empty() || warned_of_gradients_.exchange(true)) return;
     TORCH_WARN(
@@ -110,7 +117,7 @@ class Usage {
  private:
   std::atomic<int> recording_{0};
   std::atomic<bool> warned_of_unreached_{false}, warned_of_other_model_{false}, warned_of_gradients_{false};
-  std::atomic<bool> warned_of_parallel_{false}, warned_of_statistics_{false};
+  std::atomic<bool> warned_of_parallel_{false}, warned_of_statistics_{false}, warned_of_copy_{false};
   std::mutex mutex_;
   std::map<std::tuple<std::string, std::string, bool>, WeightUse> uses_;
 };

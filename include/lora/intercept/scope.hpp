@@ -9,6 +9,7 @@
 #include <torch/csrc/jit/runtime/graph_executor.h>
 
 #include <lora/intercept/carried_here.hpp>
+#include <lora/intercept/copies.hpp>
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
 #include <lora/system/attributes.hpp>
@@ -238,13 +239,25 @@ inline bool are_in_rows() {
   return std::any_of(all.begin(), all.end(), [](const auto& scope) { return scope->set->rows() != nullptr; });
 }
 
-/// Notes that a product was computed for which there is no update.
-inline void note_passed() {
+/// Warns where an operand for which there is no update is a copy of a weight that the active scopes adapt.
+inline void look_for_copy(const at::Tensor& operand) {
+  const auto* scopes = ActiveScopes::current();
+  const auto origin = scopes == nullptr ? at::Tensor() : Copies::origin(operand);
+  if (!origin.defined()) return;
+  for (const auto& scope : scopes->effective()) {
+    scope->set->table().for_each_in_storage_of(
+        origin, [&](const ActiveSite& active) { scope->usage->warn_of_copy(*active.site); });
+  }
+}
+
+/// Notes that a product was computed with an operand for which there is no update.
+inline void note_passed(const at::Tensor& operand) {
   const auto* scopes = ActiveScopes::current();
   if (scopes == nullptr) return;
   for (const auto& scope : scopes->effective()) {
     if (!scope->was_passed.load(std::memory_order_relaxed)) scope->was_passed = true;
   }
+  look_for_copy(operand);
 }
 
 /// Calls `visit(scope, active, part)` for every adapted weight of the active scopes of which `operand` is a part, for

@@ -6,6 +6,7 @@
 #include <ATen/ops/_has_compatible_shallow_copy_type.h>
 #include <ATen/ops/stack.h>
 
+#include <lora/intercept/copies.hpp>
 #include <lora/intercept/operands.hpp>
 #include <lora/intercept/scope.hpp>
 #include <lora/version.hpp>
@@ -154,13 +155,22 @@ inline bool replaces_memory(const c10::OperatorHandle& op) {
   return name == "aten::set_" || name == "aten::resize_" || name == "aten::resize_as_";
 }
 
+/// The weight that an operator copies, as cloning a model does; undefined for any other operator.
+inline at::Tensor copied_weight(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  const auto& name = op.operator_name().name;
+  if (name != "aten::clone" && name != "aten::_to_copy") return {};
+  return torch::jit::peek(stack, 0, op.schema().arguments().size()).toTensor();
+}
+
 /// The kernel of all operators for the key that weights carry.
 inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto* scopes = ActiveScopes::current();
   const bool in_scope = scopes != nullptr && !scopes->effective().empty();
   if (!in_scope && copies_placeholder(op, *stack)) return;
   if (!in_scope || makes_view(op)) {
+    const auto copied = in_scope ? at::Tensor() : copied_weight(op, *stack);
     op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), stack);
+    if (copied.defined()) Copies::note(copied, stack->back().toTensor());
     if (in_scope && op.operator_name().name == "aten::detach") mark_detached(stack->back().toTensor());
     return;
   }
