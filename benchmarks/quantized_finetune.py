@@ -1,7 +1,7 @@
 """What do bases in few bits cost fine-tuning, in loss, memory and time?
 
 python quantized_finetune.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--steps N] [--threads N]
-                             [--seed N] [--targets NAME ...] [--only NAME ...]
+                             [--seed N] [--targets NAME ...] [--calibrate ROWS] [--only NAME ...]
 
 Without options it takes what `sh tests/run.sh` and `sh examples/finetune_gpt/run.sh` have left in build/, and needs
 the Python of build/venv.
@@ -30,6 +30,7 @@ BASES = {  # name: --dtype, --quantize, --quantize-embedding
     "int8": ("float32", "int8", "none"),
     "int8, embedding int8": ("float32", "int8", "int8"),
     "NF4": ("float32", "nf4", "none"),
+    "NF4, calibrated": ("float32", "nf4", "none"),
     "NF4, embedding int8": ("float32", "nf4", "int8"),
     "NF4, embedding NF4": ("float32", "nf4", "nf4"),
     "NF4, rest bfloat16": ("bfloat16", "nf4", "none"),
@@ -65,6 +66,7 @@ def measure(options, base, out):
     command += ["--dtype", dtype, "--quantize", layers, "--quantize-embedding", embedding]
     command += ["--targets", *options.targets, "--seed", options.seed, "--device", "cpu"]
     command += ["--sample-tokens", 0, "--no-merge", "--overwrite"]
+    command += ["--calibrate", options.calibrate] if "calibrated" in base else []
     short = [*command, "--eval-every", 0, "--validation-blocks", 1, "--threads", 1]
     one, six = (run([*short, "--steps", steps], 1)[2] for steps in (1, 6))
     whole = [*command, "--threads", options.threads, "--steps", options.steps]
@@ -98,6 +100,7 @@ def count_numbers(model):
 def main():
     parser = finetune_options(__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], metavar="NAME", help="or all-linear")
+    parser.add_argument("--calibrate", type=int, default=256, metavar="ROWS", help="of training data (256)")
     parser.add_argument("--only", nargs="+", choices=list(BASES), default=list(BASES), metavar="NAME")
     options = parser.parse_args()
     require("examples/finetune_gpt/run.sh", options.programs / "finetune_gpt", options.model, options.text)

@@ -69,6 +69,7 @@ set(LORA_PUBLIC_HEADERS
   weight/four_bit.hpp
   weight/int8.hpp
   weight/quantized.hpp
+  weight/seen_inputs.hpp
   weight/shape.hpp
   weight/use.hpp
   weight/view.hpp
@@ -78,6 +79,7 @@ set(LORA_DETAIL_HEADERS
   adapter/combined_update.hpp
   adapter/factors.hpp
   adapter/held_weights.hpp
+  adapter/input_observer.hpp
   adapter/loftq.hpp
   adapter/plan.hpp
   adapter/pruning.hpp

@@ -148,7 +148,8 @@ nlohmann::json settings_of(const Options& options, const Dataset& data, const lo
           {"--without", options.without},           // and so does another order
           {"--dtype", options.dtype},
           {"--quantize", options.quantize},
-          {"--quantize-embedding", options.quantize_embedding}};
+          {"--quantize-embedding", options.quantize_embedding},
+          {"--calibrate", options.calibrate}};
 }
 
 /// The checkpoint to go on from, if any. Throws c10::ValueError when --resume finds none, and when a new run would mix
@@ -172,7 +173,10 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
   fmt::print("model     {}, {}, {:.1f} million parameters, {} on {}, {} thread{}\n", options.model.string(),
              architecture_name(model.config.architecture), static_cast<double>(report.base) / 1e6, options.dtype,
              parse_device(options.device).str(), torch::get_num_threads(), torch::get_num_threads() == 1 ? "" : "s");
-  if (options.quantize != "none") fmt::print("          linear layers but the head in {}\n", options.quantize);
+  if (options.quantize != "none") {
+    const auto how = options.calibrate > 0 ? fmt::format(", calibrated by {} rows", options.calibrate) : "";
+    fmt::print("          linear layers but the head in {}{}\n", options.quantize, how);
+  }
   if (options.quantize_embedding != "none")
     fmt::print("          embedding and head in {}\n", options.quantize_embedding);
   const auto* rest = loading < report.base_bytes ? ", the rest comes from the file when it is used" : "";
@@ -358,6 +362,19 @@ void print_summary(const Options& options, const Metrics& metrics) {
   if (!problem.empty()) fmt::print("no picture of the loss curves: {}\n", problem);
 }
 
+/// Holds the model in few bits in view of some of the rows that it is to learn from, from all over the data.
+void calibrate(const Options& options, LanguageModelImpl& model, const Dataset& data) {
+  TORCH_CHECK_VALUE(options.quantize != "none", "--calibrate chooses the codes of --quantize, which is none");
+  TORCH_CHECK_VALUE(options.export_run.empty(), "--export-run describes runs for others, who do not know --calibrate");
+  const auto size = data.train.size(), count = std::min(static_cast<size_t>(options.calibrate), size);
+  std::vector<Example> rows;
+  for (size_t i = 0; i < count; ++i) rows.push_back(data.train[i * size / count]);
+  quantize_calibrated(model, *options.format().layers, [&] {
+    for (const auto& batch : in_batches(rows, options.batch))
+      model.hidden_states(batch.to(model.lm_head->weight.device()).inputs);
+  });
+}
+
 /// The whole run; returns the exit code of the program.
 int run(const Options& options) {
   const auto device = parse_device(options.device);
@@ -371,13 +388,14 @@ int run(const Options& options) {
   // The model as it was published. Nothing in it knows of adapters.
   if (is_without(options, "products")) at::globalContext().setUserEnabledMkldnn(false);
   const auto memory_before = memory_in_use(device);
-  auto model = load_model(options.model, options.format(), device);
-  const auto loading = peak_memory(device) - memory_before;
+  auto model = load_model(options.model, options.format_in_file(), device);
   if (options.checkpoint)
     model->run_block = [](const auto& block, const auto& x) { return lora::checkpoint(block, x); };
   const Texts texts(options.model);
   check_ends(texts.generation, model->config.vocab_size);
   const auto data = read_data(options, texts, model->config);
+  if (options.calibrate > 0) calibrate(options, *model, data);
+  const auto loading = peak_memory(device) - memory_before;
   const auto prompt = prompt_tokens(options, data, texts);
   check_rows("--prompt", prompt, model->config.vocab_size, texts.tokenizer);
 

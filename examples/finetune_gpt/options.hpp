@@ -50,6 +50,7 @@ struct Options {
   std::string dtype = "float32";
   std::string quantize = "none";
   std::string quantize_embedding = "none";
+  int64_t calibrate = 0;
   int64_t threads = 0;
   bool checkpoint = false;
   std::vector<std::string> without;
@@ -61,6 +62,10 @@ struct Options {
   std::filesystem::path export_run;
 
   WeightFormat format() const { return {parse_dtype(dtype), quantize, quantize_embedding}; }
+  /// As the model is read: what is calibrated has its numbers at first.
+  WeightFormat format_in_file() const {
+    return {parse_dtype(dtype), calibrate > 0 ? "none" : quantize, quantize_embedding};
+  }
 };
 
 namespace detail {
@@ -160,6 +165,12 @@ inline void add_run_options(CLI::App& app, Options& o) {
       ->group(group);
   app.add_option("--quantize-embedding", o.quantize_embedding, "The same for the embedding of the tokens and the head")
       ->check(CLI::IsMember(quantization_names()))
+      ->group(group);
+  app.add_option("--calibrate", o.calibrate,
+                 "Choose the codes of --quantize nf4 or fp4 by what so many rows of the\n"
+                 "training data put into the layers: most of what rounding loses is made\n"
+                 "up for; 0: none. The float model is in memory meanwhile")
+      ->check(CLI::NonNegativeNumber)
       ->group(group);
   app.add_flag("--checkpoint", o.checkpoint,
                "Keep no activations inside of a block, but compute them\nagain in backward: less memory, more time")

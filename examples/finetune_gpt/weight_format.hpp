@@ -7,6 +7,7 @@
 #include <malloc.h>
 #endif
 
+#include <functional>
 #include <optional>
 #include <set>
 #include <string>
@@ -83,6 +84,19 @@ void fill_weights(LanguageModelImpl& model, const WeightFormat& format, const Nu
     detail::give_back_freed_memory();
   }
   model.eval();
+}
+
+/// Holds the linear layers but the head, which have their numbers, in few bits, in view of the inputs that they get in
+/// `passes`. Throws c10::ValueError for a scheme that has no use for them.
+inline void quantize_calibrated(LanguageModelImpl& model, const lora::Quantization& scheme,
+                                const std::function<void()>& passes) {
+  std::vector<std::string> layers;
+  for (const auto& item : model.named_modules()) {
+    const auto* linear = item.value()->as<torch::nn::LinearImpl>();
+    if (linear != nullptr && !linear->weight.is_same(model.lm_head->weight)) layers.push_back(item.key());
+  }
+  lora::quantize(model, scheme, lora::QuantizeOptions().target_modules(layers).calibration(passes));
+  detail::give_back_freed_memory();
 }
 
 /// The memory that the weights of a model take, in words.

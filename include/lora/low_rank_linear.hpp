@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/mm.h>
@@ -93,6 +94,8 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     const auto matrix = plan.is_transposed ? kept[1].t() : kept[1];
     auto g = gradients[0].contiguous();
     const bool is_differentiated = at::GradMode::is_enabled();
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
+    if (!is_differentiated) below_autograd.emplace();
 
     const auto count = plan.slices.size();
     const bool has_gain = kept.size() > 2 + 3 * count;
@@ -228,6 +231,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   /// y; and at the end of `kept`, if that is given, every S_i, and what a gain scales.
   static at::Tensor add_all(const Product& product, const at::Tensor& x, const Slices& slices, const at::Tensor& gain,
                             Tensors* kept) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // which would look at each of these calls
     auto y = product.run(x, product.operand, gain.defined() ? at::Tensor() : product.bias);
     DroppedInput dropped(x);
     for (const auto& slice : slices) {

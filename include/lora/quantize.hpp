@@ -7,6 +7,7 @@
 #include <lora/version.hpp>
 #include <lora/weight/quantized.hpp>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,11 @@ struct QuantizeOptions {
   TORCH_ARG(ModuleSelector, exclude_modules);
   /// Parameters, by the rules of LoRAConfig: matrices, or experts. Default: none.
   TORCH_ARG(std::vector<std::string>, target_parameters);
+  /// Forward passes over some of what the model is used for, in the mode that it is to be used in. With them the codes
+  /// of NF4 and FP4 are chosen so that layers change least what they make of such inputs (`SeenInputs`), with scales
+  /// and files as before. The model has its numbers while they run, and they take the square of its inputs' number in
+  /// floats for each layer. Default: none, each number becomes the nearest of the sixteen.
+  TORCH_ARG(std::function<void()>, calibration);
 };
 
 /// What became of them.
@@ -28,10 +34,13 @@ struct QuantizeReport {
   std::vector<std::string> layers;            ///< those whose weights are held in few bits now
   std::vector<std::string> shared;            ///< those that `all_linear` left out, since others share their weight
   int64_t bytes_before = 0, bytes_after = 0;  ///< memory of these weights
-  double error = 0;                           ///< ||W_q - W|| / ||W|| over all of them
+  double error = 0;                           ///< ||W_q - W|| / ||W|| over all; a calibration makes it larger
   /// Those whose former numbers somebody else has still, e.g. other parts of a packed weight, so that their memory is
   /// not free; it is among `bytes_after`.
   std::vector<std::string> kept_elsewhere;
+  /// With a calibration: those whose numbers became the nearest ones nevertheless, since the passes did not multiply
+  /// with the weight as a whole.
+  std::vector<std::string> uncalibrated;
 };
 
 /// Holds weights of a model in few bits (QLoRA), in the place where they are: a weight becomes a tensor of the same
@@ -41,11 +50,16 @@ struct QuantizeReport {
 ///   lora::quantize(*model, lora::NF4().block_size(64), lora::QuantizeOptions().exclude_modules({"lm_head"}));
 ///   auto adapters = lora::attach(*model, lora::LoRAConfig(8).target_modules({"q_proj", "v_proj"}));
 ///
+/// A few rows of what it is used for make up for most of what rounding loses:
+///
+///   lora::quantize(*model, lora::NF4(), lora::QuantizeOptions().calibration([&] { model->forward(rows); }));
+///
 /// All of them are packed before any is replaced; `load_quantized` packs a file as it reads it. Moving, casting and
 /// cloning keep the weights so. It changes weights, and needs the model for itself. Errors, with nothing changed: a
 /// selection that matches nothing, a weight that is merged, has no matrix, or has numbers that are not finite or too
-/// large for the scheme; inside of a scope that adapts one. Reference: Dettmers et al. 2023, "QLoRA: Efficient
-/// Finetuning of Quantized LLMs".
+/// large for the scheme; inside of a scope that adapts one; a calibration for a scheme that takes none (Int8), or one
+/// that reaches no layer. References: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"; Frantar et
+/// al. 2023, "GPTQ".
 LORA_INLINE QuantizeReport quantize(const Model& model, const Quantization& scheme,
                                     const QuantizeOptions& options = {});
 LORA_INLINE QuantizeReport quantize(torch::nn::Module& model, const Quantization& scheme,
@@ -64,6 +78,7 @@ LORA_INLINE void dequantize(torch::nn::Module& model);
 #include <ATen/core/grad_mode.h>
 
 #include <lora/adapter/held_weights.hpp>
+#include <lora/adapter/input_observer.hpp>
 #include <lora/intercept/kernels.hpp>
 #include <lora/model/module_model.hpp>
 #include <lora/selection/selection.hpp>
@@ -72,6 +87,7 @@ LORA_INLINE void dequantize(torch::nn::Module& model);
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -97,6 +113,42 @@ inline std::vector<std::shared_ptr<Site>> quantizable(const Model& model, const 
   };
   sites.erase(std::remove_if(sites.begin(), sites.end(), is_shared), sites.end());
   return sites;
+}
+
+/// Those of them that have their numbers; of layers with one weight the first.
+inline std::vector<std::shared_ptr<Site>> to_pack(const Model& model, const QuantizeOptions& options,
+                                                  QuantizeReport& report) {
+  const BelowInterception below;
+  std::set<const c10::TensorImpl*> seen;
+  auto sites = quantizable(model, options, report);
+  const auto is_done = [&](const std::shared_ptr<Site>& site) {
+    const auto weight = site->weight();
+    return is_quantized(weight) || !seen.insert(weight.unsafeGetTensorImpl()).second;
+  };
+  sites.erase(std::remove_if(sites.begin(), sites.end(), is_done), sites.end());
+  return sites;
+}
+
+/// What the passes of the options multiply each of the weights with; nothing without passes.
+inline std::vector<std::optional<SeenInputs>> calibrate(const std::vector<std::shared_ptr<Site>>& sites,
+                                                        const Quantization& scheme, const QuantizeOptions& options,
+                                                        QuantizeReport& report) {
+  const auto& passes = options.calibration();
+  if (!passes || sites.empty()) return std::vector<std::optional<SeenInputs>>(sites.size());
+  TORCH_CHECK_VALUE(scheme.sees_inputs(), "lora::quantize: this scheme rounds every number by itself, and a ",
+                    "calibration has no effect on it; NF4 and FP4 take one");
+  for (const auto& site : sites) {
+    check_memory_stays(site->weight());
+    site->check_quantizable();
+  }
+  auto seen = observe_inputs(sites, passes);
+  for (size_t i = 0; i < sites.size(); ++i) {
+    if (!seen[i]) report.uncalibrated.push_back(sites[i]->name());
+  }
+  TORCH_CHECK_VALUE(report.uncalibrated.size() < sites.size(),
+                    "lora::quantize: the passes of the calibration multiplied ",
+                    "with none of the weights: ", list(report.uncalibrated));
+  return seen;
 }
 
 /// Where the numbers of a layer lay.
@@ -129,17 +181,16 @@ inline void note_held_elsewhere(const std::vector<FormerMemory>& former, Quantiz
 
 LORA_INLINE QuantizeReport quantize(const Model& model, const Quantization& scheme, const QuantizeOptions& options) {
   detail::register_kernels();
-  const detail::BelowInterception below;
   at::NoGradGuard no_grad;
   QuantizeReport report;
+  const auto sites = detail::to_pack(model, options, report);
+  const auto seen = detail::calibrate(sites, scheme, options, report);
+  const detail::BelowInterception below;
   detail::RoundingError error;
   detail::HeldWeights held;
-  std::set<const c10::TensorImpl*> seen;  // two layers may have one weight
-  for (auto& site : detail::quantizable(model, options, report)) {
-    const auto weight = site->weight().detach();
-    if (detail::is_quantized(weight) || !seen.insert(site->weight().unsafeGetTensorImpl()).second) continue;
-    held.push_back(detail::packed(std::move(site), scheme));
-    error.add(weight, *held.back().packed);
+  for (size_t i = 0; i < sites.size(); ++i) {
+    held.push_back(detail::packed(sites[i], scheme, seen[i] ? &*seen[i] : nullptr));
+    error.add(sites[i]->weight().detach(), *held.back().packed);
   }
   std::vector<detail::FormerMemory> former;
   for (const auto& [site, packed] : held) detail::note(site->name(), site->weight(), *packed, former, report);

@@ -96,7 +96,8 @@ class Site {
   detail::Stamp stamp() const;
 
   /// What holds the weight in few bits. Throws for one that is merged, is no matrix to methods, or cannot be held so.
-  std::shared_ptr<const QuantizedWeight> packed(const Quantization& scheme) const;
+  /// `seen`: the inputs in view of which it is rounded, if any.
+  std::shared_ptr<const QuantizedWeight> packed(const Quantization& scheme, const SeenInputs* seen = nullptr) const;
 
   /// Holds the weight in few bits from now on; its numbers are given up, and it is not trained.
   void hold(std::shared_ptr<const QuantizedWeight> packed);
@@ -244,11 +245,13 @@ LORA_INLINE detail::Stamp Site::stamp() const {
   return detail::Stamp(was_held ? merged_->former.member : weight(), own_writes_);
 }
 
-LORA_INLINE std::shared_ptr<const QuantizedWeight> Site::packed(const Quantization& scheme) const {
+LORA_INLINE std::shared_ptr<const QuantizedWeight> Site::packed(const Quantization& scheme,
+                                                                const SeenInputs* seen) const {
   const detail::BelowInterception below;
   at::NoGradGuard no_grad;
   check_quantizable();
-  return scheme.pack(place_.slot->read().detach());
+  const auto weight = place_.slot->read().detach();
+  return seen == nullptr ? scheme.pack(weight) : scheme.pack(weight, *seen);
 }
 
 LORA_INLINE void Site::hold(std::shared_ptr<const QuantizedWeight> packed) {

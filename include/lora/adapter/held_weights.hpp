@@ -33,9 +33,9 @@ inline void hold(const HeldWeights& weights) {
 }
 
 /// One weight. Throws as `Site::packed` does, and inside of a scope that adapts it.
-inline HeldWeight packed(std::shared_ptr<Site> site, const Quantization& scheme) {
+inline HeldWeight packed(std::shared_ptr<Site> site, const Quantization& scheme, const SeenInputs* seen = nullptr) {
   check_memory_stays(site->weight());
-  auto weight = site->packed(scheme);
+  auto weight = site->packed(scheme, seen);
   return {std::move(site), std::move(weight)};
 }
 

@@ -76,12 +76,14 @@ class FourBitOptions {
 class NF4 : public FourBitOptions<NF4> {
  public:
   std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const;
+  std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight, const SeenInputs& seen) const;
 };
 
 /// Weights in FP4: `.quantize(lora::FP4())`.
 class FP4 : public FourBitOptions<FP4> {
  public:
   std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const;
+  std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight, const SeenInputs& seen) const;
 };
 
 /// The weight in NF4: Float, Double, Half or BFloat16 of any shape, which becomes float first. Codes and scales are
@@ -94,6 +96,12 @@ LORA_INLINE FourBitTensor quantize_nf4(const at::Tensor& weight, const NF4& opti
 
 /// The weight in FP4; see quantize_nf4.
 LORA_INLINE FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options = FP4());
+
+/// The weight, a matrix, with the same scales, and codes with which it multiplies such inputs most like before: not
+/// each number is rounded to the nearest value, see detail::round_in_turn. Throws c10::Error, too, for moments that do
+/// not fit the weight or are not finite.
+LORA_INLINE FourBitTensor quantize_nf4(const at::Tensor& weight, const NF4& options, const SeenInputs& seen);
+LORA_INLINE FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options, const SeenInputs& seen);
 
 /// The numbers in float, on the device of the codes.
 LORA_INLINE at::Tensor dequantize(const FourBitTensor& packed);
@@ -183,6 +191,31 @@ inline bool quantize_blocks(const CodecKernels& kernels, const FourBitCode& code
   return finite;
 }
 
+/// The sixteen values of a scheme on a device, by size.
+struct FourBitValues {
+  FourBitValues(const FourBitCode& code, at::Device device)
+      : bounds(at::empty({15}, at::kFloat)), values(at::empty({16}, at::kFloat)), nibbles(at::empty({16}, at::kByte)) {
+    std::copy_n(code.bounds, 15, bounds.mutable_data_ptr<float>());
+    std::copy_n(code.ascending, 16, nibbles.mutable_data_ptr<std::uint8_t>());
+    for (int i = 0; i < 16; ++i) values.mutable_data_ptr<float>()[i] = code.values[code.ascending[i]];
+    for (auto* tensor : {&bounds, &values, &nibbles}) *tensor = tensor->to(device);
+  }
+
+  /// Among the values times `scale` (broadcast), the number of the nearest.
+  at::Tensor places(const at::Tensor& numbers, const at::Tensor& scale) const {
+    return at::bucketize(numbers / scale.masked_fill(scale == 0, 1), bounds);
+  }
+  at::Tensor at(const at::Tensor& places) const { return values.index_select(0, places.reshape({-1})).view_as(places); }
+
+  /// Two codes a byte.
+  at::Tensor bytes(const at::Tensor& places) const {
+    const auto pairs = nibbles.index_select(0, places.reshape({-1})).view({-1, 2});
+    return pairs.select(1, 0) * 16 + pairs.select(1, 1);
+  }
+
+  at::Tensor bounds, values, nibbles;
+};
+
 /// The same by operators that any device has.
 inline std::pair<at::Tensor, at::Tensor> quantized_blocks(const FourBitCode& code, const at::Tensor& numbers,
                                                           int64_t block_size) {
@@ -197,12 +230,8 @@ inline std::pair<at::Tensor, at::Tensor> quantized_blocks(const FourBitCode& cod
     scaled = at::cat({scaled, last / most});
   }
   if (numbers.numel() % 2 != 0) scaled = at::constant_pad_nd(scaled, {0, 1});
-  auto bounds = at::empty({15}, at::kFloat), nibbles = at::empty({16}, at::kByte);
-  std::copy_n(code.bounds, 15, bounds.mutable_data_ptr<float>());
-  std::copy_n(code.ascending, 16, nibbles.mutable_data_ptr<std::uint8_t>());
-  const auto places = at::bucketize(scaled.clamp(-1, 1), bounds.to(numbers.device()));
-  const auto pairs = nibbles.to(numbers.device()).index_select(0, places).view({-1, 2});
-  return {pairs.select(1, 0) * 16 + pairs.select(1, 1), absmax};
+  const FourBitValues values(code, numbers.device());
+  return {values.bytes(at::bucketize(scaled.clamp(-1, 1), values.bounds)), absmax};
 }
 
 inline FourBitTensor quantize_four_bit(const char* who, const at::Tensor& weight, FourBitType type, int64_t block_size,
@@ -251,6 +280,30 @@ inline at::Tensor scales_of(const FourBitTensor& packed) {
   const auto values = in_rows(packed.nested_map.index_select(0, packed.absmax.to(at::kLong)), kNestedBlockSize);
   const auto scales = (values * packed.nested_absmax.unsqueeze(1)).view({-1}).narrow(0, 0, packed.absmax.numel());
   return scales + packed.offset;
+}
+
+/// Chooses the codes of a packed matrix anew, for the inputs that were seen.
+inline void round_for_inputs(const char* who, FourBitTensor& packed, const at::Tensor& weight, const SeenInputs& seen) {
+  const auto& moments = seen.moments;
+  TORCH_CHECK(weight.dim() == 2 && (seen.dim == 0 || seen.dim == 1) && moments.defined() &&
+                  moments.sizes() == at::IntArrayRef({weight.size(seen.dim), weight.size(seen.dim)}) &&
+                  moments.scalar_type() == at::kFloat && moments.device() == weight.device(),
+              who, ": the weight ", weight.sizes(), " with inputs in dimension ", seen.dim,
+              " needs their moments as a matrix of Float on its device, as wide as that");
+  TORCH_CHECK_VALUE(at::isfinite(moments).all().item<bool>(), who, ": the moments of the inputs of a weight ",
+                    weight.sizes(), " are not finite");
+  const FourBitValues values(code_of(packed.type), weight.device());
+  const auto by_input = [&](const at::Tensor& matrix) { return (seen.dim == 0 ? matrix : matrix.t()).contiguous(); };
+  const auto of_blocks = scales_of(packed).repeat_interleave(packed.block_size).narrow(0, 0, packed.numel());
+  const auto scales = by_input(of_blocks.view(packed.sizes));
+  auto places = at::empty(scales.sizes(), scales.options().dtype(at::kLong));
+  round_in_turn(by_input(weight.detach().to(at::kFloat)), moments, [&](int64_t input, const at::Tensor& numbers) {
+    const auto scale = scales.select(0, input), place = places.select(0, input);
+    place.copy_(values.places(numbers, scale));
+    return values.at(place) * scale;
+  });
+  places = (seen.dim == 1 ? places.t() : places).reshape({-1});
+  packed.codes = values.bytes(packed.numel() % 2 == 0 ? places : at::constant_pad_nd(places, {0, 1}));
 }
 
 /// The numbers by operators that any device has. A byte is looked up as a whole, which takes the least memory.
@@ -396,6 +449,18 @@ LORA_INLINE FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& opti
   return detail::quantize_four_bit(who, weight, FourBitType::kFP4, options.block_size(), options.double_quantization());
 }
 
+LORA_INLINE FourBitTensor quantize_nf4(const at::Tensor& weight, const NF4& options, const SeenInputs& seen) {
+  auto packed = quantize_nf4(weight, options);
+  detail::round_for_inputs("lora::quantize_nf4", packed, weight, seen);
+  return packed;
+}
+
+LORA_INLINE FourBitTensor quantize_fp4(const at::Tensor& weight, const FP4& options, const SeenInputs& seen) {
+  auto packed = quantize_fp4(weight, options);
+  detail::round_for_inputs("lora::quantize_fp4", packed, weight, seen);
+  return packed;
+}
+
 LORA_INLINE at::Tensor dequantize(const FourBitTensor& packed) {
   packed.validate("lora::dequantize");
   if (!packed.codes.is_cpu()) return detail::dequantized_blocks(packed);
@@ -444,8 +509,16 @@ LORA_INLINE std::shared_ptr<const QuantizedWeight> NF4::pack(const at::Tensor& w
   return std::make_shared<FourBitWeight>(quantize_nf4(weight, *this));
 }
 
+LORA_INLINE std::shared_ptr<const QuantizedWeight> NF4::pack(const at::Tensor& weight, const SeenInputs& seen) const {
+  return std::make_shared<FourBitWeight>(quantize_nf4(weight, *this, seen));
+}
+
 LORA_INLINE std::shared_ptr<const QuantizedWeight> FP4::pack(const at::Tensor& weight) const {
   return std::make_shared<FourBitWeight>(quantize_fp4(weight, *this));
+}
+
+LORA_INLINE std::shared_ptr<const QuantizedWeight> FP4::pack(const at::Tensor& weight, const SeenInputs& seen) const {
+  return std::make_shared<FourBitWeight>(quantize_fp4(weight, *this, seen));
 }
 
 }  // namespace LORA_ABI

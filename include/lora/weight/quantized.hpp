@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <lora/version.hpp>
+#include <lora/weight/seen_inputs.hpp>
 
 #include <cstdint>
 #include <functional>
@@ -47,19 +48,34 @@ class Quantization {
   struct HasValidate : std::false_type {};
   template <class Scheme>
   struct HasValidate<Scheme, std::void_t<decltype(std::declval<const Scheme&>().validate(""))>> : std::true_type {};
+  template <class Scheme, class = void>
+  struct SeesInputs : std::false_type {};
+  template <class Scheme>
+  struct SeesInputs<Scheme,
+                    std::void_t<decltype(std::declval<const Scheme&>().pack(at::Tensor(), std::declval<SeenInputs>()))>>
+      : std::true_type {};
+
+  using Packed = std::shared_ptr<const QuantizedWeight>;
 
  public:
   template <class Scheme, class = decltype(std::declval<const Scheme&>().pack(at::Tensor()))>
   /* implicit */ Quantization(const Scheme& scheme)
       : pack_([scheme](const at::Tensor& weight) { return scheme.pack(weight); }) {
     if constexpr (HasValidate<Scheme>::value) scheme.validate("lora::Quantization");
+    if constexpr (SeesInputs<Scheme>::value)
+      pack_for_ = [scheme](const at::Tensor& weight, const SeenInputs& seen) { return scheme.pack(weight, seen); };
   }
 
   /// Throws for numbers that are not finite, and where the scheme cannot hold such a weight.
-  std::shared_ptr<const QuantizedWeight> pack(const at::Tensor& weight) const { return pack_(weight); }
+  Packed pack(const at::Tensor& weight) const { return pack_(weight); }
+
+  /// Whether the scheme rounds a weight in view of its inputs, too; and what does so.
+  bool sees_inputs() const { return pack_for_ != nullptr; }
+  Packed pack(const at::Tensor& weight, const SeenInputs& seen) const { return pack_for_(weight, seen); }
 
  private:
-  std::function<std::shared_ptr<const QuantizedWeight>(const at::Tensor&)> pack_;
+  std::function<Packed(const at::Tensor&)> pack_;
+  std::function<Packed(const at::Tensor&, const SeenInputs&)> pack_for_;
 };
 
 }  // namespace LORA_ABI
