@@ -103,15 +103,17 @@ TEST_CASE("Moments that do not fit are refused") {
 
 namespace {
 
-/// Linear layers, one of which is used by itself, and a matrix that is multiplied from the other side.
+/// Linear layers, of which one is used in part and one in other ways beside, and a matrix of its own.
 struct NetImpl : torch::nn::Module {
   NetImpl() { to(testing::device()); }
   Tensor forward(const Tensor& x) {
-    return down(up(x).tanh().unsqueeze(0)).squeeze(0).matmul(turned) + x.matmul(parts->weight.narrow(0, 0, 32).t());
+    return down(up(x).tanh().unsqueeze(0)).squeeze(0).matmul(turned) + x.matmul(parts->weight.narrow(0, 0, 32).t()) +
+           penalized(x) + (penalized->weight * penalized->weight).sum(0);
   }
   torch::nn::Linear up = register_module("up", torch::nn::Linear(32, 64));
   torch::nn::Linear down = register_module("down", torch::nn::Linear(64, 32));
   torch::nn::Linear parts = register_module("parts", torch::nn::Linear(32, 64));
+  torch::nn::Linear penalized = register_module("penalized", torch::nn::Linear(32, 32));
   Tensor turned = register_parameter("turned", torch::randn({32, 32}));
 };
 TORCH_MODULE(Net);
@@ -149,7 +151,7 @@ TEST_CASE("What a calibration does not see is said, or refused where it sees not
   Net model;
   const auto x = inputs(10, 32);
   const auto run = [&] { model->forward(x); };
-  const auto all = lora::QuantizeOptions().target_modules({"up", "down", "parts"}).calibration(run);
+  const auto all = lora::QuantizeOptions().target_modules({"up", "down", "parts", "penalized"}).calibration(run);
   const auto before = model->parts->weight.detach().clone();
   const auto fails = [&](const lora::Quantization& scheme, const lora::QuantizeOptions& options) {
     const auto text = error_of([&] { lora::quantize(*model, scheme, options); });
@@ -158,10 +160,10 @@ TEST_CASE("What a calibration does not see is said, or refused where it sees not
   };
   CHECK_THAT(fails(lora::Int8(), all), contains("a calibration has no effect on it"));
   const auto nothing = lora::QuantizeOptions(all).calibration([] {});
-  CHECK_THAT(fails(lora::NF4(), nothing), contains("with none of the weights: up, down, parts"));
+  CHECK_THAT(fails(lora::NF4(), nothing), contains("with none of the weights as a whole: up, down, parts, penalized"));
   const auto breaks = lora::QuantizeOptions(all).calibration([&] { model->forward(x * INFINITY); });
-  CHECK_THAT(fails(lora::NF4(), breaks), contains("are not finite"));
+  CHECK_THAT(fails(lora::NF4(), breaks), contains("the inputs of up are not finite"));
   const auto throws = lora::QuantizeOptions(all).calibration([] { TORCH_CHECK(false, "no more rows"); });
   CHECK_THAT(fails(lora::NF4(), throws), contains("no more rows"));
-  CHECK(lora::quantize(*model, lora::NF4(), all).uncalibrated == std::vector<std::string>{"parts"});
+  CHECK(lora::quantize(*model, lora::NF4(), all).uncalibrated == std::vector<std::string>{"parts", "penalized"});
 }

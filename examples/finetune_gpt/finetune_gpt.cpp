@@ -147,9 +147,9 @@ nlohmann::json settings_of(const Options& options, const Dataset& data, const lo
           {"--threads", torch::get_num_threads()},  // another number of them rounds sums in another way
           {"--without", options.without},           // and so does another order
           {"--dtype", options.dtype},
-          {"--quantize", options.quantize},
-          {"--quantize-embedding", options.quantize_embedding},
-          {"--calibrate", options.calibrate}};
+          {"--quantize",
+           options.quantize + (options.calibrate > 0 ? fmt::format(" --calibrate {}", options.calibrate) : "")},
+          {"--quantize-embedding", options.quantize_embedding}};
 }
 
 /// The checkpoint to go on from, if any. Throws c10::ValueError when --resume finds none, and when a new run would mix
@@ -174,7 +174,9 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
              architecture_name(model.config.architecture), static_cast<double>(report.base) / 1e6, options.dtype,
              parse_device(options.device).str(), torch::get_num_threads(), torch::get_num_threads() == 1 ? "" : "s");
   if (options.quantize != "none") {
-    const auto how = options.calibrate > 0 ? fmt::format(", calibrated by {} rows", options.calibrate) : "";
+    const auto how = options.calibrate > 0 ? fmt::format(", calibrated by {} rows",
+                                                         std::min<size_t>(options.calibrate, data.train.size()))
+                                           : "";
     fmt::print("          linear layers but the head in {}{}\n", options.quantize, how);
   }
   if (options.quantize_embedding != "none")

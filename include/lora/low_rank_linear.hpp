@@ -95,7 +95,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     auto g = gradients[0].contiguous();
     const bool is_differentiated = at::GradMode::is_enabled();
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
-    if (!is_differentiated) below_autograd.emplace();
+    if (!is_differentiated && is_plain(g)) below_autograd.emplace();
 
     const auto count = plan.slices.size();
     const bool has_gain = kept.size() > 2 + 3 * count;

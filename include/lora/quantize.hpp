@@ -76,6 +76,7 @@ LORA_INLINE void dequantize(torch::nn::Module& model);
 #if LORA_BODIES
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/isfinite.h>
 
 #include <lora/adapter/held_weights.hpp>
 #include <lora/adapter/input_observer.hpp>
@@ -144,10 +145,13 @@ inline std::vector<std::optional<SeenInputs>> calibrate(const std::vector<std::s
   auto seen = observe_inputs(sites, passes);
   for (size_t i = 0; i < sites.size(); ++i) {
     if (!seen[i]) report.uncalibrated.push_back(sites[i]->name());
+    TORCH_CHECK_VALUE(!seen[i] || at::isfinite(seen[i]->moments).all().item<bool>(),
+                      "lora::quantize: in the passes of ", "the calibration the inputs of ", sites[i]->name(),
+                      " are not finite, or too large to be squared");
   }
   TORCH_CHECK_VALUE(report.uncalibrated.size() < sites.size(),
                     "lora::quantize: the passes of the calibration multiplied ",
-                    "with none of the weights: ", list(report.uncalibrated));
+                    "with none of the weights as a whole: ", list(report.uncalibrated));
   return seen;
 }
 
@@ -184,12 +188,13 @@ LORA_INLINE QuantizeReport quantize(const Model& model, const Quantization& sche
   at::NoGradGuard no_grad;
   QuantizeReport report;
   const auto sites = detail::to_pack(model, options, report);
-  const auto seen = detail::calibrate(sites, scheme, options, report);
+  auto seen = detail::calibrate(sites, scheme, options, report);
   const detail::BelowInterception below;
   detail::RoundingError error;
   detail::HeldWeights held;
   for (size_t i = 0; i < sites.size(); ++i) {
     held.push_back(detail::packed(sites[i], scheme, seen[i] ? &*seen[i] : nullptr));
+    seen[i].reset();  // large
     error.add(sites[i]->weight().detach(), *held.back().packed);
   }
   std::vector<detail::FormerMemory> former;

@@ -2,7 +2,9 @@
 #include "support/models.hpp"
 
 #include <lora/attach.hpp>
+#include <lora/quantize.hpp>
 #include <lora/torchscript.hpp>
+#include <lora/weight/four_bit.hpp>
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/profiler_legacy.h>
@@ -237,8 +239,19 @@ TEST_CASE("A clone that runs beside the adapted model in one scope is said to ha
       CHECK(torch::equal(clone.forward(ids), base));
     }
     REQUIRE(warnings.texts.size() == 1);
-    CHECK_THAT(warnings.texts[0], testing::contains(std::string("a copy of the weight of ") + name) &&
+    CHECK_THAT(warnings.texts[0], testing::contains(std::string("a copy of the weight of ") + name + ",") &&
                                       testing::contains("Attach to the clone"));
+  }
+  SECTION("also where its weight is held in few bits, since before it was cloned or since then") {
+    const bool held_first = GENERATE(true, false);
+    const auto hold = [&] { lora::quantize(*model, lora::NF4(), lora::QuantizeOptions().target_modules({name})); };
+    if (held_first) hold();
+    const auto other = model->clone();
+    if (!held_first) hold();
+    const auto active = adapters.activate();
+    dynamic_cast<torch::nn::SequentialImpl&>(*other).forward(ids);
+    REQUIRE(warnings.texts.size() == 1);
+    CHECK_THAT(warnings.texts[0], testing::contains("Attach to the clone"));
   }
   SECTION("not outside of the scope, nor in a scope of adapters of its own") {
     CHECK(torch::equal(clone.forward(ids), base));

@@ -59,7 +59,8 @@ class Carried {
 /// `carry` wraps have the scopes of the thread they were started from; other threads run the base model.
 ///
 /// Warns, each once for each `Adapters`: when a scope is left and some of its layers were never used by a forward pass;
-/// when products ran in it and none used an adapter, as where a clone of the model runs; when a weight was only used
+/// when products ran in it and none used an adapter, as where another model runs; when a product or a lookup in it took
+/// a copy of one of its weights, as a clone of the model does beside it; when a weight was only used
 /// with gradient mode off although its input has a gradient, as a torch::autograd::Function does, so that its adapter
 /// gets none; when a thread of a parallel region uses it, whose other threads are in no scope; when modules with
 /// running statistics were in training mode, which changes the base. A scope that is left on another thread than its

@@ -86,6 +86,7 @@ std::vector<std::optional<SeenInputs>> observe_inputs(const std::vector<std::sha
     InputObserver observer;
     observer.shape = site->view().shape();
     observed.push_back(observer.observed);
+    mark(site->slot());  // so that other uses than products are seen, too
     active.emplace_back(site,
                         std::vector<ActiveSite::Acting>{{std::make_shared<MethodOf<InputObserver>>(observer), 1}});
   }

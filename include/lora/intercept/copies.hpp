@@ -5,6 +5,7 @@
 
 #include <lora/system/attributes.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/placeholder.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -43,11 +44,12 @@ class Copies {
   static at::Tensor origin(const at::Tensor& operand) {
     auto& copies = all();
     if (!copies.are_any.load(std::memory_order_acquire) || !operand.defined() || !operand.has_storage()) return {};
+    at::Tensor weight;  // outlives the lock: it may be the last to hold the memory
     const std::shared_lock<std::shared_mutex> lock(copies.mutex);
     const auto found = copies.origins.find(operand.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
     if (found == copies.origins.end()) return {};
-    at::Tensor weight(found->second.weight.lock());
-    const bool is_weight = weight.defined() && weight.is_alias_of(operand);  // which moved into it
+    weight = at::Tensor(found->second.weight.lock());
+    const bool is_weight = weight.defined() && share_memory(weight, operand);  // which moved into it
     return is_weight ? at::Tensor() : weight;
   }
 

@@ -201,7 +201,10 @@ inline BagOutput embedding_bag_kernel(const at::Tensor& table, const at::Tensor&
   };
   constexpr auto kName = "aten::embedding_bag";
   const auto updates = find_updates(table, Use::kLookup, kName);
-  if (updates.empty()) return bag(dequantized(table));
+  if (updates.empty()) {
+    look_for_copy(table);
+    return bag(dequantized(table));
+  }
   const auto limit = PendingLimit::take(table, indices);
   if (limit) return bag(limit->apply(stand_in(table, updates, kName)));
   if (is_detached(table) || with_rows(updates) != nullptr) return bag(stand_in(table, updates, kName));

@@ -78,9 +78,10 @@ class Usage {
 
   void warn_of_copy(const Site& site) {
     if (warned_of_copy_.exchange(true)) return;
-    TORCH_WARN("lora::activate: a product in the scope was computed with a copy of the weight of ", site.name(),
-               ", as a clone of the model has it. Copies have no adapters, so the base model ran there. Attach to the ",
-               "clone, or, where the base is meant, run it outside of the scope");
+    TORCH_WARN("lora::activate: in the scope somebody computed with what was made as a copy of the weight of ",
+               site.name(),
+               ", as a clone of the model has it, on which the adapters of the scope do not act. Attach to ",
+               "the clone, or, where that is meant, run it outside of the scope");
   }
 
   void warn_of_gradients(const std::vector<std::string>& layers) {

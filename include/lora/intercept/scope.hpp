@@ -245,8 +245,9 @@ inline void look_for_copy(const at::Tensor& operand) {
   const auto origin = scopes == nullptr ? at::Tensor() : Copies::origin(operand);
   if (!origin.defined()) return;
   for (const auto& scope : scopes->effective()) {
-    scope->set->table().for_each_in_storage_of(
-        origin, [&](const ActiveSite& active) { scope->usage->warn_of_copy(*active.site); });
+    scope->set->table().for_each_in_storage_of(origin, [&](const ActiveSite& active) {
+      if (active.base.weight().is_same(origin)) scope->usage->warn_of_copy(*active.site);
+    });
   }
 }
 

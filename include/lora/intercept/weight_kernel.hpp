@@ -166,9 +166,12 @@ inline at::Tensor copied_weight(const c10::OperatorHandle& op, const torch::jit:
 inline void weight_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto* scopes = ActiveScopes::current();
   const bool in_scope = scopes != nullptr && !scopes->effective().empty();
-  if (!in_scope && copies_placeholder(op, *stack)) return;
+  const auto copied = in_scope ? at::Tensor() : copied_weight(op, *stack);
+  if (!in_scope && copies_placeholder(op, *stack)) {
+    Copies::note(copied, stack->back().toTensor());
+    return;
+  }
   if (!in_scope || makes_view(op)) {
-    const auto copied = in_scope ? at::Tensor() : copied_weight(op, *stack);
     op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kWeightKey), stack);
     if (copied.defined()) Copies::note(copied, stack->back().toTensor());
     if (in_scope && op.operator_name().name == "aten::detach") mark_detached(stack->back().toTensor());
