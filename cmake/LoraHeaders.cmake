@@ -67,6 +67,7 @@ set(LORA_PUBLIC_HEADERS
   train/schedule.hpp
   weight/base.hpp
   weight/four_bit.hpp
+  weight/four_bit_tensor.hpp
   weight/int8.hpp
   weight/quantized.hpp
   weight/seen_inputs.hpp
@@ -134,9 +135,12 @@ set(LORA_DETAIL_HEADERS
   train/run_state.hpp
   weight/codec/avx2.hpp
   weight/codec/avx512.hpp
+  weight/codec/four_bit_packing.hpp
+  weight/codec/four_bit_reader.hpp
   weight/codec/input.hpp
   weight/codec/kernels.hpp
   weight/codec/plain.hpp
+  weight/codec/round_in_turn.hpp
   weight/codec/statistics.hpp
   weight/dense_product.hpp
   weight/frozen_product.hpp

@@ -158,7 +158,10 @@ TEST_CASE("A graph computes what the model does with each adapter that is put in
 
 TEST_CASE("A graph takes any number of rows, and adapters with fewer layers and scales of their own") {
   const auto type = GENERATE(torch::kFloat, torch::kDouble, torch::kBFloat16);
-  const double precision = type == torch::kDouble ? 1e-12 : type == torch::kFloat ? 1e-5 : 0.03;
+  const double precision = type == torch::kDouble        ? 1e-12
+                           : type == torch::kFloat       ? 1e-5
+                           : testing::device().is_cuda() ? 0.03  // whose products of bfloat16 round in other places
+                                                         : 0.02;
   torch::manual_seed(0);
   testing::Stack model;
   model->to(type);

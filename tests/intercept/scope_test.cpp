@@ -240,7 +240,7 @@ TEST_CASE("A clone that runs beside the adapted model in one scope is said to ha
     }
     REQUIRE(warnings.texts.size() == 1);
     CHECK_THAT(warnings.texts[0], testing::contains(std::string("a copy of the weight of ") + name + ",") &&
-                                      testing::contains("Attach to the clone"));
+                                      testing::contains("attach to the clone"));
   }
   SECTION("also where its weight is held in few bits, since before it was cloned or since then") {
     const bool held_first = GENERATE(true, false);
@@ -251,7 +251,7 @@ TEST_CASE("A clone that runs beside the adapted model in one scope is said to ha
     const auto active = adapters.activate();
     dynamic_cast<torch::nn::SequentialImpl&>(*other).forward(ids);
     REQUIRE(warnings.texts.size() == 1);
-    CHECK_THAT(warnings.texts[0], testing::contains("Attach to the clone"));
+    CHECK_THAT(warnings.texts[0], testing::contains("attach to the clone"));
   }
   SECTION("not outside of the scope, nor in a scope of adapters of its own") {
     CHECK(torch::equal(clone.forward(ids), base));

@@ -60,11 +60,11 @@ class Carried {
 ///
 /// Warns, each once for each `Adapters`: when a scope is left and some of its layers were never used by a forward pass;
 /// when products ran in it and none used an adapter, as where another model runs; when a product or a lookup in it took
-/// a copy of one of its weights, as a clone of the model does beside it; when a weight was only used
-/// with gradient mode off although its input has a gradient, as a torch::autograd::Function does, so that its adapter
-/// gets none; when a thread of a parallel region uses it, whose other threads are in no scope; when modules with
-/// running statistics were in training mode, which changes the base. A scope that is left on another thread than its
-/// own stays open there: that warns, and the next use on its own thread throws.
+/// a copy of one of its weights, as a clone of the model does beside it; when a weight was only used with gradient mode
+/// off although its input has a gradient, as a torch::autograd::Function does, so that its adapter gets none; when a
+/// thread of a parallel region uses it, whose other threads are in no scope; when modules with running statistics were
+/// in training mode, which changes the base. A scope that is left on another thread than its own stays open there: that
+/// warns, and the next use on its own thread throws.
 class [[nodiscard]] Activation {
  public:
   Activation(std::shared_ptr<const detail::ActiveSet> set, std::shared_ptr<detail::Usage> usage,

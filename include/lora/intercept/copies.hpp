@@ -14,7 +14,6 @@
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
-#include <utility>
 
 namespace lora {
 inline namespace LORA_ABI {

@@ -79,9 +79,8 @@ class Usage {
   void warn_of_copy(const Site& site) {
     if (warned_of_copy_.exchange(true)) return;
     TORCH_WARN("lora::activate: in the scope somebody computed with what was made as a copy of the weight of ",
-               site.name(),
-               ", as a clone of the model has it, on which the adapters of the scope do not act. Attach to ",
-               "the clone, or, where that is meant, run it outside of the scope");
+               site.name(), ", as a clone of the model has it. The adapters of the scope do not act on copies; attach ",
+               "to the clone, or, where that is meant, run it outside of the scope");
   }
 
   void warn_of_gradients(const std::vector<std::string>& layers) {
