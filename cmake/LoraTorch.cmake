@@ -16,7 +16,7 @@
 set(LORA_PYTHON "" CACHE FILEPATH "Python whose package torch is used where find_package(Torch) finds none")
 option(LORA_ANY_LIBTORCH "Whether a LibTorch is taken that lora was not tested with" OFF)
 
-# Tested by tests/libtorch_versions.sh: the oldest and the newest, and of those between them 2.9, 2.11 and 2.13.
+# Tested by tests/libtorch_versions.sh: the oldest, the newest, and every minor version between them.
 set(LORA_TORCH_OLDEST 2.6)
 set(LORA_TORCH_NEWEST 2.14)
 
@@ -237,7 +237,8 @@ set_property(TARGET ${lora_torch_target} APPEND PROPERTY INTERFACE_COMPILE_FEATU
 
 # LibTorch as programs are linked with it. Its CUDA wheels export parts of std::filesystem, in two versions that do not
 # fit each other: a program that calls remove_all would crash. Where the C++ library comes before them, everybody's calls
-# go there.
+# go there. It is named by its file, for there are compilers that find the static one by its short name, of which nothing
+# is taken before a program's own files.
 if(NOT TARGET lora::torch)
   add_library(lora::torch INTERFACE IMPORTED GLOBAL)
   set_property(TARGET lora::torch PROPERTY INTERFACE_LINK_LIBRARIES torch)
@@ -247,8 +248,13 @@ if(NOT TARGET lora::torch)
          REGEX "^_ZNSt10filesystem10remove_all")
   endif()
   if(lora_torch_files)
-    set_property(TARGET lora::torch PROPERTY INTERFACE_LINK_OPTIONS
-                 "LINKER:--push-state,--no-as-needed,-lstdc++,--pop-state")
+    include(CheckLinkerFlag)
+    set(lora_torch_first "LINKER:--push-state,--no-as-needed,-l:libstdc++.so.6,--pop-state")
+    check_linker_flag(CXX "${lora_torch_first}" LORA_TORCH_NAMES_LIBSTDCXX)
+    if(NOT LORA_TORCH_NAMES_LIBSTDCXX)
+      set(lora_torch_first "LINKER:--push-state,--no-as-needed,-lstdc++,--pop-state")
+    endif()
+    set_property(TARGET lora::torch PROPERTY INTERFACE_LINK_OPTIONS "${lora_torch_first}")
   endif()
 endif()
 

@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . tests/setup.sh
 
-versions=${*:-"2.6 2.9 2.11 2.13 2.14"}
+versions=${*:-"2.6 2.7 2.8 2.9 2.10 2.11 2.12 2.13 2.14"}
 oldest=${versions%% *}
 place=$PWD/build/versions
 
