@@ -146,14 +146,17 @@ set(LORA_DETAIL_HEADERS
   weight/frozen_product.hpp
   weight/key.hpp
   weight/merged_weights.hpp
+  weight/one_row.hpp
   weight/optional.hpp
   weight/part.hpp
   weight/placeholder.hpp
   weight/plain.hpp
   weight/rounding_error.hpp
+  weight/row_kernels.hpp
   weight/slot.hpp
   weight/stamp.hpp
   weight/thin_product.hpp
+  weight/updated_norms.hpp
 )
 
 # A header in the folder that is not in the lists would be missing from the installed package, so that is an error.

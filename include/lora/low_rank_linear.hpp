@@ -207,7 +207,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     } else if (rows.are_listed()) {
       sum.index_add_(0, rows.index(), a.mm(b), scale);
     } else {
-      rows.of(sum).addmm_(a, b, /*beta=*/1, scale);
+      add_thin_mm_(rows.of(sum), a, b, scale);
     }
   }
 

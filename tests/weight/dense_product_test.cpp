@@ -1,4 +1,5 @@
-// Products of float32 by oneDNN against those by LibTorch's own choice, and against the same in double.
+// Products of float32 by oneDNN, and of one row by vectors of ours, against those by LibTorch's own choice, and against
+// the same in double.
 #include "support/testing.hpp"
 
 #include <ATen/autocast_mode.h>
@@ -176,12 +177,14 @@ struct Run {
 
 struct Case {
   const char* name;
-  std::function<Run(torch::ScalarType)> run;
+  std::function<Run(torch::ScalarType, int64_t rows)> run;
 };
 
-Tensor input(torch::ScalarType type) {
+Tensor input(torch::ScalarType type, int64_t rows = kRows) {
   torch::manual_seed(3);
-  return torch::randn({4, kRows / 4, kInputs}, torch::kDouble).to(type).requires_grad_();
+  return torch::randn({rows == 1 ? 1 : 4, std::max<int64_t>(rows / 4, 1), kInputs}, torch::kDouble)
+      .to(type)
+      .requires_grad_();
 }
 
 torch::nn::Linear layer(torch::ScalarType type) {
@@ -220,29 +223,40 @@ Tensors with_start(const lora::Adapters& adapters, torch::ScalarType type) {
 
 const Case kCases[] = {
     {"an adapted layer",
-     [](torch::ScalarType type) {
+     [](torch::ScalarType type, int64_t rows) {
        torch::nn::Sequential model(layer(type));
        auto adapters = lora::attach(*model, lora::LoRAConfig(kRank).alpha(96).target_modules({"0"}));
        auto learning = with_start(adapters, type);
-       const auto x = input(type);
+       const auto x = input(type, rows);
        learning.push_back(x);
        learning.push_back(model->parameters()[1].requires_grad_());
        const auto active = adapters.activate();
        return derived(model->forward(x), learning);
      }},
+    {"a layer with DoRA",
+     [](torch::ScalarType type, int64_t rows) {
+       torch::nn::Sequential model(layer(type));
+       const auto config = lora::LoRAConfig(8).alpha(12).target_modules({"0"}).method(lora::DoRA());
+       auto adapters = lora::attach(*model, config);
+       auto learning = with_start(adapters, type);
+       const auto x = input(type, rows);
+       learning.push_back(x);
+       const auto active = adapters.activate();
+       return derived(model->forward(x), learning);
+     }},
     {"a layer beside adapted ones",
-     [](torch::ScalarType type) {
+     [](torch::ScalarType type, int64_t rows) {
        torch::nn::Sequential model(layer(type), torch::nn::Linear(kOutputs, 2));
        model->to(type);
        const auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"1"}));
-       const auto x = input(type);
+       const auto x = input(type, rows);
        const auto active = adapters.activate("");
        const auto& first = model[0]->as<torch::nn::Linear>();
        first->bias.requires_grad_();
        return derived(first->forward(x), {x, first->bias});
      }},
     {"a module",
-     [](torch::ScalarType type) {
+     [](torch::ScalarType type, int64_t rows) {
        lora::LoRALinear<> module(layer(type), lora::LoRAOptions(kRank).alpha(96));
        const torch::AutoGradMode with_gradient(true);
        torch::manual_seed(5);
@@ -252,15 +266,15 @@ const Case kCases[] = {
          item.value().set_data(torch::randn(item.value().sizes(), torch::kDouble).to(type) / 8);
          learning.push_back(item.value());
        }
-       const auto x = input(type);
+       const auto x = input(type, rows);
        learning.push_back(x);
        return derived(module->forward(x), learning);
      }},
     {"the cross entropy of a head",
-     [](torch::ScalarType type) {
+     [](torch::ScalarType type, int64_t rows) {
        const auto head = layer(type);
-       const auto targets = torch::arange(kRows).remainder(kOutputs).view({4, -1});
-       const auto x = input(type);
+       const auto targets = torch::arange(rows).remainder(kOutputs).view({rows == 1 ? 1 : 4, -1});
+       const auto x = input(type, rows);
        const auto options = lora::CrossEntropyOptions().bias(head->bias.detach()).chunk_rows(kRows);
        const auto loss = lora::linear_cross_entropy(x, head->weight, targets, options);
        return Run{loss.detach(), torch::autograd::grad({loss}, {x})};
@@ -271,12 +285,12 @@ const Case kCases[] = {
 
 TEST_CASE("Layers have the same values and gradients, the first and the second, by whatever they are computed") {
   for (const auto& of : kCases) {
-    const auto exact = of.run(torch::kDouble);
+    const auto exact = of.run(torch::kDouble, kRows);
     for (const bool by_onednn : {false, true}) {
       INFO(of.name << (by_onednn ? " by oneDNN" : " by LibTorch's choice"));
       const Computed by(by_onednn);
       const CallsOfOneDnn calls;
-      const auto run = of.run(torch::kFloat);
+      const auto run = of.run(torch::kFloat, kRows);
       CHECK((calls.count() > 0) == (by_onednn && by.is_there));
       CHECK(error(run.value, exact.value) < 2e-6);
       REQUIRE(run.gradients.size() == exact.gradients.size());
@@ -286,6 +300,51 @@ TEST_CASE("Layers have the same values and gradients, the first and the second, 
       }
     }
   }
+}
+
+TEST_CASE("Layers of one row have the same values and gradients, the first and the second") {
+  for (const auto& of : kCases) {
+    INFO(of.name);
+    const auto exact = of.run(torch::kDouble, 1), run = of.run(torch::kFloat, 1);
+    CHECK(error(run.value, exact.value) < 2e-6);
+    REQUIRE(run.gradients.size() == exact.gradients.size());
+    for (size_t i = 0; i < run.gradients.size(); ++i) {
+      INFO("gradient " << i);
+      CHECK(error(run.gradients[i], exact.gradients[i]) < 1e-5);
+    }
+  }
+}
+
+TEST_CASE("One row is multiplied by a matrix as that lies in memory") {
+  torch::manual_seed(2);
+  for (const auto& [inputs, outputs] : std::vector<std::pair<int64_t, int64_t>>{{512, 1024}, {519, 83}, {83, 519}}) {
+    for (const bool is_transposed : {false, true}) {
+      for (const bool has_bias : {false, true}) {
+        INFO(inputs << " -> " << outputs << (is_transposed ? " transposed" : "") << (has_bias ? " with a bias" : ""));
+        const auto matrix = is_transposed ? random({outputs, inputs}).t() : random({inputs, outputs});
+        const auto bias = has_bias ? random({2 * outputs}).slice(0, 0, 2 * outputs, 2) : Tensor();
+        for (const auto& x : {random({1, inputs}), random({1, 2 * inputs}).slice(1, 0, 2 * inputs, 2)}) {
+          CHECK(lora::detail::is_for_row_kernels(x, matrix, bias, 0) == lora::detail::has_avx2());
+          CHECK(lora::detail::is_for_row_kernels(x, matrix.t(), bias, 1) == lora::detail::has_avx2());
+          auto exact = x.to(torch::kDouble).mm(matrix.to(torch::kDouble));
+          if (has_bias) exact += bias;
+          CHECK(error(lora::detail::faster_mm(x, matrix, bias), exact) < 1e-6);
+        }
+      }
+    }
+  }
+  const auto x = random({1, 512}), matrix = random({512, 1024});
+  const auto is_for = [](const Tensor& x, const Tensor& matrix, const Tensor& bias = {}) {
+    return lora::detail::is_for_row_kernels(x, matrix, bias, /*inputs=*/0);
+  };
+  CHECK(is_for(x.view({1, 1, 512}), matrix) == lora::detail::has_avx2());
+  CHECK_FALSE(is_for(random({2, 512}), matrix));
+  CHECK_FALSE(is_for(x[0], matrix));
+  CHECK_FALSE(is_for(x, matrix.narrow(1, 0, 8)));
+  CHECK_FALSE(is_for(x, matrix.t()));
+  CHECK_FALSE(is_for(x.to(torch::kDouble), matrix.to(torch::kDouble)));
+  CHECK_FALSE(is_for(x, matrix, random({1})));
+  CHECK_FALSE(is_for(x, matrix.clone().requires_grad_()));
 }
 
 TEST_CASE("A product by oneDNN keeps no input for backward, and sees that a weight was written to") {

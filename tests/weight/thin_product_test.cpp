@@ -1,4 +1,5 @@
-// Skinny products of floats with halves, against the same in double. Those of one type are in dense_product_test.cpp.
+// Skinny products of floats with halves, and those of one row, against the same in double. Other ones of one type are
+// in dense_product_test.cpp.
 #include "support/testing.hpp"
 
 #include <lora/weight/thin_product.hpp>
@@ -53,6 +54,28 @@ TEST_CASE("Products of floats with halves are those of floats, and are added to 
       lora::detail::add_thin_mm(sum = part.narrow(1, 0, features), S.t(), A, 0.75);
       CHECK(((wide(part.narrow(1, 0, features)) - exact).abs() - bound).max().item<double>() < 1e-4);
       CHECK(torch::equal(part.narrow(1, features, features), x));
+    }
+  }
+}
+
+TEST_CASE("Products of one row, with factors as they lie in memory") {
+  torch::manual_seed(0);
+  for (const int64_t rank : {1, 3, 4, 10, 64}) {
+    for (const int64_t features : {1, 5, 48, 131, 3000}) {
+      for (const bool is_by_rank : {true, false}) {
+        INFO(rank << " " << features << (is_by_rank ? " by rank" : " by feature"));
+        const auto M =
+            is_by_rank ? random({rank, features}, torch::kFloat) : random({features, rank}, torch::kFloat).t();
+        const auto x = random({1, features}, torch::kFloat), c = random({rank, 1}, torch::kFloat);
+        const auto wide = [](const Tensor& tensor) { return tensor.to(torch::kDouble); };
+        CHECK(error(lora::detail::thin_mm(M, x.t()), wide(M).mm(wide(x).t())) < 1e-5);
+        const auto gradient = lora::detail::thin_mm_like(M, c, x, -1.5);
+        CHECK(error(gradient, -1.5 * wide(c).mm(wide(x))) < 1e-6);
+        auto both = torch::cat({x, x}), sum = both.narrow(0, 1, 1);
+        lora::detail::add_thin_mm_(sum, c.t(), M, 0.75);
+        CHECK(error(both[1], (wide(x) + 0.75 * wide(c).t().mm(wide(M)))[0]) < 1e-5);
+        CHECK(torch::equal(both[0], x[0]));
+      }
     }
   }
 }

@@ -51,20 +51,11 @@ struct DoRA : Method {
   at::Tensor lora_magnitude_vector;  // m (out)
 
  private:
-  /// ||W + s B A|| (out), in float at least, without forming it:
-  ///
-  ///   ||w + s b A||^2 = ||w||^2 + 2 s <A w, b> + s^2 <A A^T b, b>   for each row w of W and b of B
-  ///
-  /// A sum of this kind has the digits of its largest term, so of a row that the update all but cancels fewer are
-  /// right.
+  /// ||W + s B A|| (out), in float at least.
   at::Tensor norms(const Base& base) const {
     at::NoGradGuard no_grad;
     const auto type = adapter_dtype(lora_A.scalar_type());
-    const auto A = lora_A.detach().to(type), B_t = lora_B.detach().to(type).mT();
-    const auto [product, squares_of_W] = base.product_and_squares(A);
-    const auto changes = product.mul(2 * scaling).add_(A.matmul(A.mT()).matmul(B_t), scaling * scaling);
-    const auto squares = squares_of_W.add(changes.mul_(B_t).sum(-2));
-    return squares.clamp_min_(0).sqrt_();
+    return base.updated_norms(lora_A.detach().to(type), lora_B.detach().to(type), scaling);
   }
 };
 

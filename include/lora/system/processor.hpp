@@ -2,7 +2,17 @@
 
 #include <lora/version.hpp>
 
-// What the processor is that runs the program, where a compiler lets one ask.
+// What the processor is that runs the program, where a compiler lets one ask, and functions for some of them only.
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+/// In front of a function whatever the processor is that the program is compiled for; it may run where there is AVX2.
+#define LORA_AVX2 __attribute__((target("avx2,fma")))
+
+/// The same where there is AVX-512, as `has_avx512` means it.
+#define LORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+
+#endif
 
 namespace lora {
 inline namespace LORA_ABI {

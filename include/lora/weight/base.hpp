@@ -1,12 +1,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/matmul.h>
 
 #include <lora/version.hpp>
 #include <lora/weight/placeholder.hpp>
 #include <lora/weight/frozen_product.hpp>
+#include <lora/weight/updated_norms.hpp>
 #include <lora/weight/view.hpp>
 
 #include <memory>
@@ -23,11 +22,10 @@ class Base {
   virtual at::ScalarType dtype() const = 0;
   /// W (out, in) or (batch, out, in).
   virtual at::Tensor dense() const = 0;
-  /// x W^T (..., rows, out) for x (..., rows, in), and the sum of the squares of each row of W (out) or (batch, out),
-  /// both in the type of x; without a gradient.
-  virtual std::pair<at::Tensor, at::Tensor> product_and_squares(const at::Tensor& x) const {
-    const auto W = dense().to(x.scalar_type());
-    return {at::matmul(x, W.mT()), at::linalg_vector_norm(W, 2, {-1}).square()};
+  /// The norm of each row of W + s B A (out) or (batch, out), which is not formed, for A (..., rank, in) and
+  /// B (..., out, rank) of one type, and in that type; without a gradient.
+  virtual at::Tensor updated_norms(const at::Tensor& A, const at::Tensor& B, double scale) const {
+    return detail::updated_norms(dense().to(A.scalar_type()), A, B, scale);
   }
   /// A tensor in the layout of the layer's weight as such a matrix, and the other way.
   virtual at::Tensor matrix(const at::Tensor& weight) const = 0;
@@ -51,10 +49,10 @@ class WeightBase final : public Base {
   const MatrixShape& shape() const override { return view_->shape(); }
   at::ScalarType dtype() const override { return weight_.scalar_type(); }
   at::Tensor dense() const override { return view_->matrix(detail::dequantized(is_merged() ? pristine_ : weight_)); }
-  std::pair<at::Tensor, at::Tensor> product_and_squares(const at::Tensor& x) const override {
-    if (!is_held_matrix() || x.dim() != 2) return Base::product_and_squares(x);
-    return {detail::quantized_mm_value(x, weight_.t(), {}),
-            detail::held_numbers(weight_)->row_squares().to(x.scalar_type())};
+  at::Tensor updated_norms(const at::Tensor& A, const at::Tensor& B, double scale) const override {
+    if (!is_held_matrix() || A.dim() != 2) return Base::updated_norms(A, B, scale);
+    const auto squares = detail::held_numbers(weight_)->row_squares().to(A.scalar_type());
+    return detail::updated_norms(detail::quantized_mm_value(A, weight_.t(), {}), squares, A, B, scale);
   }
   at::Tensor matrix(const at::Tensor& weight) const override { return view_->matrix(weight); }
   at::Tensor layout(const at::Tensor& matrix) const override { return view_->weight(matrix); }

@@ -11,7 +11,8 @@
 // MKL has its AVX-512 kernels for Intel's processors only. oneDNN, which LibTorch has beside it for other things, has
 // them for every processor: on others with AVX-512 it takes half of the time for the same arithmetic. It adds up in
 // longer sums, so of 576 to 4096 products they are 3.9 to 5.8e-7 away from the exact ones, with MKL 2.5e-7 (root mean
-// square, as a share of theirs).
+// square, as a share of theirs). And of one row MKL's are those of the oldest processors there; ours read the matrix as
+// fast as its memory gives it.
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -47,7 +48,20 @@ inline bool is_regular(int64_t rows) { return rows > 0 && regular_rows(rows) == 
 /// rows after the other, and the last few by LibTorch's choice.
 LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias);
 
-/// x M for x (N, k), M (k, n), without a gradient, by the faster of the two.
+/// Whether the product of one row x (..., k) is computed by vectors of AVX2 or AVX-512 here: under the conditions
+/// above, whoever made the processor, of matrices so large that a node of autograd does not count.
+LORA_INLINE bool is_for_row_kernels(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias,
+                                    int64_t inputs);
+
+/// Whether it is by one of the two.
+inline bool is_faster_here(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
+  return is_for_onednn(x, operand, bias, inputs) || is_for_row_kernels(x, operand, bias, inputs);
+}
+
+/// x M + b for x (N, k), M (k, n), b (n) or undefined for which that is true, without a gradient.
+LORA_INLINE at::Tensor faster_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias);
+
+/// x M for x (N, k), M (k, n), without a gradient, by the fastest.
 LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix);
 
 /// sum + x M for a `sum` (N, n), x (N, k) and M (k, n) for which `is_for_onednn` is true, as new memory.
@@ -60,6 +74,7 @@ LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, c
 #if LORA_BODIES
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -72,8 +87,10 @@ LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, c
 
 #include <lora/system/processor.hpp>
 #include <lora/weight/key.hpp>
-#include <lora/weight/plain.hpp>
+#include <lora/weight/one_row.hpp>
+#include <lora/weight/row_kernels.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <optional>
@@ -122,10 +139,6 @@ LORA_INLINE bool take_onednn(bool taken) {
   return true;
 }
 
-inline bool is_plain_float(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && is_plain(tensor);
-}
-
 /// Whether it is a matrix that fills its memory, or the transpose of one. For parts of larger ones oneDNN has no kernel
 /// and is a thousand times slower.
 inline bool is_dense_matrix(const at::Tensor& tensor) {
@@ -139,15 +152,57 @@ inline bool is_large(int64_t rows, int64_t numbers_of_matrix) {
   return rows >= kLeastRows && rows * numbers_of_matrix >= kLeastMultiplications;
 }
 
-LORA_INLINE bool is_for_onednn(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
-  if (operand.dim() != 2 || x.is_nested() || x.dim() < 2) return false;
-  if (x.size(-1) == 0 || x.size(-1) != operand.size(inputs)) return false;
-  if (!is_large(x.numel() / x.size(-1), operand.numel()) || !takes_onednn()) return false;
+/// The conditions that both have beside their sizes; `x` is no nested tensor and has numbers.
+inline bool is_plain_product(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
   if (!is_plain_float(x) || !is_plain_float(operand) || !is_dense_matrix(operand)) return false;
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != operand.size(1 - inputs) || !is_plain_float(bias)))
     return false;
   if (operand.requires_grad() && at::GradMode::is_enabled()) return false;
   return !at::autocast::is_autocast_enabled(at::kCPU) && !torch::jit::tracer::isTracing();
+}
+
+/// The rows of x (..., k) of a product with a matrix; 0 where they do not fit.
+inline int64_t rows_of_product(const at::Tensor& x, const at::Tensor& operand, int64_t inputs) {
+  if (operand.dim() != 2 || x.is_nested() || x.dim() < 2) return 0;
+  return x.size(-1) == 0 || x.size(-1) != operand.size(inputs) ? 0 : x.numel() / x.size(-1);
+}
+
+LORA_INLINE bool is_for_onednn(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
+  const auto rows = rows_of_product(x, operand, inputs);
+  return rows > 0 && is_large(rows, operand.numel()) && takes_onednn() && is_plain_product(x, operand, bias, inputs);
+}
+
+LORA_INLINE bool is_for_row_kernels(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias,
+                                    int64_t inputs) {
+  constexpr int64_t kLeast = 1 << 15;
+  return rows_of_product(x, operand, inputs) == 1 && operand.numel() >= kLeast && has_avx2() &&
+         is_plain_product(x, operand, bias, inputs);
+}
+
+/// y = x M + b of one row.
+inline at::Tensor row_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias) {
+  constexpr int64_t kNumbersOfThread = 1 << 16;
+  const at::AutoDispatchBelowAutograd without_gradient;
+  const auto in = x.contiguous();
+  const auto inputs = matrix.size(0), outputs = matrix.size(1);
+  auto y = at::empty({1, outputs}, x.options());
+  auto* to = y.mutable_data_ptr<float>();
+  if (bias.defined()) {
+    const auto b = bias.contiguous();
+    std::copy_n(b.const_data_ptr<float>(), outputs, to);
+  } else {
+    std::fill_n(to, outputs, 0.0F);
+  }
+  const auto *numbers = matrix.const_data_ptr<float>(), *from = in.const_data_ptr<float>();
+  const auto grain = std::max<int64_t>(16, kNumbersOfThread / inputs);
+  at::parallel_for(0, outputs, grain, [&](int64_t begin, int64_t end) {
+    if (matrix.stride(0) == 1) {
+      row_kernels().add_dots({numbers + begin * inputs, inputs, end - begin}, from, inputs, to + begin);
+    } else {
+      row_kernels().add_rows({numbers + begin, outputs, inputs}, from, 1, end - begin, to + begin);
+    }
+  });
+  return y;
 }
 
 LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias) {
@@ -175,8 +230,12 @@ LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, 
   return y;
 }
 
+LORA_INLINE at::Tensor faster_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias) {
+  return x.size(0) == 1 ? row_mm(x, matrix, bias) : onednn_mm(x, matrix, bias);
+}
+
 LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix) {
-  return is_for_onednn(x, matrix, {}, /*inputs=*/0) ? onednn_mm(x, matrix, {}) : x.mm(matrix);
+  return is_faster_here(x, matrix, {}, /*inputs=*/0) ? faster_mm(x, matrix, {}) : x.mm(matrix);
 }
 
 LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& matrix) {

@@ -9,7 +9,7 @@
 
 // Products with a frozen weight that are not LibTorch's own. Of one that is held in few bits the numbers are there only
 // while they are needed: a panel of them, small enough for the cache, is written out and multiplied with, and then the
-// next one. Of one in float32 they are computed by oneDNN, where that is faster.
+// next one. Of one in float32 they are computed in another way where that is faster.
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -28,7 +28,7 @@ LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand);
 /// Whether a product with an operand that has its numbers is nevertheless computed here; `inputs` as in
 /// `is_for_onednn`.
 inline bool is_computed_here(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias, int64_t inputs) {
-  return is_quantized(operand) || is_for_onednn(x, operand, bias, inputs);
+  return is_quantized(operand) || is_faster_here(x, operand, bias, inputs);
 }
 
 /// x M + b for x (..., k), a matrix M (k, n) for which the above is true, and b that broadcasts to the product, or
@@ -172,7 +172,7 @@ class FrozenMm : public torch::autograd::Function<FrozenMm> {
 
  private:
   static at::Tensor value(const at::Tensor& x, const at::Tensor& operand, const at::Tensor& bias) {
-    return is_quantized(operand) ? quantized_mm_value(x, operand, bias) : onednn_mm(x, operand, bias);
+    return is_quantized(operand) ? quantized_mm_value(x, operand, bias) : faster_mm(x, operand, bias);
   }
 };
 

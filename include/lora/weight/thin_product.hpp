@@ -25,6 +25,9 @@ LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a,
 /// LibTorch adds the product, twice.
 LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
 
+/// The same of one type, in the memory of a sum that may be a part of something larger.
+LORA_INLINE void add_thin_mm_(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
+
 /// `large` in a type, where it is to be used more than once and the products above would write it out as a whole; else
 /// as it is.
 LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type);
@@ -44,6 +47,7 @@ LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type)
 #include <ATen/ops/zeros.h>
 
 #include <lora/weight/dense_product.hpp>
+#include <lora/weight/one_row.hpp>
 #include <lora/weight/plain.hpp>
 
 #include <algorithm>
@@ -111,6 +115,7 @@ void for_each_block(const at::Tensor& large, int64_t rows, const Visit& visit) {
 }
 
 LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& large) {
+  if (large.size(1) == 1 && is_for_one_row(a, large)) return product_with_one(a, large);
   const auto b = written_out(large, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
@@ -127,6 +132,8 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& large) {
 
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& large,
                                     double scale) {
+  if (a.size(1) == 1 && is_for_one_row(like, a) && is_for_one_row(like, large))
+    return outer_product(like, a, large, scale);
   const auto b = written_out(large, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
@@ -161,6 +168,14 @@ LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
   const bool collides = sum.dim() == 2 && sum.stride(0) % kNumbers == 0 && sum.is_contiguous();
   if (collides && is_regular(a.size(0)) && is_for_onednn(a, b, {}, /*inputs=*/0) && is_plain(sum)) {
     sum = onednn_plus(sum, a.mul(scale).contiguous(), b);
+  } else {
+    add_thin_mm_(sum, a, b, scale);
+  }
+}
+
+LORA_INLINE void add_thin_mm_(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
+  if (sum.size(0) == 1 && is_for_one_row(b, a) && is_for_one_row(b, sum)) {
+    add_product_with_one(sum, a, b, scale);
   } else {
     sum.addmm_(a, b, /*beta=*/1, scale);
   }

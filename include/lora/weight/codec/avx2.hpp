@@ -1,12 +1,11 @@
 #pragma once
 
+#include <lora/system/processor.hpp>
 #include <lora/weight/codec/plain.hpp>
+#include <lora/weight/row_kernels.hpp>
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(LORA_AVX2)
 #include <immintrin.h>
-
-/// In front of a function whatever the processor is that the program is compiled for; it may run where there is AVX2.
-#define LORA_AVX2 __attribute__((target("avx2,fma")))
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -41,12 +40,6 @@ LORA_AVX2 inline __m256 values4(__m256i nibbles, __m256i choice, const Values4& 
 LORA_AVX2 inline __m256 values4(__m128i nibbles, const Values4& values) {
   const auto places = _mm256_cvtepu8_epi32(nibbles);
   return values4(places, _mm256_slli_epi32(places, 28), values);
-}
-
-LORA_AVX2 inline float sum_of(__m256 eight) {
-  const auto four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const auto two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 LORA_AVX2 inline void scales(const BlockScales& blocks, std::int64_t first, std::int64_t count, float* out) {

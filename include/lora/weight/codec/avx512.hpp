@@ -1,13 +1,10 @@
 #pragma once
 
+#include <lora/system/processor.hpp>
 #include <lora/weight/codec/plain.hpp>
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(LORA_AVX512)
 #include <immintrin.h>
-
-/// In front of a function whatever the processor is that the program is compiled for; it may run where there is
-/// AVX-512.
-#define LORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 
 #if !defined(__clang__)
 #pragma GCC diagnostic push

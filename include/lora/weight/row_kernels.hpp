@@ -1,0 +1,409 @@
+#pragma once
+
+#include <lora/system/processor.hpp>
+#include <lora/version.hpp>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(LORA_AVX2)
+#include <immintrin.h>
+#endif
+
+// Products of one row with a matrix of float32 in memory, each of whose rows lies together.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// `count` rows w_i of numbers, each `stride` after the one before.
+struct RowsInMemory {
+  const float* numbers;
+  std::int64_t stride, count;
+
+  const float* row(std::int64_t i) const { return numbers + i * stride; }
+};
+
+namespace plain {
+
+/// Four numbers at a time, as every processor has them that LibTorch runs on; one where the compiler has no such type.
+#if defined(__GNUC__)
+using Four = float __attribute__((vector_size(16)));
+inline float sum_of(Four four) { return (four[0] + four[2]) + (four[1] + four[3]); }
+#else
+struct Four {
+  float only;
+  friend Four operator*(Four a, Four b) { return {a.only * b.only}; }
+  friend Four operator*(float a, Four b) { return {a * b.only}; }
+  Four& operator+=(Four other) { return only += other.only, *this; }
+};
+inline float sum_of(Four four) { return four.only; }
+#endif
+
+inline constexpr std::int64_t kFour = sizeof(Four) / sizeof(float);
+
+inline Four load_four(const float* from) {
+  Four four;
+  std::memcpy(&four, from, sizeof(four));
+  return four;
+}
+
+inline void store(Four four, float* to) { std::memcpy(to, &four, sizeof(four)); }
+
+/// The sum of a_i b_i.
+inline float dot(const float* a, const float* b, std::int64_t count) {
+  Four sums[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 * kFour <= count; i += 4 * kFour) {
+    sums[0] += load_four(a + i) * load_four(b + i);
+    sums[1] += load_four(a + i + kFour) * load_four(b + i + kFour);
+    sums[2] += load_four(a + i + 2 * kFour) * load_four(b + i + 2 * kFour);
+    sums[3] += load_four(a + i + 3 * kFour) * load_four(b + i + 3 * kFour);
+  }
+  for (; i + kFour <= count; i += kFour) sums[0] += load_four(a + i) * load_four(b + i);
+  float rest = 0;
+  for (; i < count; ++i) rest += a[i] * b[i];
+  sums[0] += sums[1];
+  sums[2] += sums[3];
+  sums[0] += sums[2];
+  return rest + sum_of(sums[0]);
+}
+
+/// out_i += <w_i, x> for an x of `features` numbers
+inline void add_dots(const RowsInMemory& w, const float* x, std::int64_t features, float* out) {
+  for (std::int64_t i = 0; i < w.count; ++i) out[i] += dot(w.row(i), x, features);
+}
+
+/// out0_i += <a_i, x0>, out1_i += <a_i, x1>, and squares_0 += <x0, x0>, squares_1 += <x1, x1>, unless that is null.
+inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features, float* out0,
+                         float* out1, float* squares) {
+  add_dots(a, x0, features, out0);
+  add_dots(a, x1, features, out1);
+  if (squares == nullptr) return;
+  squares[0] += dot(x0, x0, features);
+  squares[1] += dot(x1, x1, features);
+}
+
+/// y (features) += sum over i of scale c_i w_i
+inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
+  for (std::int64_t i = 0; i < w.count; ++i) {
+    const float factor = scale * c[i];
+    const auto* row = w.row(i);
+    std::int64_t k = 0;
+    for (; k + kFour <= features; k += kFour) {
+      auto sum = load_four(y + k);
+      sum += factor * load_four(row + k);
+      store(sum, y + k);
+    }
+    for (; k < features; ++k) y[k] += factor * row[k];
+  }
+}
+
+}  // namespace plain
+
+#if defined(LORA_AVX2)
+
+/// The functions of `plain`, eight numbers at a time, of four rows each.
+namespace avx2 {
+
+LORA_AVX2 inline float sum_of(__m256 eight) {
+  const auto four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const auto two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+LORA_AVX2 inline float dot(const float* a, const float* b, std::int64_t count) {
+  auto sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+  std::int64_t k = 0;
+  for (; k + 32 <= count; k += 32) {
+    sum0 = _mm256_fmadd_ps(_mm256_loadu_ps(a + k), _mm256_loadu_ps(b + k), sum0);
+    sum1 = _mm256_fmadd_ps(_mm256_loadu_ps(a + k + 8), _mm256_loadu_ps(b + k + 8), sum1);
+    sum2 = _mm256_fmadd_ps(_mm256_loadu_ps(a + k + 16), _mm256_loadu_ps(b + k + 16), sum2);
+    sum3 = _mm256_fmadd_ps(_mm256_loadu_ps(a + k + 24), _mm256_loadu_ps(b + k + 24), sum3);
+  }
+  const auto sum = sum_of(_mm256_add_ps(_mm256_add_ps(sum0, sum1), _mm256_add_ps(sum2, sum3)));
+  return k < count ? sum + plain::dot(a + k, b + k, count - k) : sum;
+}
+
+LORA_AVX2 inline void add_dots(const RowsInMemory& w, const float* x, std::int64_t features, float* out) {
+  std::int64_t i = 0;
+  for (; i + 4 <= w.count; i += 4) {
+    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
+    auto sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+    auto other0 = sum0, other1 = sum0, other2 = sum0, other3 = sum0;  // so that no sum waits for itself
+    std::int64_t k = 0;
+    for (; k + 16 <= features; k += 16) {
+      const auto some = _mm256_loadu_ps(x + k), others = _mm256_loadu_ps(x + k + 8);
+      sum0 = _mm256_fmadd_ps(some, _mm256_loadu_ps(w0 + k), sum0);
+      sum1 = _mm256_fmadd_ps(some, _mm256_loadu_ps(w1 + k), sum1);
+      sum2 = _mm256_fmadd_ps(some, _mm256_loadu_ps(w2 + k), sum2);
+      sum3 = _mm256_fmadd_ps(some, _mm256_loadu_ps(w3 + k), sum3);
+      other0 = _mm256_fmadd_ps(others, _mm256_loadu_ps(w0 + k + 8), other0);
+      other1 = _mm256_fmadd_ps(others, _mm256_loadu_ps(w1 + k + 8), other1);
+      other2 = _mm256_fmadd_ps(others, _mm256_loadu_ps(w2 + k + 8), other2);
+      other3 = _mm256_fmadd_ps(others, _mm256_loadu_ps(w3 + k + 8), other3);
+    }
+    out[i] += sum_of(_mm256_add_ps(sum0, other0));
+    out[i + 1] += sum_of(_mm256_add_ps(sum1, other1));
+    out[i + 2] += sum_of(_mm256_add_ps(sum2, other2));
+    out[i + 3] += sum_of(_mm256_add_ps(sum3, other3));
+    if (k < features) plain::add_dots({w0 + k, w.stride, 4}, x + k, features - k, out + i);
+  }
+  for (; i < w.count; ++i) out[i] += dot(w.row(i), x, features);
+}
+
+/// Of four rows; the squares if they are wanted.
+template <bool kSquares>
+LORA_AVX2 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, const float* x0, const float* x1,
+                                      std::int64_t features, float* out0, float* out1, float* squares) {
+  const float *a0 = a.row(i), *a1 = a.row(i + 1), *a2 = a.row(i + 2), *a3 = a.row(i + 3);
+  auto sum00 = _mm256_setzero_ps(), sum01 = sum00, sum02 = sum00, sum03 = sum00;
+  auto sum10 = sum00, sum11 = sum00, sum12 = sum00, sum13 = sum00, square0 = sum00, square1 = sum00;
+  std::int64_t k = 0;
+  for (; k + 8 <= features; k += 8) {
+    const auto some0 = _mm256_loadu_ps(x0 + k), some1 = _mm256_loadu_ps(x1 + k);
+    auto row = _mm256_loadu_ps(a0 + k);
+    sum00 = _mm256_fmadd_ps(some0, row, sum00);
+    sum10 = _mm256_fmadd_ps(some1, row, sum10);
+    row = _mm256_loadu_ps(a1 + k);
+    sum01 = _mm256_fmadd_ps(some0, row, sum01);
+    sum11 = _mm256_fmadd_ps(some1, row, sum11);
+    row = _mm256_loadu_ps(a2 + k);
+    sum02 = _mm256_fmadd_ps(some0, row, sum02);
+    sum12 = _mm256_fmadd_ps(some1, row, sum12);
+    row = _mm256_loadu_ps(a3 + k);
+    sum03 = _mm256_fmadd_ps(some0, row, sum03);
+    sum13 = _mm256_fmadd_ps(some1, row, sum13);
+    if constexpr (kSquares) {
+      square0 = _mm256_fmadd_ps(some0, some0, square0);
+      square1 = _mm256_fmadd_ps(some1, some1, square1);
+    }
+  }
+  out0[i] += sum_of(sum00);
+  out0[i + 1] += sum_of(sum01);
+  out0[i + 2] += sum_of(sum02);
+  out0[i + 3] += sum_of(sum03);
+  out1[i] += sum_of(sum10);
+  out1[i + 1] += sum_of(sum11);
+  out1[i + 2] += sum_of(sum12);
+  out1[i + 3] += sum_of(sum13);
+  if constexpr (kSquares) {
+    squares[0] += sum_of(square0) + plain::dot(x0 + k, x0 + k, features - k);
+    squares[1] += sum_of(square1) + plain::dot(x1 + k, x1 + k, features - k);
+  }
+  if (k == features) return;
+  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, features - k, out0 + i);
+  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, features - k, out1 + i);
+}
+
+LORA_AVX2 inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features,
+                                   float* out0, float* out1, float* squares) {
+  std::int64_t i = 0;
+  if (squares == nullptr) {
+    // nothing of its own
+  } else if (a.count >= 4) {
+    add_four_by_two<true>(a, i, x0, x1, features, out0, out1, squares);
+    i = 4;
+  } else {
+    squares[0] += dot(x0, x0, features);
+    squares[1] += dot(x1, x1, features);
+  }
+  for (; i + 4 <= a.count; i += 4) add_four_by_two<false>(a, i, x0, x1, features, out0, out1, squares);
+  for (; i < a.count; ++i) {
+    out0[i] += dot(a.row(i), x0, features);
+    out1[i] += dot(a.row(i), x1, features);
+  }
+}
+
+LORA_AVX2 inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
+  std::int64_t i = 0;
+  for (; i + 4 <= w.count; i += 4) {
+    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
+    const auto c0 = _mm256_set1_ps(scale * c[i]), c1 = _mm256_set1_ps(scale * c[i + 1]),
+               c2 = _mm256_set1_ps(scale * c[i + 2]), c3 = _mm256_set1_ps(scale * c[i + 3]);
+    std::int64_t k = 0;
+    for (; k + 8 <= features; k += 8) {
+      auto sum = _mm256_fmadd_ps(c0, _mm256_loadu_ps(w0 + k), _mm256_loadu_ps(y + k));
+      sum = _mm256_fmadd_ps(c1, _mm256_loadu_ps(w1 + k), sum);
+      sum = _mm256_fmadd_ps(c2, _mm256_loadu_ps(w2 + k), sum);
+      _mm256_storeu_ps(y + k, _mm256_fmadd_ps(c3, _mm256_loadu_ps(w3 + k), sum));
+    }
+    if (k < features) plain::add_rows({w0 + k, w.stride, 4}, c + i, scale, features - k, y + k);
+  }
+  plain::add_rows({w.row(i), w.stride, w.count - i}, c + i, scale, features, y);
+}
+
+}  // namespace avx2
+
+#endif
+
+#if defined(LORA_AVX512)
+
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds that in its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+/// The functions of `plain`, sixteen numbers at a time, of four rows each.
+namespace avx512 {
+
+LORA_AVX512 inline float dot(const float* a, const float* b, std::int64_t count) {
+  auto sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+  std::int64_t k = 0;
+  for (; k + 64 <= count; k += 64) {
+    sum0 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k), _mm512_loadu_ps(b + k), sum0);
+    sum1 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k + 16), _mm512_loadu_ps(b + k + 16), sum1);
+    sum2 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k + 32), _mm512_loadu_ps(b + k + 32), sum2);
+    sum3 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k + 48), _mm512_loadu_ps(b + k + 48), sum3);
+  }
+  const auto sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum0, sum1), _mm512_add_ps(sum2, sum3)));
+  return k < count ? sum + plain::dot(a + k, b + k, count - k) : sum;
+}
+
+LORA_AVX512 inline void add_dots(const RowsInMemory& w, const float* x, std::int64_t features, float* out) {
+  std::int64_t i = 0;
+  for (; i + 4 <= w.count; i += 4) {
+    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
+    auto sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+    auto other0 = sum0, other1 = sum0, other2 = sum0, other3 = sum0;  // so that no sum waits for itself
+    std::int64_t k = 0;
+    for (; k + 32 <= features; k += 32) {
+      const auto some = _mm512_loadu_ps(x + k), others = _mm512_loadu_ps(x + k + 16);
+      sum0 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w0 + k), sum0);
+      sum1 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w1 + k), sum1);
+      sum2 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w2 + k), sum2);
+      sum3 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w3 + k), sum3);
+      other0 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w0 + k + 16), other0);
+      other1 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w1 + k + 16), other1);
+      other2 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w2 + k + 16), other2);
+      other3 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w3 + k + 16), other3);
+    }
+    out[i] += _mm512_reduce_add_ps(_mm512_add_ps(sum0, other0));
+    out[i + 1] += _mm512_reduce_add_ps(_mm512_add_ps(sum1, other1));
+    out[i + 2] += _mm512_reduce_add_ps(_mm512_add_ps(sum2, other2));
+    out[i + 3] += _mm512_reduce_add_ps(_mm512_add_ps(sum3, other3));
+    if (k < features) plain::add_dots({w0 + k, w.stride, 4}, x + k, features - k, out + i);
+  }
+  for (; i < w.count; ++i) out[i] += dot(w.row(i), x, features);
+}
+
+/// Of four rows; the squares if they are wanted.
+template <bool kSquares>
+LORA_AVX512 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, const float* x0, const float* x1,
+                                        std::int64_t features, float* out0, float* out1, float* squares) {
+  const float *a0 = a.row(i), *a1 = a.row(i + 1), *a2 = a.row(i + 2), *a3 = a.row(i + 3);
+  auto sum00 = _mm512_setzero_ps(), sum01 = sum00, sum02 = sum00, sum03 = sum00;
+  auto sum10 = sum00, sum11 = sum00, sum12 = sum00, sum13 = sum00, square0 = sum00, square1 = sum00;
+  std::int64_t k = 0;
+  for (; k + 16 <= features; k += 16) {
+    const auto some0 = _mm512_loadu_ps(x0 + k), some1 = _mm512_loadu_ps(x1 + k);
+    auto row = _mm512_loadu_ps(a0 + k);
+    sum00 = _mm512_fmadd_ps(some0, row, sum00);
+    sum10 = _mm512_fmadd_ps(some1, row, sum10);
+    row = _mm512_loadu_ps(a1 + k);
+    sum01 = _mm512_fmadd_ps(some0, row, sum01);
+    sum11 = _mm512_fmadd_ps(some1, row, sum11);
+    row = _mm512_loadu_ps(a2 + k);
+    sum02 = _mm512_fmadd_ps(some0, row, sum02);
+    sum12 = _mm512_fmadd_ps(some1, row, sum12);
+    row = _mm512_loadu_ps(a3 + k);
+    sum03 = _mm512_fmadd_ps(some0, row, sum03);
+    sum13 = _mm512_fmadd_ps(some1, row, sum13);
+    if constexpr (kSquares) {
+      square0 = _mm512_fmadd_ps(some0, some0, square0);
+      square1 = _mm512_fmadd_ps(some1, some1, square1);
+    }
+  }
+  out0[i] += _mm512_reduce_add_ps(sum00);
+  out0[i + 1] += _mm512_reduce_add_ps(sum01);
+  out0[i + 2] += _mm512_reduce_add_ps(sum02);
+  out0[i + 3] += _mm512_reduce_add_ps(sum03);
+  out1[i] += _mm512_reduce_add_ps(sum10);
+  out1[i + 1] += _mm512_reduce_add_ps(sum11);
+  out1[i + 2] += _mm512_reduce_add_ps(sum12);
+  out1[i + 3] += _mm512_reduce_add_ps(sum13);
+  if constexpr (kSquares) {
+    squares[0] += _mm512_reduce_add_ps(square0) + plain::dot(x0 + k, x0 + k, features - k);
+    squares[1] += _mm512_reduce_add_ps(square1) + plain::dot(x1 + k, x1 + k, features - k);
+  }
+  if (k == features) return;
+  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, features - k, out0 + i);
+  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, features - k, out1 + i);
+}
+
+LORA_AVX512 inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features,
+                                     float* out0, float* out1, float* squares) {
+  std::int64_t i = 0;
+  if (squares == nullptr) {
+    // nothing of its own
+  } else if (a.count >= 4) {
+    add_four_by_two<true>(a, i, x0, x1, features, out0, out1, squares);
+    i = 4;
+  } else {
+    squares[0] += dot(x0, x0, features);
+    squares[1] += dot(x1, x1, features);
+  }
+  for (; i + 4 <= a.count; i += 4) add_four_by_two<false>(a, i, x0, x1, features, out0, out1, squares);
+  for (; i < a.count; ++i) {
+    out0[i] += dot(a.row(i), x0, features);
+    out1[i] += dot(a.row(i), x1, features);
+  }
+}
+
+LORA_AVX512 inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
+  std::int64_t i = 0;
+  for (; i + 4 <= w.count; i += 4) {
+    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
+    const auto c0 = _mm512_set1_ps(scale * c[i]), c1 = _mm512_set1_ps(scale * c[i + 1]),
+               c2 = _mm512_set1_ps(scale * c[i + 2]), c3 = _mm512_set1_ps(scale * c[i + 3]);
+    std::int64_t k = 0;
+    for (; k + 16 <= features; k += 16) {
+      auto sum = _mm512_fmadd_ps(c0, _mm512_loadu_ps(w0 + k), _mm512_loadu_ps(y + k));
+      sum = _mm512_fmadd_ps(c1, _mm512_loadu_ps(w1 + k), sum);
+      sum = _mm512_fmadd_ps(c2, _mm512_loadu_ps(w2 + k), sum);
+      _mm512_storeu_ps(y + k, _mm512_fmadd_ps(c3, _mm512_loadu_ps(w3 + k), sum));
+    }
+    if (k < features) plain::add_rows({w0 + k, w.stride, 4}, c + i, scale, features - k, y + k);
+  }
+  plain::add_rows({w.row(i), w.stride, w.count - i}, c + i, scale, features, y);
+}
+
+}  // namespace avx512
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+/// The functions of `plain`, or of those beside it that use what some processors have.
+struct RowKernels {
+  const char* name;
+  decltype(&plain::add_dots) add_dots;
+  decltype(&plain::add_two_dots) add_two_dots;
+  decltype(&plain::add_rows) add_rows;
+};
+
+/// All that this processor can run, the fastest first.
+inline std::vector<RowKernels> runnable_row_kernels() {
+  std::vector<RowKernels> kernels;
+#if defined(LORA_AVX512)
+  if (has_avx512()) kernels.push_back({"AVX-512", avx512::add_dots, avx512::add_two_dots, avx512::add_rows});
+#endif
+#if defined(LORA_AVX2)
+  if (has_avx2()) kernels.push_back({"AVX2", avx2::add_dots, avx2::add_two_dots, avx2::add_rows});
+#endif
+  kernels.push_back({"plain", plain::add_dots, plain::add_two_dots, plain::add_rows});
+  return kernels;
+}
+
+/// The fastest that this processor can run.
+inline const RowKernels& row_kernels() {
+  static const RowKernels fastest = runnable_row_kernels().front();
+  return fastest;
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora

@@ -1,0 +1,102 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <lora/linkage.hpp>
+#include <lora/version.hpp>
+
+// The norms of the rows of W + s B A, which is not formed:
+//
+//   ||w + s b A||^2 = ||w||^2 + 2 s <A w, b> + s^2 <A A^T b, b>   for each row w of W and b of B
+//
+// A sum of this kind has the digits of its largest term, so of a row that the update all but cancels fewer are right.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// The norms (out) or (batch, out) for W (..., out, in), A (..., rank, in) and B (..., out, rank) of one type, without
+/// a gradient.
+LORA_INLINE at::Tensor updated_norms(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B, double scale);
+
+/// The same from A W^T (..., rank, out) and ||w||^2 (..., out).
+LORA_INLINE at::Tensor updated_norms(const at::Tensor& product, const at::Tensor& squares, const at::Tensor& A,
+                                     const at::Tensor& B, double scale);
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/matmul.h>
+
+#include <lora/weight/one_row.hpp>
+#include <lora/weight/row_kernels.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// So many ranks are looked at for each row of W while that is in the cache.
+inline constexpr int64_t kMostRanks = 64;
+
+inline at::Tensor norms_by_rows(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B, double scale) {
+  constexpr int64_t kNumbersOfThread = 1 << 14;
+  const auto rows = W.size(0), features = W.size(1), rank = A.size(0);
+  // s / 2 A A^T b, to which A w is added, so that the norm is one product with b.
+  const auto halves = B.mm(A.mm(A.t()).mul_(scale / 2));
+  auto norms = at::empty({rows}, W.options());
+  const auto *w = W.const_data_ptr<float>(), *b = B.const_data_ptr<float>(), *half = halves.const_data_ptr<float>();
+  const RowsInMemory a{A.const_data_ptr<float>(), features, rank};
+  auto* out = norms.mutable_data_ptr<float>();
+  const auto& kernels = row_kernels();
+  const auto norm = [&, factor = static_cast<float>(2 * scale)](float square, const float* of, const float* sums) {
+    return std::sqrt(std::max(square + factor * plain::dot(of, sums, rank), 0.0F));
+  };
+  at::parallel_for(0, rows, std::max<int64_t>(1, kNumbersOfThread / std::max<int64_t>(features, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     std::array<float, kMostRanks> sums, others;
+                     for (auto i = begin; i < end; i += 2) {
+                       const auto next = std::min(i + 1, end - 1);
+                       float squares[2] = {};
+                       std::copy_n(half + i * rank, rank, sums.begin());
+                       std::copy_n(half + next * rank, rank, others.begin());
+                       kernels.add_two_dots(a, w + i * features, w + next * features, features, sums.data(),
+                                            others.data(), squares);
+                       out[i] = norm(squares[0], b + i * rank, sums.data());
+                       out[next] = norm(squares[1], b + next * rank, others.data());
+                     }
+                   });
+  return norms;
+}
+
+LORA_INLINE at::Tensor updated_norms(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B, double scale) {
+  const auto is_for_rows = [](const at::Tensor& matrix) {
+    return matrix.dim() == 2 && is_plain_float(matrix) && matrix.is_contiguous();
+  };
+  if (A.size(-2) <= kMostRanks && is_for_rows(W) && is_for_rows(A) && is_for_rows(B))
+    return norms_by_rows(W, A, B, scale);
+  return updated_norms(A.matmul(W.mT()), at::linalg_vector_norm(W, 2, {-1}).square(), A, B, scale);
+}
+
+LORA_INLINE at::Tensor updated_norms(const at::Tensor& product, const at::Tensor& squares, const at::Tensor& A,
+                                     const at::Tensor& B, double scale) {
+  const auto B_t = B.mT();
+  const auto changes = product.mul(2 * scale).add_(A.matmul(A.mT()).matmul(B_t), scale * scale);
+  return squares.add(changes.mul_(B_t).sum(-2)).clamp_min_(0).sqrt_();
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES

@@ -1,0 +1,58 @@
+#include "support/testing.hpp"
+
+#include <lora/weight/row_kernels.hpp>
+
+namespace {
+
+using torch::Tensor;
+
+/// Rows that lie further apart than they are long.
+struct Rows {
+  Rows(int64_t count, int64_t features)
+      : whole(torch::randn({count, features + 3})), numbers(whole.narrow(1, 0, features)) {}
+  lora::detail::RowsInMemory in_memory() const {
+    return {whole.const_data_ptr<float>(), whole.stride(0), whole.size(0)};
+  }
+  Tensor whole, numbers;
+};
+
+double error(const Tensor& found, const Tensor& exact) { return testing::distance(found, exact.to(torch::kFloat)); }
+
+}  // namespace
+
+TEST_CASE("Products of a row and rows in memory, of whatever a processor has") {
+  torch::manual_seed(0);
+  const auto kernels = lora::detail::runnable_row_kernels();
+  REQUIRE(kernels.back().name == std::string("plain"));
+  for (const auto& [name, add_dots, add_two_dots, add_rows] : kernels) {
+    for (const int64_t count : {0, 1, 3, 4, 5, 8, 11}) {
+      for (const int64_t features : {0, 1, 4, 7, 16, 33, 64, 100, 129}) {
+        INFO(name << ", " << count << " rows of " << features);
+        const Rows w(count, features);
+        const auto wide = w.numbers.to(torch::kDouble);
+        const auto x = torch::randn({2, features}), before = torch::randn({2, count}), sum = torch::randn({features});
+        const auto exact = before + x.to(torch::kDouble).mm(wide.t());
+        auto out = before.clone();
+        for (int64_t i = 0; i < 2; ++i)
+          add_dots(w.in_memory(), x[i].const_data_ptr<float>(), features, out[i].mutable_data_ptr<float>());
+        CHECK(error(out, exact) < 1e-5);
+
+        for (const bool wants_squares : {false, true}) {
+          out = before.clone();
+          float squares[2] = {1, 2};
+          add_two_dots(w.in_memory(), x[0].const_data_ptr<float>(), x[1].const_data_ptr<float>(), features,
+                       out[0].mutable_data_ptr<float>(), out[1].mutable_data_ptr<float>(),
+                       wants_squares ? squares : nullptr);
+          CHECK(error(out, exact) < 1e-5);
+          const auto expected = torch::tensor({1.0, 2.0}) + (wants_squares ? 1 : 0) * x.pow(2).sum(1);
+          CHECK(error(torch::tensor({squares[0], squares[1]}), expected) < 1e-4);
+        }
+
+        auto y = sum.clone();
+        const auto c = torch::randn({count});
+        add_rows(w.in_memory(), c.const_data_ptr<float>(), -1.5F, features, y.mutable_data_ptr<float>());
+        CHECK(error(y, sum - 1.5 * c.to(torch::kDouble).unsqueeze(0).mm(wide)[0]) < 1e-5);
+      }
+    }
+  }
+}
