@@ -126,9 +126,9 @@ set(LORA_DETAIL_HEADERS
   selection/patterns.hpp
   selection/selection.hpp
   selection/text.hpp
-  system/attributes.hpp
   system/files.hpp
   system/libtorch.hpp
+  system/process_wide.hpp
   system/processor.hpp
   train/flat_buffer.hpp
   train/new_graph.hpp

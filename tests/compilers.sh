@@ -7,9 +7,9 @@ set -eu
 cd "$(dirname "$0")/.."
 . tests/setup.sh
 
-for_windows="version fwd options system/attributes system/files system/libtorch files/error files/descriptor
+for_windows="version fwd options system/files system/libtorch files/error files/descriptor
   files/mapped_file files/folder_lock files/atomic_file files/atomic_pair files/json files/safetensors/types
-  files/safetensors/entries files/safetensors/header selection/text selection/patterns peft/load_options peft/schema"
+  files/safetensors/entries files/safetensors/header selection/text selection/patterns peft/load_options"
 warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror"
 
 choose_python

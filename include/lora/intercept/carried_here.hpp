@@ -1,6 +1,6 @@
 #pragma once
 
-#include <lora/system/attributes.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
 
 namespace lora {
@@ -18,10 +18,17 @@ class CarriedHere {
   static bool is() { return depth() > 0; }
 
  private:
-  LORA_SHARED static int& depth() {
+  static int& depth_here() {
     thread_local int count = 0;
     return count;
   }
+
+  struct Depth {
+    static constexpr const char* kName = "carried_here";
+    int& (*of_thread)() = &depth_here;
+  };
+
+  static int& depth() { return process_wide<Depth>().of_thread(); }
 };
 
 }  // namespace detail

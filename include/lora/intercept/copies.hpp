@@ -3,7 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/intrusive_ptr.h>
 
-#include <lora/system/attributes.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/placeholder.hpp>
 
@@ -61,16 +61,14 @@ class Copies {
   };
 
   struct All {
+    static constexpr const char* kName = "copies";
     std::atomic<bool> are_any{false};
     std::shared_mutex mutex;
     std::unordered_map<const c10::StorageImpl*, Origin> origins;
     size_t most = 64;  // before those that are gone are looked for
   };
 
-  LORA_SHARED static All& all() {
-    static auto* copies = new All;
-    return *copies;
-  }
+  static All& all() { return process_wide<All>(); }
 };
 
 }  // namespace detail

@@ -21,7 +21,7 @@
 #include <lora/intercept/scope.hpp>
 #include <lora/intercept/weight_kernel.hpp>
 #include <lora/layers/norm_limit.hpp>
-#include <lora/system/attributes.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/optional.hpp>
 
@@ -283,6 +283,8 @@ inline constexpr const char* kWholeWeightOperators[] = {
 /// The libraries through which kernels are registered; they stay for as long as the process.
 class Registration {
  public:
+  static constexpr const char* kName = "kernels_" LORA_KEY_NAMES;
+
   Registration() {
     check_unclaimed(kInterceptionKey);
     check_unclaimed(kWeightKey);
@@ -352,12 +354,8 @@ class Registration {
 };
 
 /// Registers the kernels once in the process. Only one fallback may be registered for a key, so it is done when the
-/// first adapter is added, not when a shared library is loaded; and it is visible, so that libraries with hidden
-/// symbols share it.
-LORA_SHARED inline void register_kernels() {
-  static const auto* registration = new Registration;
-  (void)registration;
-}
+/// first adapter is added, not when a shared library is loaded.
+inline void register_kernels() { process_wide<Registration>(); }
 
 }  // namespace detail
 }  // namespace LORA_ABI

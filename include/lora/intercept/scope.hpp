@@ -12,7 +12,7 @@
 #include <lora/intercept/copies.hpp>
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
-#include <lora/system/attributes.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/system/libtorch.hpp>
 #include <lora/version.hpp>
 
@@ -111,10 +111,13 @@ class ActiveScopes final : public c10::DebugInfoBase {
     }
   }
 
-  LORA_SHARED static c10::DebugInfoKind kind() {
-    static constexpr std::string_view name = "LORA_SCOPES " LORA_ABI_NAME;
-    return debug_info_kind<c10::DebugInfoKind>(&name);
-  }
+  struct Kind {
+    static constexpr const char* kName = "scopes_" LORA_KEY_NAMES;
+    const std::string_view name = "LORA_SCOPES " LORA_ABI_NAME " " LORA_KEY_NAMES;
+    const c10::DebugInfoKind kind = debug_info_kind<c10::DebugInfoKind>(&name);
+  };
+
+  static c10::DebugInfoKind kind() { return process_wide<Kind>().kind; }
 
   static List all_of_thread() {
     const auto* active = current();

@@ -19,6 +19,7 @@ namespace detail {
 #ifndef LORA_WEIGHT_DISPATCH_KEY
 #define LORA_WEIGHT_DISPATCH_KEY TESTING_ONLY_GenericMode
 #endif
+#define LORA_KEY_NAMES LORA_TEXT_OF(LORA_DISPATCH_KEY) "_" LORA_TEXT_OF(LORA_WEIGHT_DISPATCH_KEY)
 
 /// On a thread that is in a scope: the products that are known are computed with their updates.
 inline constexpr auto kInterceptionKey = c10::DispatchKey::LORA_DISPATCH_KEY;

@@ -2,7 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <lora/system/attributes.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -45,14 +45,12 @@ class MergedWeight {
 
  private:
   struct All {
+    static constexpr const char* kName = "merged_weights";
     std::mutex mutex;
     std::unordered_multimap<const c10::TensorImpl*, bool> weights;
   };
 
-  LORA_SHARED static All& all() {
-    static auto* weights = new All;
-    return *weights;
-  }
+  static All& all() { return process_wide<All>(); }
 
   const c10::TensorImpl* weight_;
   bool was_held_;

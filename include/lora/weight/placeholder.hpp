@@ -6,7 +6,7 @@
 #include <c10/util/accumulate.h>
 
 #include <lora/linkage.hpp>
-#include <lora/system/attributes.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/quantized.hpp>
@@ -43,14 +43,19 @@ struct HeldNumbers {
 };
 
 /// By which such a storage is known.
-LORA_SHARED inline void delete_held_numbers(void* held) { delete static_cast<HeldNumbers*>(held); }
+struct DeleterOfHeldNumbers {
+  static constexpr const char* kName = "held_numbers";
+  void (*function)(void*) = [](void* held) { delete static_cast<HeldNumbers*>(held); };
+};
 
 /// What the placeholder holds of which `tensor` is a view; null where it is none.
 inline const HeldNumbers* held_numbers(const at::Tensor& tensor) {
   if (!tensor.defined() || !is_marked(tensor) || !tensor.has_storage()) return nullptr;
   auto* storage = tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
   const auto& memory = storage->_mutable_data_ptr_no_checks();
-  return memory.get_deleter() == &delete_held_numbers ? static_cast<const HeldNumbers*>(memory.get_context()) : nullptr;
+  return memory.get_deleter() == process_wide<DeleterOfHeldNumbers>().function
+             ? static_cast<const HeldNumbers*>(memory.get_context())
+             : nullptr;
 }
 
 /// The quantized weight of which `tensor` is a view; null for one that has its numbers.
@@ -150,7 +155,7 @@ LORA_INLINE at::Tensor placeholder(std::shared_ptr<const QuantizedWeight> weight
                        /*resizable=*/false);
   storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(text);
   storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks() =
-      at::DataPtr(nullptr, held.release(), &delete_held_numbers, device);
+      at::DataPtr(nullptr, held.release(), process_wide<DeleterOfHeldNumbers>().function, device);
   const c10::DispatchKeySet keys(c10::computeDispatchKey(dtype, at::kStrided, device));
   auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, c10::scalarTypeToTypeMeta(dtype));
   tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);

@@ -6,7 +6,7 @@
 #include <torch/csrc/jit/passes/inline_fork_wait.h>
 
 #include <lora/model/script/module.hpp>
-#include <lora/system/attributes.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -82,16 +82,14 @@ class PlainExecution {
     bool leaves_forks;
   };
 
-  // Never destroyed, since adapters may live in static variables.
-  LORA_SHARED static std::mutex& mutex() {
-    static auto* mutex = new std::mutex;
-    return *mutex;
-  }
+  struct All {
+    static constexpr const char* kName = "plain_execution";
+    std::mutex mutex;
+    std::unordered_map<Function*, Held> functions;
+  };
 
-  LORA_SHARED static std::unordered_map<Function*, Held>& all() {
-    static auto* all = new std::unordered_map<Function*, Held>;
-    return *all;
-  }
+  static std::mutex& mutex() { return process_wide<All>().mutex; }
+  static std::unordered_map<Function*, Held>& all() { return process_wide<All>().functions; }
 
   void hold(Function& function) {
     auto found = all().find(&function);
