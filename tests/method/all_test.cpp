@@ -5,6 +5,8 @@
 #include <lora/attach.hpp>
 
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <set>
 
@@ -126,6 +128,40 @@ TEST_CASE("Every method: merging under autocast is computed in float all the sam
   f.adapters->merge();
   at::autocast::set_autocast_enabled(testing::device().type(), false);
   CHECK(torch::equal(f.layer().weight, expected));
+}
+
+TEST_CASE("Every method: a forward pass under autocast is that without it, rounded") {
+  Fixture f(any_method(), torch::kFloat);
+  const torch::NoGradGuard no_grad;
+  const auto expected = f.forward();
+  const auto device = testing::device().type();
+  at::autocast::set_autocast_enabled(device, true);
+  at::autocast::set_autocast_dtype(device, torch::kBFloat16);
+  const auto rounded = f.forward();
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(device, false);
+  CHECK(rounded.scalar_type() == torch::kBFloat16);
+  CHECK(testing::distance(rounded, expected) < 0.03 * (1 + expected.abs().max().item<double>()));
+}
+
+TEST_CASE("Every method but VeRA: what is traced in a scope computes the same of other inputs") {
+  const auto method = any_method();
+  INFO(method.info().name);
+  if (method.info().name == "VeRA") return;  // TorchScript's shape propagation throws for what is traced of it
+  Fixture f(method, torch::kFloat);
+  const torch::NoGradGuard no_grad;
+  for (auto& parameter : f.model->parameters()) parameter.requires_grad_(false);  // which no constant may
+  for (auto& parameter : f.adapters->parameters()) parameter.requires_grad_(false);
+  const auto run = [&](torch::jit::Stack stack) {
+    f.x = stack.front().toTensor();
+    return torch::jit::Stack{f.forward()};
+  };
+  const auto traced = torch::jit::tracer::trace({f.x}, run, [](const auto&) { return ""; }).first;
+  torch::jit::GraphFunction function("forward", traced->graph, nullptr);
+  f.x = torch::randn({4, 3, f.x.size(-1)}, f.x.options());
+  torch::jit::Stack stack{f.x};
+  function.run(stack);
+  CHECK(testing::distance(stack.front().toTensor(), f.forward()) < 1e-5);
 }
 
 TEST_CASE("Every method: a row of zeros in the weight does no harm") {

@@ -68,6 +68,8 @@ TEST_CASE("Products of one row, with factors as they lie in memory") {
             is_by_rank ? random({rank, features}, torch::kFloat) : random({features, rank}, torch::kFloat).t();
         const auto x = random({1, features}, torch::kFloat), c = random({rank, 1}, torch::kFloat);
         const auto wide = [](const Tensor& tensor) { return tensor.to(torch::kDouble); };
+        const bool is_here = testing::device().is_cpu() && rank * features <= 1 << 17;
+        CHECK(lora::detail::is_for_one_row(M, x.t()) == is_here);
         CHECK(error(lora::detail::thin_mm(M, x.t()), wide(M).mm(wide(x).t())) < 1e-5);
         const auto gradient = lora::detail::thin_mm_like(M, c, x, -1.5);
         CHECK(error(gradient, -1.5 * wide(c).mm(wide(x))) < 1e-6);
@@ -78,6 +80,20 @@ TEST_CASE("Products of one row, with factors as they lie in memory") {
       }
     }
   }
+}
+
+TEST_CASE("One row of another size is refused, and a negative view is what it stands for") {
+  const auto A = random({4, 48}, torch::kFloat), B_t = random({48, 4}, torch::kFloat).t();
+  for (const int64_t features : {47, 49}) {
+    const auto x = random({1, features}, torch::kFloat);
+    CHECK_THROWS(lora::detail::thin_mm(A, x.t()));
+    CHECK_THROWS(lora::detail::add_thin_mm_(x, random({1, 4}, torch::kFloat), B_t, 1));
+  }
+  auto sum = random({1, 48}, torch::kFloat);
+  CHECK_THROWS(lora::detail::add_thin_mm_(sum, random({1, 5}, torch::kFloat), B_t, 1));
+  if (!testing::device().is_cpu()) return;  // others need not have such views
+  const auto x = random({1, 48}, torch::kFloat);
+  CHECK(error(lora::detail::thin_mm(A, at::_neg_view(x).t()), A.mm(x.t()) * -1) < 1e-6);
 }
 
 TEST_CASE("A product with no rows, or of no features, is empty or zero") {

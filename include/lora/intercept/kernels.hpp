@@ -27,6 +27,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -283,8 +284,6 @@ inline constexpr const char* kWholeWeightOperators[] = {
 /// The libraries through which kernels are registered; they stay for as long as the process.
 class Registration {
  public:
-  static constexpr const char* kName = "kernels_" LORA_KEY_NAMES;
-
   Registration() {
     check_unclaimed(kInterceptionKey);
     check_unclaimed(kWeightKey);
@@ -353,9 +352,18 @@ class Registration {
   std::vector<std::unique_ptr<torch::Library>> libraries_;
 };
 
+struct RegisteredKernels {
+  static constexpr const char* kName = "kernels_" LORA_KEY_NAMES;
+  std::once_flag once;  // of all libraries: who is second waits, and does not find half of them
+  std::unique_ptr<Registration> made;
+};
+
 /// Registers the kernels once in the process. Only one fallback may be registered for a key, so it is done when the
 /// first adapter is added, not when a shared library is loaded.
-inline void register_kernels() { process_wide<Registration>(); }
+inline void register_kernels() {
+  auto& kernels = process_wide<RegisteredKernels>();
+  std::call_once(kernels.once, [&] { kernels.made = std::make_unique<Registration>(); });
+}
 
 }  // namespace detail
 }  // namespace LORA_ABI

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <lora/method/low_rank.hpp>
 #include <lora/version.hpp>
@@ -54,6 +56,7 @@ struct DoRA : Method {
   /// ||W + s B A|| (out), in float at least.
   at::Tensor norms(const Base& base) const {
     at::NoGradGuard no_grad;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto type = adapter_dtype(lora_A.scalar_type());
     return base.updated_norms(lora_A.detach().to(type), lora_B.detach().to(type), scaling);
   }

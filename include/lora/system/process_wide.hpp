@@ -19,7 +19,9 @@ inline namespace LORA_ABI {
 namespace detail {
 
 /// The object of type T that all shared libraries of one process have in common which are built with this version of
-/// the headers. It is made by who asks first, and never destroyed. T has a name, `T::kName`, of its own.
+/// the headers. It is made by who asks first, and never destroyed; functions that it points to are that library's,
+/// which has to stay loaded. Where two ask at once, one T may be made that nobody gets. T has a name, `T::kName`, of
+/// its own.
 ///
 /// Static variables would not do: of libraries that hide their symbols, or are loaded apart from each other and built
 /// by clang, each has its own. All have one LibTorch. So the address is kept there, as the default of the argument of
@@ -39,7 +41,9 @@ T& process_wide() {
       const auto address = static_cast<int64_t>(reinterpret_cast<std::intptr_t>(made.get()));
       c10::Argument argument("address", c10::IntType::get(), std::nullopt, c10::IValue(address));
       c10::FunctionSchema schema(name, "", {std::move(argument)}, {});
-      new c10::RegistrationHandleRAII(dispatcher.registerDef(std::move(schema), __FILE__));
+      static const auto* registered =  // for as long as the process lives
+          new c10::RegistrationHandleRAII(dispatcher.registerDef(std::move(schema), __FILE__));
+      (void)registered;
       return *made.release();
     } catch (const c10::Error&) {  // a thread of another library may have been faster
       auto* there = found();

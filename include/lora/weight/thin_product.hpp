@@ -115,7 +115,7 @@ void for_each_block(const at::Tensor& large, int64_t rows, const Visit& visit) {
 }
 
 LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& large) {
-  if (large.size(1) == 1 && is_for_one_row(a, large)) return product_with_one(a, large);
+  if (large.size(1) == 1 && a.size(1) == large.size(0) && is_for_one_row(a, large)) return product_with_one(a, large);
   const auto b = written_out(large, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
@@ -132,8 +132,9 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& large) {
 
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& large,
                                     double scale) {
-  if (a.size(1) == 1 && is_for_one_row(like, a) && is_for_one_row(like, large))
-    return outer_product(like, a, large, scale);
+  const bool is_of_one =
+      a.size(1) == 1 && large.size(0) == 1 && a.size(0) == like.size(0) && large.size(1) == like.size(1);
+  if (is_of_one && is_for_one_row(like, a) && is_for_one_row(like, large)) return outer_product(like, a, large, scale);
   const auto b = written_out(large, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
@@ -174,7 +175,8 @@ LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
 }
 
 LORA_INLINE void add_thin_mm_(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
-  if (sum.size(0) == 1 && is_for_one_row(b, a) && is_for_one_row(b, sum)) {
+  const bool fits = a.size(0) == 1 && a.size(1) == b.size(0) && sum.size(1) == b.size(1);
+  if (sum.size(0) == 1 && fits && is_for_one_row(b, a) && is_for_one_row(b, sum)) {
     add_product_with_one(sum, a, b, scale);
   } else {
     sum.addmm_(a, b, /*beta=*/1, scale);

@@ -35,6 +35,9 @@ LORA_INLINE at::Tensor updated_norms(const at::Tensor& product, const at::Tensor
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
 
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include <lora/system/processor.hpp>
 #include <lora/weight/one_row.hpp>
 #include <lora/weight/row_kernels.hpp>
 
@@ -46,8 +49,19 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// So many ranks are looked at for each row of W while that is in the cache.
 inline constexpr int64_t kMostRanks = 64;
+
+/// Whether the norms are computed in one pass over W: all are numbers of float32 on a CPU, A fits a cache beside the
+/// rows of W, and nothing records operators.
+inline bool is_for_norms_by_rows(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B) {
+  constexpr int64_t kMostNumbers = 1 << 16;
+  const auto is_matrix = [](const at::Tensor& matrix) {
+    return matrix.dim() == 2 && is_plain_float(matrix) && matrix.is_contiguous();
+  };
+  if (!is_matrix(W) || !is_matrix(A) || !is_matrix(B)) return false;
+  const bool fits = A.size(1) == W.size(1) && B.size(0) == W.size(0) && B.size(1) == A.size(0);
+  return fits && A.size(0) <= kMostRanks && A.numel() <= kMostNumbers && has_avx2() && !torch::jit::tracer::isTracing();
+}
 
 inline at::Tensor norms_by_rows(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B, double scale) {
   constexpr int64_t kNumbersOfThread = 1 << 14;
@@ -80,11 +94,7 @@ inline at::Tensor norms_by_rows(const at::Tensor& W, const at::Tensor& A, const 
 }
 
 LORA_INLINE at::Tensor updated_norms(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B, double scale) {
-  const auto is_for_rows = [](const at::Tensor& matrix) {
-    return matrix.dim() == 2 && is_plain_float(matrix) && matrix.is_contiguous();
-  };
-  if (A.size(-2) <= kMostRanks && is_for_rows(W) && is_for_rows(A) && is_for_rows(B))
-    return norms_by_rows(W, A, B, scale);
+  if (is_for_norms_by_rows(W, A, B)) return norms_by_rows(W, A, B, scale);
   return updated_norms(A.matmul(W.mT()), at::linalg_vector_norm(W, 2, {-1}).square(), A, B, scale);
 }
 
