@@ -36,15 +36,17 @@ T& process_wide() {
       return op ? reinterpret_cast<T*>(op->schema().arguments().front().default_value()->toInt()) : nullptr;
     };
     if (auto* there = found()) return *there;
+    struct Held {
+      T object;
+      std::optional<c10::RegistrationHandleRAII> registration;
+    };
     try {
-      auto made = std::make_unique<T>();
-      const auto address = static_cast<int64_t>(reinterpret_cast<std::intptr_t>(made.get()));
+      auto made = std::make_unique<Held>();
+      const auto address = static_cast<int64_t>(reinterpret_cast<std::intptr_t>(&made->object));
       c10::Argument argument("address", c10::IntType::get(), std::nullopt, c10::IValue(address));
       c10::FunctionSchema schema(name, "", {std::move(argument)}, {});
-      static const auto* registered =  // for as long as the process lives
-          new c10::RegistrationHandleRAII(dispatcher.registerDef(std::move(schema), __FILE__));
-      (void)registered;
-      return *made.release();
+      made->registration.emplace(dispatcher.registerDef(std::move(schema), __FILE__));
+      return made.release()->object;
     } catch (const c10::Error&) {  // a thread of another library may have been faster
       auto* there = found();
       if (there == nullptr) throw;
