@@ -75,7 +75,8 @@ struct VeRA : Method {
     const auto rank = vera_lambda_d.size(-1);
     const auto a = vera_A.narrow(0, 0, rank).narrow(1, 0, shape.in);
     const auto b = vera_B.narrow(0, 0, shape.out).narrow(1, 0, rank);
-    return {vera_lambda_d.unsqueeze(-1) * a, vera_lambda_b.unsqueeze(-1) * b};
+    // Counted from the front: what TorchScript infers of the shape of unsqueeze(-1) is wrong.
+    return {vera_lambda_d.unsqueeze(vera_lambda_d.dim()) * a, vera_lambda_b.unsqueeze(vera_lambda_b.dim()) * b};
   }
 
   at::Tensor vera_lambda_b, vera_lambda_d;
