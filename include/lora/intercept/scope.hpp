@@ -12,8 +12,8 @@
 #include <lora/intercept/copies.hpp>
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
-#include <lora/system/process_wide.hpp>
 #include <lora/system/libtorch.hpp>
+#include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>

@@ -88,7 +88,6 @@ LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, c
 #include <lora/system/processor.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/one_row.hpp>
-#include <lora/weight/row_kernels.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -184,7 +183,7 @@ inline at::Tensor row_mm(const at::Tensor& x, const at::Tensor& matrix, const at
   constexpr int64_t kNumbersOfThread = 1 << 16;
   const at::AutoDispatchBelowAutograd without_gradient;
   const auto in = x.contiguous();
-  const auto inputs = matrix.size(0), outputs = matrix.size(1);
+  const auto outputs = matrix.size(1);
   auto y = at::empty({1, outputs}, x.options());
   auto* to = y.mutable_data_ptr<float>();
   if (bias.defined()) {
@@ -193,14 +192,10 @@ inline at::Tensor row_mm(const at::Tensor& x, const at::Tensor& matrix, const at
   } else {
     std::fill_n(to, outputs, 0.0F);
   }
-  const auto *numbers = matrix.const_data_ptr<float>(), *from = in.const_data_ptr<float>();
-  const auto grain = std::max<int64_t>(16, kNumbersOfThread / inputs);
-  at::parallel_for(0, outputs, grain, [&](int64_t begin, int64_t end) {
-    if (matrix.stride(0) == 1) {
-      row_kernels().add_dots({numbers + begin * inputs, inputs, end - begin}, from, inputs, to + begin);
-    } else {
-      row_kernels().add_rows({numbers + begin, outputs, inputs}, from, 1, end - begin, to + begin);
-    }
+  const MatrixInMemory m(matrix);
+  const auto grain = std::max<int64_t>(16, kNumbersOfThread / m.inputs);
+  at::parallel_for(0, m.outputs, grain, [&](int64_t first, int64_t last) {
+    add_row_product(m, in.const_data_ptr<float>(), /*scale=*/1, first, last, to);
   });
   return y;
 }

@@ -21,19 +21,31 @@ inline bool is_plain_float(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat && tensor.is_cpu() && is_plain(tensor);
 }
 
-/// A factor (rank, features) in memory, of which the features of each rank lie together, as in A, or the ranks of each
-/// feature, as in the transpose of B.
-struct FactorInMemory {
-  explicit FactorInMemory(const at::Tensor& factor)
-      : rank(factor.size(0)),
-        features(factor.size(1)),
-        is_by_rank(factor.stride(1) == 1),
-        rows{factor.const_data_ptr<float>(), factor.stride(is_by_rank ? 0 : 1), is_by_rank ? rank : features} {}
+/// A matrix in memory of which each row lies together, as in A, or each column, as in the transpose of B.
+struct MatrixInMemory {
+  explicit MatrixInMemory(const at::Tensor& matrix)
+      : inputs(matrix.size(0)),
+        outputs(matrix.size(1)),
+        is_by_row(matrix.stride(1) == 1),
+        stride(matrix.stride(is_by_row ? 0 : 1)),
+        numbers(matrix.const_data_ptr<float>()) {}
 
-  int64_t rank, features;
-  bool is_by_rank;
-  RowsInMemory rows;
+  int64_t inputs, outputs;
+  bool is_by_row;
+  int64_t stride;
+  const float* numbers;
 };
+
+/// y += scale x M for x (inputs), a matrix M (inputs, outputs) and y (outputs), of the outputs [first, last).
+inline void add_row_product(const MatrixInMemory& m, const float* x, float scale, int64_t first, int64_t last,
+                            float* y) {
+  const auto& kernels = row_kernels();
+  if (m.is_by_row) {
+    kernels.add_rows({m.numbers + first, m.stride, m.inputs}, x, scale, last - first, y + first);
+  } else {
+    kernels.add_dots({m.numbers + first * m.stride, m.stride, last - first}, x, scale, m.inputs, y + first);
+  }
+}
 
 /// Whether products of a factor (rank, features) and one row, as a row or as a column, are computed here.
 inline bool is_for_one_row(const at::Tensor& factor, const at::Tensor& one) {
@@ -45,36 +57,18 @@ inline bool is_for_one_row(const at::Tensor& factor, const at::Tensor& one) {
 
 /// M x (rank, 1) for a factor M (rank, features), x (features, 1).
 inline at::Tensor product_with_one(const at::Tensor& factor, const at::Tensor& x) {
-  const FactorInMemory m(factor);
-  auto product = at::empty({m.rank, 1}, factor.options());
-  const auto* in = x.const_data_ptr<float>();
+  const MatrixInMemory transposed(factor.t());
+  auto product = at::empty({transposed.outputs, 1}, factor.options());
   auto* out = product.mutable_data_ptr<float>();
-  std::fill_n(out, m.rank, 0.0F);
-  if (m.is_by_rank) {
-    row_kernels().add_dots(m.rows, in, m.features, out);
-    return product;
-  }
-  int64_t i = 0;
-  for (; i + plain::kFour <= m.rank; i += plain::kFour) {  // of so few the sums are in registers
-    plain::Four even = {}, odd = {};
-    for (int64_t k = 0; k < m.features; ++k) (k % 2 == 0 ? even : odd) += in[k] * plain::load_four(m.rows.row(k) + i);
-    even += odd;
-    plain::store(even, out + i);
-  }
-  for (; i < m.rank; ++i) {
-    for (int64_t k = 0; k < m.features; ++k) out[i] += in[k] * m.rows.row(k)[i];
-  }
+  std::fill_n(out, transposed.outputs, 0.0F);
+  add_row_product(transposed, x.const_data_ptr<float>(), 1, 0, transposed.outputs, out);
   return product;
 }
 
 /// sum (1, features) += scale c M for c (1, rank), a factor M (rank, features).
 inline void add_product_with_one(const at::Tensor& sum, const at::Tensor& c, const at::Tensor& factor, double scale) {
-  const FactorInMemory m(factor);
-  const auto* in = c.const_data_ptr<float>();
-  const auto by = static_cast<float>(scale);
-  auto* out = sum.mutable_data_ptr<float>();
-  if (m.is_by_rank) return row_kernels().add_rows(m.rows, in, by, m.features, out);
-  for (int64_t k = 0; k < m.features; ++k) out[k] += by * plain::dot(m.rows.row(k), in, m.rank);
+  const MatrixInMemory m(factor);
+  add_row_product(m, c.const_data_ptr<float>(), static_cast<float>(scale), 0, m.outputs, sum.mutable_data_ptr<float>());
 }
 
 /// scale a b for a (rank, 1), b (1, features), in memory as `like` is, which has the result's shape.

@@ -70,34 +70,36 @@ inline float dot(const float* a, const float* b, std::int64_t count) {
   return rest + sum_of(sums[0]);
 }
 
-/// out_i += <w_i, x> for an x of `features` numbers
-inline void add_dots(const RowsInMemory& w, const float* x, std::int64_t features, float* out) {
-  for (std::int64_t i = 0; i < w.count; ++i) out[i] += dot(w.row(i), x, features);
-}
-
-/// out0_i += <a_i, x0>, out1_i += <a_i, x1>, and squares_0 += <x0, x0>, squares_1 += <x1, x1>, unless that is null.
-inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features, float* out0,
-                         float* out1, float* squares) {
-  add_dots(a, x0, features, out0);
-  add_dots(a, x1, features, out1);
-  if (squares == nullptr) return;
-  squares[0] += dot(x0, x0, features);
-  squares[1] += dot(x1, x1, features);
+/// out_i += scale <w_i, x> for an x of `features` numbers
+inline void add_dots(const RowsInMemory& w, const float* x, float scale, std::int64_t features, float* out) {
+  for (std::int64_t i = 0; i < w.count; ++i) out[i] += scale * dot(w.row(i), x, features);
 }
 
 /// y (features) += sum over i of scale c_i w_i
 inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
-  for (std::int64_t i = 0; i < w.count; ++i) {
-    const float factor = scale * c[i];
-    const auto* row = w.row(i);
-    std::int64_t k = 0;
-    for (; k + kFour <= features; k += kFour) {
-      auto sum = load_four(y + k);
-      sum += factor * load_four(row + k);
-      store(sum, y + k);
-    }
-    for (; k < features; ++k) y[k] += factor * row[k];
+  std::int64_t k = 0;
+  for (; k + kFour <= features; k += kFour) {  // the sums of so few are in registers
+    Four even = {}, odd = {};
+    for (std::int64_t i = 0; i < w.count; ++i) (i % 2 == 0 ? even : odd) += c[i] * load_four(w.row(i) + k);
+    even += odd;
+    auto sum = load_four(y + k);
+    sum += scale * even;
+    store(sum, y + k);
   }
+  for (; k < features; ++k) {
+    float sum = 0;
+    for (std::int64_t i = 0; i < w.count; ++i) sum += c[i] * w.row(i)[k];
+    y[k] += scale * sum;
+  }
+}
+
+/// out0_i += <a_i, x0>, out1_i += <a_i, x1>, squares_0 += <x0, x0>, squares_1 += <x1, x1>
+inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features, float* out0,
+                         float* out1, float* squares) {
+  add_dots(a, x0, 1, features, out0);
+  add_dots(a, x1, 1, features, out1);
+  squares[0] += dot(x0, x0, features);
+  squares[1] += dot(x1, x1, features);
 }
 
 }  // namespace plain
@@ -106,6 +108,9 @@ inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::in
 
 /// The functions of `plain`, eight numbers at a time, of four rows each.
 namespace avx2 {
+
+/// Of fewer numbers those of `plain` are faster.
+inline constexpr std::int64_t kShort = 16;
 
 LORA_AVX2 inline float sum_of(__m256 eight) {
   const auto four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -126,7 +131,8 @@ LORA_AVX2 inline float dot(const float* a, const float* b, std::int64_t count) {
   return k < count ? sum + plain::dot(a + k, b + k, count - k) : sum;
 }
 
-LORA_AVX2 inline void add_dots(const RowsInMemory& w, const float* x, std::int64_t features, float* out) {
+LORA_AVX2 inline void add_dots(const RowsInMemory& w, const float* x, float scale, std::int64_t features, float* out) {
+  if (features < kShort) return plain::add_dots(w, x, scale, features, out);
   std::int64_t i = 0;
   for (; i + 4 <= w.count; i += 4) {
     const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
@@ -144,16 +150,35 @@ LORA_AVX2 inline void add_dots(const RowsInMemory& w, const float* x, std::int64
       other2 = _mm256_fmadd_ps(others, _mm256_loadu_ps(w2 + k + 8), other2);
       other3 = _mm256_fmadd_ps(others, _mm256_loadu_ps(w3 + k + 8), other3);
     }
-    out[i] += sum_of(_mm256_add_ps(sum0, other0));
-    out[i + 1] += sum_of(_mm256_add_ps(sum1, other1));
-    out[i + 2] += sum_of(_mm256_add_ps(sum2, other2));
-    out[i + 3] += sum_of(_mm256_add_ps(sum3, other3));
-    if (k < features) plain::add_dots({w0 + k, w.stride, 4}, x + k, features - k, out + i);
+    out[i] += scale * sum_of(_mm256_add_ps(sum0, other0));
+    out[i + 1] += scale * sum_of(_mm256_add_ps(sum1, other1));
+    out[i + 2] += scale * sum_of(_mm256_add_ps(sum2, other2));
+    out[i + 3] += scale * sum_of(_mm256_add_ps(sum3, other3));
+    if (k < features) plain::add_dots({w0 + k, w.stride, 4}, x + k, scale, features - k, out + i);
   }
-  for (; i < w.count; ++i) out[i] += dot(w.row(i), x, features);
+  for (; i < w.count; ++i) out[i] += scale * dot(w.row(i), x, features);
 }
 
-/// Of four rows; the squares if they are wanted.
+LORA_AVX2 inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
+  if (features < kShort) return plain::add_rows(w, c, scale, features, y);
+  const auto whole = features / 8 * 8;
+  std::int64_t i = 0;
+  for (; i + 4 <= w.count; i += 4) {
+    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
+    const auto c0 = _mm256_set1_ps(scale * c[i]), c1 = _mm256_set1_ps(scale * c[i + 1]),
+               c2 = _mm256_set1_ps(scale * c[i + 2]), c3 = _mm256_set1_ps(scale * c[i + 3]);
+    for (std::int64_t k = 0; k < whole; k += 8) {
+      auto sum = _mm256_fmadd_ps(c0, _mm256_loadu_ps(w0 + k), _mm256_loadu_ps(y + k));
+      sum = _mm256_fmadd_ps(c1, _mm256_loadu_ps(w1 + k), sum);
+      sum = _mm256_fmadd_ps(c2, _mm256_loadu_ps(w2 + k), sum);
+      _mm256_storeu_ps(y + k, _mm256_fmadd_ps(c3, _mm256_loadu_ps(w3 + k), sum));
+    }
+  }
+  if (i < w.count) plain::add_rows({w.row(i), w.stride, w.count - i}, c + i, scale, whole, y);
+  if (whole < features) plain::add_rows({w.numbers + whole, w.stride, w.count}, c, scale, features - whole, y + whole);
+}
+
+/// Of four rows, from the i-th one on; with the squares or without.
 template <bool kSquares>
 LORA_AVX2 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, const float* x0, const float* x1,
                                       std::int64_t features, float* out0, float* out1, float* squares) {
@@ -193,48 +218,27 @@ LORA_AVX2 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, con
     squares[1] += sum_of(square1) + plain::dot(x1 + k, x1 + k, features - k);
   }
   if (k == features) return;
-  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, features - k, out0 + i);
-  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, features - k, out1 + i);
-}
-
-LORA_AVX2 inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features,
-                                   float* out0, float* out1, float* squares) {
-  std::int64_t i = 0;
-  if (squares == nullptr) {
-    // nothing of its own
-  } else if (a.count >= 4) {
-    add_four_by_two<true>(a, i, x0, x1, features, out0, out1, squares);
-    i = 4;
-  } else {
-    squares[0] += dot(x0, x0, features);
-    squares[1] += dot(x1, x1, features);
-  }
-  for (; i + 4 <= a.count; i += 4) add_four_by_two<false>(a, i, x0, x1, features, out0, out1, squares);
-  for (; i < a.count; ++i) {
-    out0[i] += dot(a.row(i), x0, features);
-    out1[i] += dot(a.row(i), x1, features);
-  }
-}
-
-LORA_AVX2 inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
-  std::int64_t i = 0;
-  for (; i + 4 <= w.count; i += 4) {
-    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
-    const auto c0 = _mm256_set1_ps(scale * c[i]), c1 = _mm256_set1_ps(scale * c[i + 1]),
-               c2 = _mm256_set1_ps(scale * c[i + 2]), c3 = _mm256_set1_ps(scale * c[i + 3]);
-    std::int64_t k = 0;
-    for (; k + 8 <= features; k += 8) {
-      auto sum = _mm256_fmadd_ps(c0, _mm256_loadu_ps(w0 + k), _mm256_loadu_ps(y + k));
-      sum = _mm256_fmadd_ps(c1, _mm256_loadu_ps(w1 + k), sum);
-      sum = _mm256_fmadd_ps(c2, _mm256_loadu_ps(w2 + k), sum);
-      _mm256_storeu_ps(y + k, _mm256_fmadd_ps(c3, _mm256_loadu_ps(w3 + k), sum));
-    }
-    if (k < features) plain::add_rows({w0 + k, w.stride, 4}, c + i, scale, features - k, y + k);
-  }
-  plain::add_rows({w.row(i), w.stride, w.count - i}, c + i, scale, features, y);
+  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, 1, features - k, out0 + i);
+  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, 1, features - k, out1 + i);
 }
 
 }  // namespace avx2
+
+/// `plain::add_two_dots` by a function for four rows, with the squares and without.
+template <auto kWithSquares, auto kWithout>
+void add_two_dots_by_four(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features, float* out0,
+                          float* out1, float* squares) {
+  std::int64_t i = 0;
+  for (; i + 4 <= a.count; i += 4) (i == 0 ? kWithSquares : kWithout)(a, i, x0, x1, features, out0, out1, squares);
+  if (i == 0) {
+    squares[0] += avx2::dot(x0, x0, features);
+    squares[1] += avx2::dot(x1, x1, features);
+  }
+  for (; i < a.count; ++i) {
+    out0[i] += avx2::dot(a.row(i), x0, features);
+    out1[i] += avx2::dot(a.row(i), x1, features);
+  }
+}
 
 #endif
 
@@ -246,50 +250,10 @@ LORA_AVX2 inline void add_rows(const RowsInMemory& w, const float* c, float scal
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-/// The functions of `plain`, sixteen numbers at a time, of four rows each.
+/// Sixteen numbers at a time, where each is used often enough for that to count: else memory is as fast with eight.
 namespace avx512 {
 
-LORA_AVX512 inline float dot(const float* a, const float* b, std::int64_t count) {
-  auto sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
-  std::int64_t k = 0;
-  for (; k + 64 <= count; k += 64) {
-    sum0 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k), _mm512_loadu_ps(b + k), sum0);
-    sum1 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k + 16), _mm512_loadu_ps(b + k + 16), sum1);
-    sum2 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k + 32), _mm512_loadu_ps(b + k + 32), sum2);
-    sum3 = _mm512_fmadd_ps(_mm512_loadu_ps(a + k + 48), _mm512_loadu_ps(b + k + 48), sum3);
-  }
-  const auto sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum0, sum1), _mm512_add_ps(sum2, sum3)));
-  return k < count ? sum + plain::dot(a + k, b + k, count - k) : sum;
-}
-
-LORA_AVX512 inline void add_dots(const RowsInMemory& w, const float* x, std::int64_t features, float* out) {
-  std::int64_t i = 0;
-  for (; i + 4 <= w.count; i += 4) {
-    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
-    auto sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
-    auto other0 = sum0, other1 = sum0, other2 = sum0, other3 = sum0;  // so that no sum waits for itself
-    std::int64_t k = 0;
-    for (; k + 32 <= features; k += 32) {
-      const auto some = _mm512_loadu_ps(x + k), others = _mm512_loadu_ps(x + k + 16);
-      sum0 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w0 + k), sum0);
-      sum1 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w1 + k), sum1);
-      sum2 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w2 + k), sum2);
-      sum3 = _mm512_fmadd_ps(some, _mm512_loadu_ps(w3 + k), sum3);
-      other0 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w0 + k + 16), other0);
-      other1 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w1 + k + 16), other1);
-      other2 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w2 + k + 16), other2);
-      other3 = _mm512_fmadd_ps(others, _mm512_loadu_ps(w3 + k + 16), other3);
-    }
-    out[i] += _mm512_reduce_add_ps(_mm512_add_ps(sum0, other0));
-    out[i + 1] += _mm512_reduce_add_ps(_mm512_add_ps(sum1, other1));
-    out[i + 2] += _mm512_reduce_add_ps(_mm512_add_ps(sum2, other2));
-    out[i + 3] += _mm512_reduce_add_ps(_mm512_add_ps(sum3, other3));
-    if (k < features) plain::add_dots({w0 + k, w.stride, 4}, x + k, features - k, out + i);
-  }
-  for (; i < w.count; ++i) out[i] += dot(w.row(i), x, features);
-}
-
-/// Of four rows; the squares if they are wanted.
+/// Of four rows, from the i-th one on; with the squares or without.
 template <bool kSquares>
 LORA_AVX512 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, const float* x0, const float* x1,
                                         std::int64_t features, float* out0, float* out1, float* squares) {
@@ -329,45 +293,8 @@ LORA_AVX512 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, c
     squares[1] += _mm512_reduce_add_ps(square1) + plain::dot(x1 + k, x1 + k, features - k);
   }
   if (k == features) return;
-  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, features - k, out0 + i);
-  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, features - k, out1 + i);
-}
-
-LORA_AVX512 inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features,
-                                     float* out0, float* out1, float* squares) {
-  std::int64_t i = 0;
-  if (squares == nullptr) {
-    // nothing of its own
-  } else if (a.count >= 4) {
-    add_four_by_two<true>(a, i, x0, x1, features, out0, out1, squares);
-    i = 4;
-  } else {
-    squares[0] += dot(x0, x0, features);
-    squares[1] += dot(x1, x1, features);
-  }
-  for (; i + 4 <= a.count; i += 4) add_four_by_two<false>(a, i, x0, x1, features, out0, out1, squares);
-  for (; i < a.count; ++i) {
-    out0[i] += dot(a.row(i), x0, features);
-    out1[i] += dot(a.row(i), x1, features);
-  }
-}
-
-LORA_AVX512 inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
-  std::int64_t i = 0;
-  for (; i + 4 <= w.count; i += 4) {
-    const float *w0 = w.row(i), *w1 = w.row(i + 1), *w2 = w.row(i + 2), *w3 = w.row(i + 3);
-    const auto c0 = _mm512_set1_ps(scale * c[i]), c1 = _mm512_set1_ps(scale * c[i + 1]),
-               c2 = _mm512_set1_ps(scale * c[i + 2]), c3 = _mm512_set1_ps(scale * c[i + 3]);
-    std::int64_t k = 0;
-    for (; k + 16 <= features; k += 16) {
-      auto sum = _mm512_fmadd_ps(c0, _mm512_loadu_ps(w0 + k), _mm512_loadu_ps(y + k));
-      sum = _mm512_fmadd_ps(c1, _mm512_loadu_ps(w1 + k), sum);
-      sum = _mm512_fmadd_ps(c2, _mm512_loadu_ps(w2 + k), sum);
-      _mm512_storeu_ps(y + k, _mm512_fmadd_ps(c3, _mm512_loadu_ps(w3 + k), sum));
-    }
-    if (k < features) plain::add_rows({w0 + k, w.stride, 4}, c + i, scale, features - k, y + k);
-  }
-  plain::add_rows({w.row(i), w.stride, w.count - i}, c + i, scale, features, y);
+  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, 1, features - k, out0 + i);
+  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, 1, features - k, out1 + i);
 }
 
 }  // namespace avx512
@@ -381,20 +308,24 @@ LORA_AVX512 inline void add_rows(const RowsInMemory& w, const float* c, float sc
 struct RowKernels {
   const char* name;
   decltype(&plain::add_dots) add_dots;
-  decltype(&plain::add_two_dots) add_two_dots;
   decltype(&plain::add_rows) add_rows;
+  decltype(&plain::add_two_dots) add_two_dots;
 };
 
 /// All that this processor can run, the fastest first.
 inline std::vector<RowKernels> runnable_row_kernels() {
   std::vector<RowKernels> kernels;
 #if defined(LORA_AVX512)
-  if (has_avx512()) kernels.push_back({"AVX-512", avx512::add_dots, avx512::add_two_dots, avx512::add_rows});
+  if (has_avx512())
+    kernels.push_back({"AVX-512", avx2::add_dots, avx2::add_rows,
+                       add_two_dots_by_four<avx512::add_four_by_two<true>, avx512::add_four_by_two<false>>});
 #endif
 #if defined(LORA_AVX2)
-  if (has_avx2()) kernels.push_back({"AVX2", avx2::add_dots, avx2::add_two_dots, avx2::add_rows});
+  if (has_avx2())
+    kernels.push_back({"AVX2", avx2::add_dots, avx2::add_rows,
+                       add_two_dots_by_four<avx2::add_four_by_two<true>, avx2::add_four_by_two<false>>});
 #endif
-  kernels.push_back({"plain", plain::add_dots, plain::add_two_dots, plain::add_rows});
+  kernels.push_back({"plain", plain::add_dots, plain::add_rows, plain::add_two_dots});
   return kernels;
 }
 
