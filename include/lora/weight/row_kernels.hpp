@@ -160,7 +160,7 @@ LORA_AVX2 inline void add_dots(const RowsInMemory& w, const float* x, float scal
 }
 
 LORA_AVX2 inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::int64_t features, float* y) {
-  if (features < kShort) return plain::add_rows(w, c, scale, features, y);
+  if (features < kShort || w.count == 0) return plain::add_rows(w, c, scale, features, y);  // none: no memory
   const auto whole = features / 8 * 8;
   std::int64_t i = 0;
   for (; i + 4 <= w.count; i += 4) {
