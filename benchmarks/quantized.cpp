@@ -27,6 +27,7 @@ struct Case {
 struct Layer {
   Layer(const Case& one, const std::optional<lora::Quantization>& scheme)
       : model(torch::nn::Linear(one.in, one.out)), x(torch::randn({one.rows, one.in}).to(one.type)) {
+    model->to(torch::kBFloat16);  // so that every scheme can hold them
     model->to(one.type);
     auto config = lora::LoRAConfig(8).alpha(16).target_modules({"0"});
     adapters.emplace(lora::attach(*model, config.quantize(scheme)));
@@ -66,7 +67,7 @@ void measure(const Case& one, const char* name, const lora::Quantization& scheme
 }
 
 void measure_quantizing(const char* name, const lora::Quantization& scheme) {
-  const auto weight = torch::randn({4096, 4096});
+  const auto weight = torch::randn({4096, 4096}).to(torch::kBFloat16).to(torch::kFloat);
   std::vector<double> times;
   for (int round = 0; round < 9; ++round) times.push_back(milliseconds([&] { scheme.pack(weight); }));
   fmt::print("| {} | {:.0f} |\n", name, static_cast<double>(weight.nbytes()) / 1e6 / (median(times) / 1e3));
@@ -78,7 +79,10 @@ int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::stoi(arguments[1]) : 200;
   torch::set_num_threads(1);
   const std::vector<std::pair<const char*, lora::Quantization>> schemes{
-      {"NF4", lora::NF4()}, {"NF4, scales in float", lora::NF4().double_quantization(false)}, {"int8", lora::Int8()}};
+      {"NF4", lora::NF4()},
+      {"NF4, scales in float", lora::NF4().double_quantization(false)},
+      {"int8", lora::Int8()},
+      {"lossless", lora::Lossless()}};
   fmt::print("| case | float, us | in few bits |\n|---|---|---|\n");
   for (const auto& [name, scheme] : schemes) {
     for (const auto& one : {Case{1, 768, 768, true},

@@ -69,6 +69,7 @@ set(LORA_PUBLIC_HEADERS
   weight/four_bit.hpp
   weight/four_bit_tensor.hpp
   weight/int8.hpp
+  weight/lossless.hpp
   weight/quantized.hpp
   weight/seen_inputs.hpp
   weight/shape.hpp

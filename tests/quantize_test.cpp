@@ -437,6 +437,43 @@ TEST_CASE(
   CHECK(warnings.texts.empty());  // nobody else wrote to the weights
 }
 
+TEST_CASE("Where the bits lose nothing LoftQ leaves A and B as they start") {
+  auto model = mixed();
+  const auto type = model->up->weight.scalar_type();
+  model->to(torch::kBFloat16);
+  model->to(type);
+  const auto before = model->forward(ids());
+  auto config = lora::LoRAConfig(2).target_modules({"up", "conv"}).quantize(lora::Lossless()).loftq(2);
+  auto adapters = lora::attach(*model, config);
+  auto active = adapters.activate();
+  CHECK(distance(model->forward(ids()), before) < 1e-6);
+  for (const auto& item : adapters.named_parameters()) {
+    INFO(item.key());
+    const bool is_first = item.key().find("lora_A") != std::string::npos;
+    CHECK(item.value().any().item<bool>() == is_first);
+  }
+}
+
+TEST_CASE("An error of a way of packing says which weight it is") {
+  auto model = mixed();
+  const auto options = lora::QuantizeOptions().target_modules({"up"});
+  const auto says = [](const std::string& name, const std::function<void()>& call) {
+    CHECK_THAT(error_of(call),
+               contains("not numbers of bfloat16") && contains("while \"" + name + "\" was to be held in few bits"));
+  };
+  auto config = lora::LoRAConfig(2).target_modules({"up"}).quantize(lora::Lossless());
+  says("up", [&] { lora::quantize(*model, lora::Lossless(), options); });
+  says("up", [&] { lora::attach(*model, config); });
+  says("up", [&] { lora::attach(*model, config.loftq(1)); });
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).target_modules({"up"}));
+  says("up", [&] { adapters.merge_and_unload("default", lora::Lossless()); });
+  CHECK(adapters.names() == std::vector<std::string>{"default"});
+  testing::TemporaryFolder folder;
+  auto other = mixed();
+  lora::save_quantized(*model, folder / "model.safetensors");
+  says("up.weight", [&] { lora::load_quantized(*other, folder / "model.safetensors", lora::Lossless(), options); });
+}
+
 TEST_CASE("LoftQ starts A and B with what the few bits lose, whatever alpha is") {
   const std::vector<std::string> layers{"tokens", "conv", "up"};
   const auto weights = [](Mixed& of) {
@@ -608,8 +645,12 @@ TEST_CASE("A weight that is larger than a panel is multiplied with a part at a t
   torch::nn::Sequential model(torch::nn::Linear(1100, 1000)), exact(torch::nn::Linear(1100, 1000));
   model->to(testing::device());
   exact->to(testing::device());
-  const lora::Quantization scheme =
-      GENERATE(as<int>(), 0, 1) == 0 ? lora::Quantization(lora::NF4()) : lora::Quantization(lora::Int8());
+  const auto scheme =
+      GENERATE(from_range(std::vector<lora::Quantization>{lora::NF4(), lora::Int8(), lora::Lossless()}));
+  {
+    torch::NoGradGuard no_grad;
+    for (auto& parameter : model->parameters()) parameter.copy_(parameter.to(torch::kBFloat16));
+  }
   lora::quantize(*model, scheme);
   CHECK(1100 * 1000 > lora::detail::kPanel);
   auto& held = *model[0]->as<torch::nn::Linear>();

@@ -122,6 +122,27 @@ TEST_CASE("Weights of which a file has the numbers are held in few bits as they 
   CHECK(torch::equal(model->gate->weight, before));
 }
 
+TEST_CASE("Weights in 12 bits are written as the numbers of bfloat16 that they are") {
+  testing::TemporaryFolder folder;
+  auto model = small(1);
+  for (auto& parameter : model->parameters()) parameter.set_data(parameter.to(torch::kBFloat16).to(torch::kFloat));
+  const auto options = lora::QuantizeOptions().target_modules({"up", "tokens"});
+  const auto written = lora::quantize(*model, lora::Lossless(), options);
+  CHECK(written.error == 0);
+  lora::save_quantized(*model, folder / "model.safetensors");
+  const auto tensors = lora::read_safetensors(folder / "model.safetensors");
+  CHECK(tensors.at("up.weight").scalar_type() == torch::kBFloat16);
+  CHECK(tensors.at("gate.weight").scalar_type() == torch::kFloat);
+  auto numbers = small(2), held = small(3);
+  lora::load_quantized(*numbers, folder / "model.safetensors");
+  const auto report = lora::load_quantized(*held, folder / "model.safetensors", lora::Lossless(), options);
+  CHECK(report.bytes_after == written.bytes_after);
+  CHECK(torch::equal(base_of(held), base_of(model)));
+  lora::dequantize(*model);
+  CHECK(torch::equal(numbers->up->weight, model->up->weight));
+  CHECK(torch::equal(numbers->tokens->weight, model->tokens->weight));
+}
+
 TEST_CASE("A model that is split over several files is read by its index") {
   testing::TemporaryFolder folder;
   auto written = small(1), model = small(2);

@@ -22,7 +22,7 @@ namespace gpt {
 
 /// The names of `parse_quantization`.
 inline const std::vector<std::string>& quantization_names() {
-  static const std::vector<std::string> names{"none", "nf4", "fp4", "int8"};
+  static const std::vector<std::string> names{"none", "nf4", "fp4", "int8", "lossless"};
   return names;
 }
 
@@ -31,8 +31,9 @@ inline std::optional<lora::Quantization> parse_quantization(const std::string& n
   if (name == "none") return std::nullopt;
   if (name == "nf4") return lora::NF4();
   if (name == "fp4") return lora::FP4();
-  TORCH_CHECK_VALUE(name == "int8", "quantization must be none, nf4, fp4 or int8, got \"", name, "\"");
-  return lora::Int8();
+  if (name == "int8") return lora::Int8();
+  TORCH_CHECK_VALUE(name == "lossless", "quantization must be none, nf4, fp4, int8 or lossless, got \"", name, "\"");
+  return lora::Lossless();
 }
 
 /// What the weights of a model are when it has them.

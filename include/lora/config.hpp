@@ -110,8 +110,8 @@ class LoRAConfig : public BasicOptions<LoRAConfig> {
   LORA_ARG(Patterns<double>, alpha_pattern);
   /// The mathematics of the update. Default: LowRank.
   LORA_ARG(MethodKind, method) = all_methods().front();
-  /// Holds the weights of the adapted layers in few bits from then on (QLoRA): NF4(), FP4() or Int8(), with their
-  /// options. The model then computes inside of scopes only. Default: as they are. Not written to files.
+  /// Holds the weights of the adapted layers in few bits from then on (QLoRA): NF4(), FP4(), Int8() or Lossless(), with
+  /// their options. The model then computes inside of scopes only. Default: as they are. Not written to files.
   LORA_ARG(std::optional<Quantization>, quantize);
   /// Starts A and B with what the few bits lose of the weights, in so many alternating steps (LoftQ, Li et al. 2023);
   /// for LowRank, with `quantize`. 1 is PEFT's default; more are slower and often nearer. Default: 0, as `init` says.

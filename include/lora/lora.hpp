@@ -35,4 +35,5 @@
 #include <lora/version.hpp>
 #include <lora/weight/four_bit.hpp>
 #include <lora/weight/int8.hpp>
+#include <lora/weight/lossless.hpp>
 #include <lora/weight/view.hpp>

@@ -13,7 +13,9 @@ inline namespace LORA_ABI {
 
 /// Writes every parameter and buffer of a model, without the adapters that layers have of their own, under its name as
 /// a safetensors file, those in 4 or 8 bits as they are, under the names that bitsandbytes gives them
-/// (lora/files/bitsandbytes.hpp): each of which bitsandbytes reads. What is tied is written once.
+/// (lora/files/bitsandbytes.hpp): each of which bitsandbytes reads. Those in 12 bits (`Lossless`) are written as the
+/// numbers of bfloat16 that they are, and are held so again by reading them with that scheme. What is tied is written
+/// once.
 ///
 /// Errors: CheckpointError with the path and the reason of the operating system; c10::Error for weights in a way of
 /// packing that bitsandbytes does not know, or in 4 bits for ones of another type than Float, Half and BFloat16.
@@ -49,6 +51,7 @@ LORA_INLINE QuantizeReport load_quantized(torch::nn::Module& model, const std::f
 #include <lora/files/bitsandbytes.hpp>
 #include <lora/files/safetensors.hpp>
 #include <lora/model/frozen_parameters.hpp>
+#include <lora/weight/lossless.hpp>
 
 #include <algorithm>
 #include <map>
@@ -157,7 +160,7 @@ class QuantizedLoading {
       taken_.insert(name);
       if (is_float && to_pack_.count(value.unsafeGetTensorImpl()) > 0) {
         const auto numbers = reader_.read(name);
-        auto packed = scheme_->pack(numbers);
+        auto packed = scheme_->pack(numbers, name);
         error_.add(numbers, *packed);
         keep(name, std::move(packed), value);
       }
@@ -217,7 +220,10 @@ LORA_INLINE void save_quantized(const Model& model, const std::filesystem::path&
                 " has an adapter merged into it; unmerge it first, or unload the adapter");
     if (!value.defined() || !written.insert(value.unsafeGetTensorImpl()).second) continue;
     const auto& name = tensor.place.name;
-    if (const auto* held = detail::quantized(value)) {
+    const auto* held = detail::quantized(value);
+    if (dynamic_cast<const LosslessWeight*>(held) != nullptr) {
+      tensors.emplace(name, held->dense().to(at::kBFloat16));
+    } else if (held != nullptr) {
       tensors.merge(bitsandbytes_tensors(name, *held, value.scalar_type()));
     } else {
       tensors.emplace(name, value);

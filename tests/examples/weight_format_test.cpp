@@ -39,12 +39,15 @@ const gpt::Example kExample{{1, 2, 3, 4, 5, 6, 7}, {2, 3, 4, 5, 6, 7, 8}};
 
 TEST_CASE("a model in few bits is the model with the numbers that they hold") {
   const std::string kind = GENERATE("llama", "llama tied", "llama biased", "gpt2");
-  const std::string layers = GENERATE("nf4", "fp4", "int8", "none"), tables = GENERATE("none", "int8");
+  const std::string layers = GENERATE("nf4", "fp4", "int8", "lossless", "none");
+  const std::string tables = GENERATE("none", "int8", "lossless");
   if (layers == "none" && tables == "none") return;
   INFO(kind << ", layers " << layers << ", tables " << tables);
   // Without GPT-2's dropout, which each of the two would draw anew.
   const nlohmann::json no_dropout{{"attn_pdrop", 0.0}, {"resid_pdrop", 0.0}, {"embd_pdrop", 0.0}};
-  const testing::ModelFolder folder(testing::changed(testing::config_json(kind), no_dropout));
+  testing::ModelFolder folder(testing::changed(testing::config_json(kind), no_dropout));
+  for (auto& item : folder.weights) item.second = item.second.to(torch::kBFloat16);
+  folder.write();
   const gpt::WeightFormat format(torch::kFloat, layers, tables);
   auto model = gpt::load_model(folder.path(), format, torch::kCPU);
   auto expected = rounded(folder.load(), format);
@@ -124,7 +127,8 @@ TEST_CASE("numbers that no code stands for are refused while a model is loaded")
   folder.write();
   const auto error = error_of([&] { gpt::load_model(folder.path(), {torch::kFloat, "int8", "none"}, torch::kCPU); });
   CHECK_THAT(error, contains("model.layers.1.mlp.up_proj has numbers that are not finite"));
-  CHECK_THAT(error_of([] { gpt::parse_quantization("nf5"); }), contains("must be none, nf4, fp4 or int8, got \"nf5\""));
+  CHECK_THAT(error_of([] { gpt::parse_quantization("nf5"); }),
+             contains("must be none, nf4, fp4, int8 or lossless, got \"nf5\""));
 }
 
 TEST_CASE("a model in shards is held in few bits, too") {

@@ -88,7 +88,7 @@ inline HeldWeights packed_merged(const std::vector<Merging>& all, const Adapter&
     const auto values = site->is_merged() ? weight : site->merged(weight, methods);
     if (layers.count(site.get()) == 0) continue;
     check_memory_stays(weight);
-    weights.push_back({site, scheme.pack(values)});
+    weights.push_back({site, scheme.pack(values, site->name())});
     error.add(values, *weights.back().packed);
   }
   return weights;

@@ -31,7 +31,8 @@ inline LowRank& loftq_method(const AdapterPart& part) {
 ///
 /// With W - Q_t = U S V^T, A is sqrt(S) V^T and s B is U sqrt(S), cut off at the rank; after the last step Q_t is kept.
 /// Reference: Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", algorithm 1. PEFT
-/// leaves out that the layer scales the product by s; here Q + s B A is near to W for any alpha.
+/// leaves out that the layer scales the product by s; here Q + s B A is near to W for any alpha. Where the bits lose
+/// nothing, A and B stay as they are, of which the update is zero, too: two zeros would not learn.
 inline std::shared_ptr<const QuantizedWeight> loftq(const Site& site, LowRank& method, const Quantization& scheme,
                                                     int64_t iterations) {
   at::NoGradGuard no_grad;
@@ -42,8 +43,9 @@ inline std::shared_ptr<const QuantizedWeight> loftq(const Site& site, LowRank& m
   auto rest = exact;
   std::shared_ptr<const QuantizedWeight> held;
   for (int64_t step = 0; step < iterations; ++step) {
-    held = scheme.pack(rest);
+    held = scheme.pack(rest, site.name());
     const auto lost = view.matrix(exact - held->dense().to(type));
+    if (step == 0 && !lost.any().item<bool>()) break;
     const auto [u, s, v] = at::linalg_svd(lost, /*full_matrices=*/false);
     const auto rank = std::min(method.lora_A.size(-2), s.size(-1));
     const auto root = s.narrow(-1, 0, rank).sqrt();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <lora/version.hpp>
 #include <lora/weight/seen_inputs.hpp>
@@ -8,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <type_traits>
 #include <utility>
@@ -41,8 +43,8 @@ class QuantizedWeight {
   virtual std::shared_ptr<const QuantizedWeight> to(at::Device device) const = 0;
 };
 
-/// A way of packing, as a value of a configuration: NF4(), FP4(), Int8() with their options. Throws c10::ValueError for
-/// options out of their range.
+/// A way of packing, as a value of a configuration: NF4(), FP4(), Int8(), Lossless() with their options. Throws
+/// c10::ValueError for options out of their range.
 class Quantization {
   template <class Scheme, class = void>
   struct HasValidate : std::false_type {};
@@ -66,8 +68,17 @@ class Quantization {
       pack_for_ = [scheme](const at::Tensor& weight, const SeenInputs& seen) { return scheme.pack(weight, seen); };
   }
 
-  /// Throws for numbers that are not finite, and where the scheme cannot hold such a weight.
+  /// Throws for numbers that are not finite, and where the scheme cannot hold such a weight; with a name, errors say
+  /// it.
   Packed pack(const at::Tensor& weight) const { return pack_(weight); }
+  Packed pack(const at::Tensor& weight, const std::string& name) const {
+    try {
+      return pack_(weight);
+    } catch (c10::Error& error) {
+      error.add_context("while \"" + name + "\" was to be held in few bits");
+      throw;
+    }
+  }
 
   /// Whether the scheme rounds a weight in view of its inputs, too; and what does so.
   bool sees_inputs() const { return pack_for_ != nullptr; }

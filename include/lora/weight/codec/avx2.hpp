@@ -207,6 +207,67 @@ LORA_AVX2 inline void quantize8(const float* x, std::int64_t count, float factor
   plain::quantize8(x + i, count - i, factor, codes + i);
 }
 
+/// The two bytes that a number of bfloat16 has of its exponent, by how far that is below a row's largest: but for the
+/// sign what is above, but for the fraction what is below.
+struct Exponents12 {
+  __m128i high, low;
+};
+
+LORA_AVX2 inline Exponents12 load_exponents12(std::uint8_t largest) {
+  std::uint8_t high[16], low[16];
+  for (unsigned below = 0; below < 16; ++below) {
+    const auto exponent = plain::exponent12(largest, below);
+    high[below] = exponent >> 1U;
+    low[below] = static_cast<std::uint8_t>(exponent << 7U);
+  }
+  return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)),
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(low))};
+}
+
+/// Sixteen numbers of bfloat16, from the k-th of a row on, which is even.
+LORA_AVX2 inline __m256i numbers12(const Row12& row, std::int64_t k, const Exponents12& exponents) {
+  const auto two_each = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.below + k / 2));
+  const auto half = _mm_set1_epi8(15), fraction = _mm_set1_epi8(0x7F);
+  const auto below = _mm_unpacklo_epi8(_mm_and_si128(two_each, half), _mm_and_si128(_mm_srli_epi16(two_each, 4), half));
+  const auto codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.codes + k));
+  const auto high = _mm_or_si128(_mm_andnot_si128(fraction, codes), _mm_shuffle_epi8(exponents.high, below));
+  const auto low = _mm_or_si128(_mm_and_si128(fraction, codes), _mm_shuffle_epi8(exponents.low, below));
+  return _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+}
+
+/// Eight of bfloat16 as floats.
+LORA_AVX2 inline __m256 as_floats(__m128i numbers) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
+}
+
+LORA_AVX2 inline void unpack12(const Row12& row, std::int64_t first, std::int64_t count, float* out) {
+  const auto exponents = load_exponents12(row.largest);
+  std::int64_t i = count > 0 ? first % 2 : 0;
+  if (i == 1) plain::unpack12(row, first, 1, out);
+  for (; i + 16 <= count; i += 16) {
+    const auto numbers = numbers12(row, first + i, exponents);
+    _mm256_storeu_ps(out + i, as_floats(_mm256_castsi256_si128(numbers)));
+    _mm256_storeu_ps(out + i + 8, as_floats(_mm256_extracti128_si256(numbers, 1)));
+  }
+  plain::unpack12(row, first + i, count - i, out + i);
+}
+
+LORA_AVX2 inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
+  const auto exponents = load_exponents12(row.largest);
+  auto a = _mm256_setzero_ps(), b = a, c = a, d = a;
+  std::int64_t i = count > 0 ? first % 2 : 0;
+  const float before = i == 1 ? plain::dot12(row, first, 1, x) : 0;
+  for (; i + 32 <= count; i += 32) {
+    const auto some = numbers12(row, first + i, exponents), others = numbers12(row, first + i + 16, exponents);
+    a = _mm256_fmadd_ps(as_floats(_mm256_castsi256_si128(some)), _mm256_loadu_ps(x + i), a);
+    b = _mm256_fmadd_ps(as_floats(_mm256_extracti128_si256(some, 1)), _mm256_loadu_ps(x + i + 8), b);
+    c = _mm256_fmadd_ps(as_floats(_mm256_castsi256_si128(others)), _mm256_loadu_ps(x + i + 16), c);
+    d = _mm256_fmadd_ps(as_floats(_mm256_extracti128_si256(others, 1)), _mm256_loadu_ps(x + i + 24), d);
+  }
+  const auto sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+  return before + sum_of(sum) + plain::dot12(row, first + i, count - i, x + i);
+}
+
 }  // namespace avx2
 }  // namespace detail
 }  // namespace LORA_ABI

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <lora/system/processor.hpp>
+#include <lora/weight/codec/avx2.hpp>
 #include <lora/weight/codec/plain.hpp>
 
 #if defined(LORA_AVX512)
@@ -159,6 +160,31 @@ LORA_AVX512 inline void quantize8(const float* x, std::int64_t count, float fact
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(rounded));
   }
   plain::quantize8(x + i, count - i, factor, codes + i);
+}
+
+/// Sixteen of bfloat16 as floats.
+LORA_AVX512 inline __m512 as_floats(__m256i numbers) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+LORA_AVX512 inline void unpack12(const Row12& row, std::int64_t first, std::int64_t count, float* out) {
+  const auto exponents = avx2::load_exponents12(row.largest);
+  std::int64_t i = count > 0 ? first % 2 : 0;
+  if (i == 1) plain::unpack12(row, first, 1, out);
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(out + i, as_floats(avx2::numbers12(row, first + i, exponents)));
+  plain::unpack12(row, first + i, count - i, out + i);
+}
+
+LORA_AVX512 inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
+  const auto exponents = avx2::load_exponents12(row.largest);
+  auto a = _mm512_setzero_ps(), b = a;
+  std::int64_t i = count > 0 ? first % 2 : 0;
+  const float before = i == 1 ? plain::dot12(row, first, 1, x) : 0;
+  for (; i + 32 <= count; i += 32) {
+    a = _mm512_fmadd_ps(as_floats(avx2::numbers12(row, first + i, exponents)), _mm512_loadu_ps(x + i), a);
+    b = _mm512_fmadd_ps(as_floats(avx2::numbers12(row, first + i + 16, exponents)), _mm512_loadu_ps(x + i + 16), b);
+  }
+  return before + _mm512_reduce_add_ps(_mm512_add_ps(a, b)) + plain::dot12(row, first + i, count - i, x + i);
 }
 
 }  // namespace avx512

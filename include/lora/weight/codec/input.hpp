@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 
 #include <lora/version.hpp>
 
@@ -33,17 +34,22 @@ inline at::Tensor numbers_of(const at::Tensor& weight) {
   return weight.detach().to(at::kFloat).contiguous().view({-1});
 }
 
+/// The first of the numbers of a weight at which `is_so` is true, and where it is, in words.
+inline std::string first_in_words(const at::Tensor& weight, const at::Tensor& is_so) {
+  const auto first = is_so.nonzero().select(0, 0).to(at::kLong).contiguous();
+  const std::vector<int64_t> place(first.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>() + first.numel());
+  auto value = weight;
+  for (const auto index : place) value = value.select(0, index);
+  return c10::str("the first of them ", value.item<double>(), " at ", at::IntArrayRef(place));
+}
+
 /// Throws for a weight of which not all numbers are finite once they are in float.
 [[noreturn]] inline void refuse_not_finite(const char* who, const at::Tensor& weight) {
   const auto values = weight.detach().to(at::kCPU);
-  const auto places = at::isfinite(values.to(at::kFloat)).logical_not().nonzero();
-  const auto first = places.select(0, 0).to(at::kLong).contiguous();
-  const std::vector<int64_t> place(first.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>() + first.numel());
-  auto value = values;
-  for (const auto index : place) value = value.select(0, index);
-  TORCH_CHECK_VALUE(false, who, ": ", places.size(0), " of the ", weight.numel(), " numbers of the weight ",
-                    weight.sizes(), " are not finite in float, the first of them ", value.item<double>(), " at ",
-                    at::IntArrayRef(place),
+  const auto is_infinite = at::isfinite(values.to(at::kFloat)).logical_not();
+  TORCH_CHECK_VALUE(false, who, ": ", is_infinite.sum().item<int64_t>(), " of the ", weight.numel(),
+                    " numbers of the weight ", weight.sizes(), " are not finite in float, ",
+                    first_in_words(values, is_infinite),
                     "; only finite numbers can be packed: mend the weight (torch::nan_to_num), or leave it as it is");
 }
 

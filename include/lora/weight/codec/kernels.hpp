@@ -26,6 +26,8 @@ struct CodecKernels {
   decltype(&plain::unpack8) unpack8;
   decltype(&plain::dot8) dot8;
   decltype(&plain::quantize8) quantize8;
+  decltype(&plain::unpack12) unpack12;
+  decltype(&plain::dot12) dot12;
 };
 
 /// All that this processor can run, the fastest first.
@@ -34,15 +36,15 @@ inline std::vector<CodecKernels> runnable_codec_kernels() {
 #if defined(LORA_AVX512)
   if (has_avx512())
     kernels.push_back({"AVX-512", avx512::scales, avx512::unpack4, avx512::dot4, avx512::largest, avx512::quantize4,
-                       avx512::unpack8, avx512::dot8, avx512::quantize8});
+                       avx512::unpack8, avx512::dot8, avx512::quantize8, avx512::unpack12, avx512::dot12});
 #endif
 #if defined(LORA_AVX2)
   if (has_avx2())
     kernels.push_back({"AVX2", avx2::scales, avx2::unpack4, avx2::dot4, avx2::largest, avx2::quantize4, avx2::unpack8,
-                       avx2::dot8, avx2::quantize8});
+                       avx2::dot8, avx2::quantize8, avx2::unpack12, avx2::dot12});
 #endif
   kernels.push_back({"plain", plain::scales, plain::unpack4, plain::dot4, plain::largest, plain::quantize4,
-                     plain::unpack8, plain::dot8, plain::quantize8});
+                     plain::unpack8, plain::dot8, plain::quantize8, plain::unpack12, plain::dot12});
   return kernels;
 }
 

@@ -60,6 +60,16 @@ struct BlockScales {
 /// 1 / 127 as bitsandbytes has it: a number of 8 bits is code * absmax * this.
 constexpr float kPerInt8 = 7.874015718698502e-3F;
 
+/// A row of numbers of bfloat16, which are a sign, 8 bits of exponent and 7 of fraction, in 12 bits each.
+struct Row12 {
+  const std::uint8_t* codes;  // sign and fraction
+  const std::uint8_t* below;  // how far the exponent is below `largest`, the first of two in a byte in its lower half
+  std::uint8_t largest;       // exponent of the row
+};
+
+/// Of `Row12::below`: the exponent is zero.
+constexpr std::uint8_t kNoExponent12 = 15;
+
 /// Numbers to multiply with: high[k] and low[k] with those in the halves of the k-th byte, counted from the first whole
 /// one. Where the numbers start in the middle of a byte, low[-1] belongs to the first.
 struct Factors4 {
@@ -192,6 +202,37 @@ inline float dot8(const std::int8_t* codes, std::int64_t count, const float* x) 
 /// x * factor, rounded; halves to the even neighbour.
 inline void quantize8(const float* x, std::int64_t count, float factor, std::int8_t* codes) {
   for (std::int64_t i = 0; i < count; ++i) codes[i] = static_cast<std::int8_t>(std::nearbyint(x[i] * factor));
+}
+
+/// The exponent of a row that so many below its largest stand for.
+inline std::uint8_t exponent12(std::uint8_t largest, unsigned below) {
+  return below == kNoExponent12 ? std::uint8_t{0} : static_cast<std::uint8_t>(largest - below);
+}
+
+inline float number12(const Row12& row, std::int64_t k) {
+  const std::uint32_t code = row.codes[k], below = row.below[k / 2] >> (k % 2 * 4) & 15U;
+  const std::uint32_t exponent = exponent12(row.largest, below);
+  const std::uint32_t bits = (code & 0x80U) << 24U | exponent << 23U | (code & 0x7FU) << 16U;
+  float number = 0;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+/// The numbers [first, first + count) of the row.
+inline void unpack12(const Row12& row, std::int64_t first, std::int64_t count, float* out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = number12(row, first + i);
+}
+
+/// The sum of the products of the numbers [first, first + count) with x.
+inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
+  float even = 0, odd = 0;
+  std::int64_t i = 0;
+  for (; i + 1 < count; i += 2) {
+    even += number12(row, first + i) * x[i];
+    odd += number12(row, first + i + 1) * x[i + 1];
+  }
+  if (i < count) even += number12(row, first + i) * x[i];
+  return even + odd;
 }
 
 }  // namespace plain
