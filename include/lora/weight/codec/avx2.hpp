@@ -208,61 +208,70 @@ LORA_AVX2 inline void quantize8(const float* x, std::int64_t count, float factor
 }
 
 /// The two bytes that a number of bfloat16 has of its exponent, by how far that is below a row's largest: but for the
-/// sign what is above, but for the fraction what is below.
+/// sign the upper byte, but for the fraction the lower one. Each twice, for the two halves of a register.
 struct Exponents12 {
-  __m128i high, low;
+  __m256i upper, lower;
 };
 
-LORA_AVX2 inline Exponents12 load_exponents12(std::uint8_t largest) {
-  std::uint8_t high[16], low[16];
-  for (unsigned below = 0; below < 16; ++below) {
-    const auto exponent = plain::exponent12(largest, below);
-    high[below] = exponent >> 1U;
-    low[below] = static_cast<std::uint8_t>(exponent << 7U);
-  }
-  return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)),
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(low))};
+LORA_AVX2 inline Exponents12 exponents12(std::uint8_t largest) {
+  const auto below = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, kNoExponent12);
+  const auto differences = _mm_sub_epi8(_mm_set1_epi8(static_cast<char>(largest)), below);
+  const auto exponents = _mm_andnot_si128(_mm_cmpeq_epi8(below, _mm_set1_epi8(kNoExponent12)), differences);
+  const auto upper = _mm_and_si128(_mm_srli_epi16(exponents, 1), _mm_set1_epi8(0x7F));
+  const auto lower = _mm_andnot_si128(_mm_set1_epi8(0x7F), _mm_slli_epi16(exponents, 7));
+  return {_mm256_broadcastsi128_si256(upper), _mm256_broadcastsi128_si256(lower)};
 }
 
-/// Sixteen numbers of bfloat16, from the k-th of a row on, which is even.
-LORA_AVX2 inline __m256i numbers12(const Row12& row, std::int64_t k, const Exponents12& exponents) {
-  const auto two_each = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.below + k / 2));
-  const auto half = _mm_set1_epi8(15), fraction = _mm_set1_epi8(0x7F);
-  const auto below = _mm_unpacklo_epi8(_mm_and_si128(two_each, half), _mm_and_si128(_mm_srli_epi16(two_each, 4), half));
-  const auto codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.codes + k));
-  const auto high = _mm_or_si128(_mm_andnot_si128(fraction, codes), _mm_shuffle_epi8(exponents.high, below));
-  const auto low = _mm_or_si128(_mm_and_si128(fraction, codes), _mm_shuffle_epi8(exponents.low, below));
-  return _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+/// Numbers of bfloat16, sixteen and sixteen.
+struct Numbers12 {
+  __m256i first, second;
+};
+
+/// Those of a row from the k-th on, which is even.
+LORA_AVX2 inline Numbers12 numbers12(const Row12& row, std::int64_t k, const Exponents12& exponents) {
+  const auto pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row.below + k / 2)));
+  const auto below = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+  const auto codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.codes + k));
+  const auto fraction = _mm256_set1_epi8(0x7F);
+  const auto upper = _mm256_or_si256(_mm256_andnot_si256(fraction, codes), _mm256_shuffle_epi8(exponents.upper, below));
+  const auto lower = _mm256_or_si256(_mm256_and_si256(fraction, codes), _mm256_shuffle_epi8(exponents.lower, below));
+  const auto even = _mm256_unpacklo_epi8(lower, upper), odd = _mm256_unpackhi_epi8(lower, upper);  // eights
+  return {_mm256_permute2x128_si256(even, odd, 0x20), _mm256_permute2x128_si256(even, odd, 0x31)};
 }
 
-/// Eight of bfloat16 as floats.
-LORA_AVX2 inline __m256 as_floats(__m128i numbers) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
+/// The first and the second eight of sixteen as floats.
+LORA_AVX2 inline __m256 first_floats(__m256i numbers) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(numbers)), 16));
+}
+LORA_AVX2 inline __m256 second_floats(__m256i numbers) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(numbers, 1)), 16));
 }
 
 LORA_AVX2 inline void unpack12(const Row12& row, std::int64_t first, std::int64_t count, float* out) {
-  const auto exponents = load_exponents12(row.largest);
+  const auto exponents = exponents12(row.largest);
   std::int64_t i = count > 0 ? first % 2 : 0;
   if (i == 1) plain::unpack12(row, first, 1, out);
-  for (; i + 16 <= count; i += 16) {
+  for (; i + 32 <= count; i += 32) {
     const auto numbers = numbers12(row, first + i, exponents);
-    _mm256_storeu_ps(out + i, as_floats(_mm256_castsi256_si128(numbers)));
-    _mm256_storeu_ps(out + i + 8, as_floats(_mm256_extracti128_si256(numbers, 1)));
+    _mm256_storeu_ps(out + i, first_floats(numbers.first));
+    _mm256_storeu_ps(out + i + 8, second_floats(numbers.first));
+    _mm256_storeu_ps(out + i + 16, first_floats(numbers.second));
+    _mm256_storeu_ps(out + i + 24, second_floats(numbers.second));
   }
   plain::unpack12(row, first + i, count - i, out + i);
 }
 
 LORA_AVX2 inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
-  const auto exponents = load_exponents12(row.largest);
+  const auto exponents = exponents12(row.largest);
   auto a = _mm256_setzero_ps(), b = a, c = a, d = a;
   std::int64_t i = count > 0 ? first % 2 : 0;
   const float before = i == 1 ? plain::dot12(row, first, 1, x) : 0;
   for (; i + 32 <= count; i += 32) {
-    const auto some = numbers12(row, first + i, exponents), others = numbers12(row, first + i + 16, exponents);
-    a = _mm256_fmadd_ps(as_floats(_mm256_castsi256_si128(some)), _mm256_loadu_ps(x + i), a);
-    b = _mm256_fmadd_ps(as_floats(_mm256_extracti128_si256(some, 1)), _mm256_loadu_ps(x + i + 8), b);
-    c = _mm256_fmadd_ps(as_floats(_mm256_castsi256_si128(others)), _mm256_loadu_ps(x + i + 16), c);
-    d = _mm256_fmadd_ps(as_floats(_mm256_extracti128_si256(others, 1)), _mm256_loadu_ps(x + i + 24), d);
+    const auto numbers = numbers12(row, first + i, exponents);
+    a = _mm256_fmadd_ps(first_floats(numbers.first), _mm256_loadu_ps(x + i), a);
+    b = _mm256_fmadd_ps(second_floats(numbers.first), _mm256_loadu_ps(x + i + 8), b);
+    c = _mm256_fmadd_ps(first_floats(numbers.second), _mm256_loadu_ps(x + i + 16), c);
+    d = _mm256_fmadd_ps(second_floats(numbers.second), _mm256_loadu_ps(x + i + 24), d);
   }
   const auto sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
   return before + sum_of(sum) + plain::dot12(row, first + i, count - i, x + i);

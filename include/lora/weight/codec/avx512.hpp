@@ -168,21 +168,26 @@ LORA_AVX512 inline __m512 as_floats(__m256i numbers) {
 }
 
 LORA_AVX512 inline void unpack12(const Row12& row, std::int64_t first, std::int64_t count, float* out) {
-  const auto exponents = avx2::load_exponents12(row.largest);
+  const auto exponents = avx2::exponents12(row.largest);
   std::int64_t i = count > 0 ? first % 2 : 0;
   if (i == 1) plain::unpack12(row, first, 1, out);
-  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(out + i, as_floats(avx2::numbers12(row, first + i, exponents)));
+  for (; i + 32 <= count; i += 32) {
+    const auto numbers = avx2::numbers12(row, first + i, exponents);
+    _mm512_storeu_ps(out + i, as_floats(numbers.first));
+    _mm512_storeu_ps(out + i + 16, as_floats(numbers.second));
+  }
   plain::unpack12(row, first + i, count - i, out + i);
 }
 
 LORA_AVX512 inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
-  const auto exponents = avx2::load_exponents12(row.largest);
+  const auto exponents = avx2::exponents12(row.largest);
   auto a = _mm512_setzero_ps(), b = a;
   std::int64_t i = count > 0 ? first % 2 : 0;
   const float before = i == 1 ? plain::dot12(row, first, 1, x) : 0;
   for (; i + 32 <= count; i += 32) {
-    a = _mm512_fmadd_ps(as_floats(avx2::numbers12(row, first + i, exponents)), _mm512_loadu_ps(x + i), a);
-    b = _mm512_fmadd_ps(as_floats(avx2::numbers12(row, first + i + 16, exponents)), _mm512_loadu_ps(x + i + 16), b);
+    const auto numbers = avx2::numbers12(row, first + i, exponents);
+    a = _mm512_fmadd_ps(as_floats(numbers.first), _mm512_loadu_ps(x + i), a);
+    b = _mm512_fmadd_ps(as_floats(numbers.second), _mm512_loadu_ps(x + i + 16), b);
   }
   return before + _mm512_reduce_add_ps(_mm512_add_ps(a, b)) + plain::dot12(row, first + i, count - i, x + i);
 }
