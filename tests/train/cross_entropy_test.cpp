@@ -1,7 +1,8 @@
 // The cross entropy of a head in chunks, against LibTorch's of all logits.
-#include "support/testing.hpp"
+#include "support/halves.hpp"
 
 #include <lora/attach.hpp>
+#include <lora/quantize.hpp>
 #include <lora/train/cross_entropy.hpp>
 
 namespace {
@@ -246,6 +247,41 @@ TEST_CASE("In a scope that adapts the layers below, the head is computed as it i
   const auto expected = plain(hidden, weight, head.targets, options);
   CHECK(testing::distance(loss, expected) < 1e-14);
   check_same(head.gradients(loss, adapters.parameters()), head.gradients(expected, adapters.parameters()), 1e-13);
+}
+
+TEST_CASE("A head in few bits is multiplied a part at a time, in scopes") {
+  const auto type = GENERATE(torch::kDouble, torch::kFloat, torch::kBFloat16);
+  torch::manual_seed(0);
+  torch::nn::Sequential model(torch::nn::Linear(5, 5), torch::nn::Linear(5, 11));
+  model->to(testing::device(), type);
+  auto adapters = lora::attach(*model, lora::LoRAConfig(2).alpha(5).target_modules({"0"}));
+  auto& held = model->ptr(1)->as<torch::nn::Linear>()->weight;
+  lora::quantize(*model, testing::Halves(), lora::QuantizeOptions().target_modules({"1"}));
+  const Head head;
+  const auto hidden = head.hidden.detach().to(type).requires_grad_();
+  const auto bias = head.bias.detach().to(type).requires_grad_();
+  for (const auto& reduction : kReductions) {
+    for (const bool has_bias : {true, false}) {
+      INFO(type << ", " << reduction.name << (has_bias ? "" : ", no bias"));
+      auto options = Options().ignore_index(-7).label_smoothing(0.1).reduction(reduction.value).chunk_rows(4);
+      if (has_bias) options.bias(bias.detach());
+      const auto active = adapters.activate();
+      const auto numbers = lora::detail::dequantized(held);
+      const auto loss = lora::linear_cross_entropy(hidden, held, head.targets, options);
+      const bool is_one = loss.dim() == 0;
+      CHECK((!is_one || loss.grad_fn()->name().find("LinearCrossEntropy") != std::string::npos));
+      const auto expected = lora::linear_cross_entropy(hidden, numbers, head.targets, options);
+      CHECK(testing::distance(loss, expected) < 1e-6);
+      check_same(head.gradients(loss, {hidden}), head.gradients(expected, {hidden}), 1e-6);
+      if (!has_bias || !is_one) continue;
+      options.bias(bias);
+      const auto of_bias = lora::linear_cross_entropy(hidden, held, head.targets, options);
+      const auto exact = lora::linear_cross_entropy(hidden, numbers, head.targets, options);
+      check_same(head.gradients(of_bias, {hidden, bias}), head.gradients(exact, {hidden, bias}), 1e-6);
+    }
+  }
+  const auto outside = [&] { lora::linear_cross_entropy(hidden, held, head.targets, Options().ignore_index(-7)); };
+  CHECK_THAT(error_of(outside), contains("is held in 16 bits"));
 }
 
 TEST_CASE("Without gradient mode there is no graph, and a second derivative is refused") {

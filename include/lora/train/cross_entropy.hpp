@@ -25,6 +25,7 @@
 #include <lora/train/checkpointing.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/dense_product.hpp>
+#include <lora/weight/frozen_product.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
 #include <lora/weight/placeholder.hpp>
@@ -99,12 +100,13 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     return apply(rows.hidden, rows.weight, optional(rows.bias), rows);
   }
 
-  /// Whether it can be computed so: no adapter acts on the operands, which have their numbers, and what comes in
-  /// backward can be multiplied with gradients that are there already.
+  /// Whether it can be computed so: no adapter acts on the operands, which have their numbers, or in a scope those of
+  /// the weight in few bits, and what comes in backward can be multiplied with gradients that are there already.
   static bool is_for(const CrossEntropyRows& rows) {
     for (const auto* operand : {&rows.hidden, &rows.weight, &rows.bias}) {
       if (!operand->defined()) continue;
-      if (!is_plain(*operand) || is_in_scope(*operand) || is_quantized(*operand)) return false;
+      if (!is_plain(*operand) || is_in_scope(*operand)) return false;
+      if (is_quantized(*operand) && (operand != &rows.weight || ActiveScopes::current() == nullptr)) return false;
     }
     const bool head_learns = needs_gradient(rows.weight) || needs_gradient(rows.bias);
     return rows.sums || !head_learns || !at::GradMode::is_enabled();
@@ -204,6 +206,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     /// In the type in which it is summed up; the same memory for every chunk.
     at::Tensor logits(const at::Tensor& hidden) {
       const auto matrix = rows_.weight.t();
+      if (is_quantized(matrix)) return (logits_ = quantized_mm_value(hidden, matrix, rows_.bias)).to(wide_);
       if (is_for_onednn(hidden, matrix, rows_.bias, /*inputs=*/0)) return onednn_mm(hidden, matrix, rows_.bias);
       if (!logits_.defined()) logits_ = at::empty({rows_.chunk_size(), matrix.size(1)}, hidden.options());
       auto z = logits_.narrow(0, 0, hidden.size(0));
@@ -221,7 +224,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       const bool is_half = type_ != wide_;
       const auto left = is_half ? in_half(dz, factor) : dz;
       if (d_hidden_.defined()) {
-        const auto gradient = fast_mm(left, rows_.weight);
+        const auto gradient = matrix_product(left, rows_.weight);
         auto own = d_hidden_.narrow(0, first, hidden.size(0));
         at::mul_out(own, gradient, is_half ? at::scalar_tensor(factor_of_half(), gradient.options()) : factor);
       }
@@ -352,7 +355,7 @@ inline at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tenso
   }
   const auto device = hidden.device().type();
   const auto cast = [&](const at::Tensor& tensor) {
-    if (!tensor.defined() || !at::autocast::is_autocast_enabled(device)) return tensor;
+    if (!tensor.defined() || detail::is_quantized(tensor) || !at::autocast::is_autocast_enabled(device)) return tensor;
     return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
   };
   const bool sums = !std::holds_alternative<torch::enumtype::kNone>(options.reduction());

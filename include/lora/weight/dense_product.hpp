@@ -61,9 +61,6 @@ inline bool is_faster_here(const at::Tensor& x, const at::Tensor& operand, const
 /// x M + b for x (N, k), M (k, n), b (n) or undefined for which that is true, without a gradient.
 LORA_INLINE at::Tensor faster_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias);
 
-/// x M for x (N, k), M (k, n), without a gradient, by the fastest.
-LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix);
-
 /// sum + x M for a `sum` (N, n), x (N, k) and M (k, n) for which `is_for_onednn` is true, as new memory.
 LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& matrix);
 
@@ -227,10 +224,6 @@ LORA_INLINE at::Tensor onednn_mm(const at::Tensor& x, const at::Tensor& matrix, 
 
 LORA_INLINE at::Tensor faster_mm(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& bias) {
   return x.size(0) == 1 ? row_mm(x, matrix, bias) : onednn_mm(x, matrix, bias);
-}
-
-LORA_INLINE at::Tensor fast_mm(const at::Tensor& x, const at::Tensor& matrix) {
-  return is_faster_here(x, matrix, {}, /*inputs=*/0) ? faster_mm(x, matrix, {}) : x.mm(matrix);
 }
 
 LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& matrix) {

@@ -52,6 +52,7 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -114,9 +115,26 @@ inline at::Tensor times_transposed_rows(const at::Tensor& x, const HeldRows& row
   });
 }
 
+/// The same product as `times_rows`, as a sum over panels of rows.
+inline at::Tensor sum_over_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
+  const auto height = std::max<int64_t>(1, kPanel / rows.columns);
+  const auto numbers = at::empty({height, rows.columns}, x.options().dtype(at::kFloat));
+  auto y = at::zeros({x.size(0), rows.columns}, x.options());
+  for (int64_t first = 0; first < rows.count; first += height) {
+    const auto count = std::min(height, rows.count - first);
+    rows.weight->unpack((rows.first + first) * rows.columns, count * rows.columns, numbers.mutable_data_ptr<float>());
+    const auto panel = numbers.narrow(0, 0, count).to(x.scalar_type()), some = x.narrow(1, first, count);
+    y = is_for_onednn(some, panel, {}, 0) ? onednn_plus(y, some, panel) : y.addmm_(some, panel);
+  }
+  return bias.defined() ? y.add_(bias) : y;
+}
+
 /// y (N, columns) = x (N, count) W + b for rows W of a weight on the CPU.
 inline at::Tensor times_rows(const at::Tensor& x, const HeldRows& rows, const at::Tensor& bias) {
   constexpr int64_t kMultiple = 64;  // of what codes share in most schemes
+  const bool is_wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;  // halves are rounded once
+  // As of a head, of which a panel has so few columns that products with it are slow.
+  if (is_wide && rows.columns > kMultiple && rows.count * kMultiple > kPanel) return sum_over_rows(x, rows, bias);
   const auto fitting = kPanel / std::max<int64_t>(1, rows.count) / kMultiple * kMultiple;
   const auto width = std::max(kMultiple, fitting);
   return in_panels(x, rows.columns, width, bias,
