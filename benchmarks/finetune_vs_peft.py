@@ -1,7 +1,7 @@
 """Does fine-tuning here reach what peft reaches, how long does a step take, and how much memory?
 
 python finetune_vs_peft.py [--programs DIR] [--model DIR] [--text FILE] [--out DIR] [--steps N] [--threads N] [--seed N]
-                           [--device cpu|cuda] [-- OPTIONS OF finetune_gpt]
+                           [--device cpu|cuda] [--bfloat16] [-- OPTIONS OF finetune_gpt]
 
 Without options it takes what `sh tests/run.sh` and `sh examples/finetune_gpt/run.sh` have left in build/, and needs
 the Python of build/venv.
@@ -13,7 +13,8 @@ adapter that finetune_gpt wrote is then read by peft, which has to give, on a CP
 with 1 when a loss is more than 0.02 away from peft's, or a logit more than 3e-4, a hundred-thousandth of the largest.
 
 What follows `--` changes the run of both, e.g. `-- --targets all-linear`, or that of finetune_gpt alone, as
-`-- --checkpoint` does; with a `--dropout`, which is random in both, losses are not compared.
+`-- --checkpoint` does; with a `--dropout`, which is random in both, losses are not compared. With --bfloat16 both read
+a copy of the model whose files are in bfloat16, as most are published, which is what `-- --quantize lossless` takes.
 """
 
 import argparse
@@ -120,6 +121,23 @@ def measure(options, out):
     return ours, (replay["seconds_per_step"], peft_memory), status == 0
 
 
+def in_bfloat16(model, copy):
+    """The same directory with its weights rounded to bfloat16; by a process of its own, since what this one takes would
+    count as memory of those that it starts."""
+    copy.mkdir(parents=True, exist_ok=True)
+    round_file = (
+        "import sys; from safetensors.torch import load_file, save_file; "
+        "rounded = {name: t.bfloat16() if t.is_floating_point() else t for name, t in load_file(sys.argv[1]).items()}; "
+        "save_file(rounded, sys.argv[2], metadata={'format': 'pt'})"
+    )
+    for file in model.iterdir():
+        if file.suffix == ".safetensors":
+            subprocess.run([sys.executable, "-c", round_file, file, copy / file.name], check=True)
+        elif file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
 def same_logits(options, out):
     """Whether peft gives the logits that are given here, with the adapter of the run."""
     ids, logits = out / "ids.safetensors", out / "logits.safetensors"
@@ -137,6 +155,7 @@ def same_logits(options, out):
 def main():
     parser = finetune_options(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bfloat16", action="store_true", help="of files in bfloat16")
     parser.add_argument("rest", nargs="*", metavar="OPTION", help="after --: further options of finetune_gpt")
     options = parser.parse_args()
     options.tokens_per_step = 4 * 128  # the defaults of finetune_gpt
@@ -146,6 +165,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
+        if options.bfloat16:
+            options.model = in_bfloat16(options.model, out / "in_bfloat16")
         ours, peft, agree = measure(options, out)
         agree = same_logits(options, out) and agree
     where = f"threads: {options.threads}" if options.device == "cpu" else options.device

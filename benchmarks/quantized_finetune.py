@@ -27,15 +27,15 @@ from safetensors import safe_open
 BASES = {  # name: --dtype, --quantize, --quantize-embedding
     "float32": ("float32", "none", "none"),
     "bfloat16": ("bfloat16", "none", "none"),
-    "lossless": ("float32", "lossless", "lossless"),
     "int8": ("float32", "int8", "none"),
     "int8, embedding int8": ("float32", "int8", "int8"),
     "NF4": ("float32", "nf4", "none"),
     "NF4, calibrated": ("float32", "nf4", "none"),
     "NF4, embedding int8": ("float32", "nf4", "int8"),
     "NF4, embedding NF4": ("float32", "nf4", "nf4"),
-    "NF4, embedding lossless": ("float32", "nf4", "lossless"),
     "NF4, rest bfloat16": ("bfloat16", "nf4", "none"),
+    "bfloat16, lossless": ("bfloat16", "lossless", "lossless"),
+    "NF4, rest bfloat16, embedding lossless": ("bfloat16", "nf4", "lossless"),
 }
 MEMORY = re.compile(r"the model takes ([\d.]+) GB \(([\d.]+) GB in float32\); ([\d.]+) GB at most while it was loaded")
 

@@ -56,10 +56,10 @@ struct QuantizeReport {
 ///
 /// All of them are packed before any is replaced; `load_quantized` packs a file as it reads it. Moving, casting and
 /// cloning keep the weights so. It changes weights, and needs the model for itself. Errors, with nothing changed: a
-/// selection that matches nothing, a weight that is merged, has no matrix, or has numbers that are not finite or too
-/// large for the scheme; inside of a scope that adapts one; a calibration for a scheme that takes none (Int8), or one
-/// that reaches no layer. References: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"; Frantar et
-/// al. 2023, "GPTQ".
+/// selection that matches nothing, a weight that is merged, has no matrix, or has numbers that are not finite, too
+/// large for the scheme, or none of those that it has (Lossless); inside of a scope that adapts one; a calibration for
+/// a scheme that takes none (Int8, Lossless), or one that reaches no layer. References: Dettmers et al. 2023, "QLoRA:
+/// Efficient Finetuning of Quantized LLMs"; Frantar et al. 2023, "GPTQ".
 LORA_INLINE QuantizeReport quantize(const Model& model, const Quantization& scheme,
                                     const QuantizeOptions& options = {});
 LORA_INLINE QuantizeReport quantize(torch::nn::Module& model, const Quantization& scheme,

@@ -14,8 +14,8 @@ inline namespace LORA_ABI {
 /// Writes every parameter and buffer of a model, without the adapters that layers have of their own, under its name as
 /// a safetensors file, those in 4 or 8 bits as they are, under the names that bitsandbytes gives them
 /// (lora/files/bitsandbytes.hpp): each of which bitsandbytes reads. Those in 12 bits (`Lossless`) are written as the
-/// numbers of bfloat16 that they are, and are held so again by reading them with that scheme. What is tied is written
-/// once.
+/// numbers of bfloat16 that they are, all of which are in memory then, and are held so again by reading them with that
+/// scheme. What is tied is written once.
 ///
 /// Errors: CheckpointError with the path and the reason of the operating system; c10::Error for weights in a way of
 /// packing that bitsandbytes does not know, or in 4 bits for ones of another type than Float, Half and BFloat16.
@@ -159,7 +159,7 @@ class QuantizedLoading {
             value.scalar_type(), " in the model");
       taken_.insert(name);
       if (is_float && to_pack_.count(value.unsafeGetTensorImpl()) > 0) {
-        const auto numbers = reader_.read(name);
+        const auto numbers = reader_.read(name).to(value.scalar_type());
         auto packed = scheme_->pack(numbers, name);
         error_.add(numbers, *packed);
         keep(name, std::move(packed), value);

@@ -251,7 +251,7 @@ LORA_INLINE std::shared_ptr<const QuantizedWeight> Site::packed(const Quantizati
   at::NoGradGuard no_grad;
   check_quantizable();
   const auto weight = place_.slot->read().detach();
-  return seen == nullptr ? scheme.pack(weight, name()) : scheme.pack(weight, *seen);
+  return seen == nullptr ? scheme.pack(weight, name()) : scheme.pack(weight, name(), *seen);
 }
 
 LORA_INLINE void Site::hold(std::shared_ptr<const QuantizedWeight> packed) {

@@ -4,7 +4,7 @@ For a Llama and a GPT-2, with LoRA and with DoRA: twenty steps, replayed by peft
 batches (every loss within 1e-5); every adapter tensor must have trained in both; the adapter written must give peft the
 logits that it gives here; and the merged directories of finetune_gpt and of merge_checkpoint must load in transformers
 and give the logits of peft's merged model. What generate says greedily, with that adapter or with it merged, is what
-peft's model says. A run in bfloat16 trains, and shows samples from before and after. Runs with the base in few bits
+peft's model says. A run in bfloat16 trains, and shows samples from before and after. One on a base in 12 bits is replayed as well. Runs with the base in few bits
 train; their adapters are merged into the weights of the files, which again give the logits of peft's merged model, and
 generate speaks with them to the last token.
 """
@@ -34,7 +34,11 @@ RUNS = [  # architecture, adapted layers in a block, method, tensors of one adap
     ("gpt2", 1, "DoRA", 3, "--text", ["--checkpoint"]),
     ("llama", 2, "LowRank", 2, "conversations", ["--without", "loss"]),
 ]
-WAYS = {"--checkpoint": "computes the activations inside of a block again", "--without": "LibTorch's own way: loss"}
+WAYS = {
+    "--checkpoint": "computes the activations inside of a block again",
+    "--without": "LibTorch's own way: loss",
+    "--quantize": "linear layers but the head in lossless",
+}
 TOKENS = 16  # that generate writes
 
 
@@ -212,6 +216,13 @@ def check_quantized(programs, base, data, out):
     return all(passed.values())
 
 
+def check_lossless(programs, base, data, out):
+    """Weights of bfloat16 in 12 bits are the weights, so that peft repeats the run on the files."""
+    make_tiny_model.main([str(base), "--bfloat16"])
+    fine_tune(programs, base, data, "LowRank", ["--quantize", "lossless", "--quantize-embedding", "lossless"], out)
+    return check_trained(out, LAYERS * 2 * 2) and check_replay(out)
+
+
 def check_same_files(out):
     """The model merged in memory and the one merged from file to file are one model."""
     ours, streamed = (load_file(out / name / "model.safetensors") for name in ("merged", "merged_from_files"))
@@ -247,15 +258,17 @@ def main():
             }
             count += len(checks)
             failed += [f"{architecture}, {method}: {name}" for name, passed in checks.items() if not passed]
-        count += 3
+        count += 4
         if not check_bfloat16(programs, folder / "llama", data["--text"], folder / "bfloat16"):
             failed.append("bfloat16")
+        if not check_lossless(programs, folder / "llama_bfloat16", data["--text"], folder / "lossless"):
+            failed.append("lossless")
         for architecture in "llama", "gpt2":
             out = folder / f"{architecture}_quantized"
             if not check_quantized(programs, folder / architecture, data["--text"], out):
                 failed.append(f"{architecture} in few bits")
     print(f"\n{count} checks, {len(failed)} failed{': ' if failed else ''}{'; '.join(failed)}")
-    return int(bool(failed) or count != 5 * len(RUNS) + 3)
+    return int(bool(failed) or count != 5 * len(RUNS) + 4)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes a tiny random model with a tokenizer of its own as a Hugging Face directory.
 
-python make_tiny_model.py OUT_DIR [--architecture llama|gpt2] [--seed N] [--text FILE] [--untied]
+python make_tiny_model.py OUT_DIR [--architecture llama|gpt2] [--seed N] [--text FILE] [--untied] [--bfloat16]
 
 Nothing in it is trivially 0 or 1 (biases and norm weights are random too), key/value heads are shared by groups, and
 the head is tied to the embedding unless --untied, so that a mistake in any part of a reader shows in the logits.
@@ -97,6 +97,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, help="train the tokenizer on this file instead of the built-in text")
     parser.add_argument("--untied", action="store_true", help="give the head a weight of its own")
+    parser.add_argument("--bfloat16", action="store_true", help="write weights in bfloat16")
     options = parser.parse_args(arguments)
 
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -108,6 +109,8 @@ def main(arguments=None):
     make_config = gpt2_config if options.architecture == "gpt2" else llama_config
     model = AutoModelForCausalLM.from_config(make_config(tokenizer.get_vocab_size(), not options.untied))
     randomize(model, options.seed)
+    if options.bfloat16:
+        model.bfloat16()
     model.save_pretrained(options.out_dir)
     eos = SPECIAL_TOKENS[model.config.eos_token_id]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos)

@@ -67,7 +67,7 @@ class Replay:
     def __init__(self, run_dir, options):
         self.run = json.loads((run_dir / "run.json").read_text())
         self.batches = load_file(run_dir / "batches.safetensors")
-        if {self.run.get("quantize", "none"), self.run.get("quantize_embedding", "none")} != {"none"}:
+        if not {self.run.get("quantize", "none"), self.run.get("quantize_embedding", "none")} <= {"none", "lossless"}:
             fail("the base of the run was held in few bits; runs on weights as they are in the files can be replayed")
         if self.run["dropout"] != 0 and not options.allow_dropout:
             fail(f"the run drops out {self.run['dropout']} of its inputs; masks differ, see --allow-dropout")

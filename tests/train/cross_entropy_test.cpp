@@ -5,6 +5,9 @@
 #include <lora/quantize.hpp>
 #include <lora/train/cross_entropy.hpp>
 
+#include <torch/csrc/jit/api/function_impl.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
 namespace {
 
 using testing::contains;
@@ -279,6 +282,25 @@ TEST_CASE("A head in few bits is multiplied a part at a time, in scopes") {
       const auto exact = lora::linear_cross_entropy(hidden, numbers, head.targets, options);
       check_same(head.gradients(of_bias, {hidden, bias}), head.gradients(exact, {hidden, bias}), 1e-6);
     }
+  }
+  held.requires_grad_();  // as a loop over all parameters does; few bits are not trained all the same
+  {
+    const auto active = adapters.activate();
+    const auto options = Options().ignore_index(-7);
+    const auto both = torch::autograd::grad({lora::linear_cross_entropy(hidden, held, head.targets, options)},
+                                            {hidden, held}, {}, {}, false, /*allow_unused=*/true);
+    CHECK((both[0].defined() && !both[1].defined()));
+    held.requires_grad_(false);
+    const torch::NoGradGuard no_grad;
+    const auto run = [&](torch::jit::Stack stack) {
+      return torch::jit::Stack{lora::linear_cross_entropy(stack[0].toTensor(), held, head.targets, options)};
+    };
+    const auto traced = torch::jit::tracer::trace({hidden.detach()}, run, [](const auto&) { return ""; }).first;
+    torch::jit::GraphFunction function("loss", traced->graph, nullptr);
+    torch::jit::Stack other{hidden.detach() + 1};
+    const auto expected = run(other)[0].toTensor();
+    function.run(other);
+    CHECK(testing::distance(other[0].toTensor(), expected) < 1e-6);
   }
   const auto outside = [&] { lora::linear_cross_entropy(hidden, held, head.targets, Options().ignore_index(-7)); };
   CHECK_THAT(error_of(outside), contains("is held in 16 bits"));

@@ -141,6 +141,10 @@ TEST_CASE("What is not bfloat16 is refused") {
       {torch::full({2, 1}, 1 + std::pow(2, -10), torch::kHalf),
        "2 of the 2 numbers of the weight [2, 1] are not numbers"},
       {with_nan, "1 of the 20 numbers of the weight [4, 5] are not finite in float, the first of them nan at [2, 3]"},
+      {with_nan.to(torch::kBFloat16), "1 of the 20 numbers of the weight [4, 5] are not finite"},
+      {torch::full({2}, -std::numeric_limits<double>::infinity(), torch::kDouble),
+       "2 of the 2 numbers of the weight [2] are not finite"},
+      {torch::full({2, 2}, 1e300, torch::kDouble), "4 of the 4 numbers of the weight [2, 2] are not finite in float"},
       {torch::ones({2}, torch::kInt),
        "has to be a dense tensor of Float, Double, Half or BFloat16 to be packed, but got Strided Int [2]"},
       {torch::empty({3, 0}), "the weight [3, 0] has no numbers"},
@@ -169,6 +173,11 @@ TEST_CASE("Tensors that are no weight in 12 bits are refused") {
       {[](Packed& bad) { bad.far_places = Tensor(); }, "far_places of a packed weight is undefined"},
       {[](Packed& bad) { bad.far_numbers = bad.far_numbers.slice(0, 1).contiguous(); },
        "far_numbers of this packed weight has to be BFloat16 of 2 numbers"},
+      {[](Packed& bad) {
+         bad.largest = bad.largest.view({3, 1});
+       },
+       "have to have one dimension, but are [3, 1], [2]"},
+      {[](Packed& bad) { bad.codes = bad.codes + 1; }, "have to have zeros at far_places"},
       {[](Packed& bad) { bad.far_places = bad.far_places.flip(0); }, "have to ascend and to be of its 15 numbers"},
       {[](Packed& bad) { bad.far_places = bad.far_places + 1; }, "have to ascend and to be of its 15 numbers"},
       {[](Packed& bad) { bad.far_places = bad.far_places - 2; }, "have to ascend and to be of its 15 numbers"},

@@ -18,6 +18,7 @@
 #include <torch/arg.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/enum.h>
 
 #include <lora/intercept/in_scope.hpp>
@@ -106,7 +107,8 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     for (const auto* operand : {&rows.hidden, &rows.weight, &rows.bias}) {
       if (!operand->defined()) continue;
       if (!is_plain(*operand) || is_in_scope(*operand)) return false;
-      if (is_quantized(*operand) && (operand != &rows.weight || ActiveScopes::current() == nullptr)) return false;
+      const bool is_here = operand == &rows.weight && ActiveScopes::current() != nullptr;
+      if (is_quantized(*operand) && (!is_here || torch::jit::tracer::isTracing())) return false;
     }
     const bool head_learns = needs_gradient(rows.weight) || needs_gradient(rows.bias);
     return rows.sums || !head_learns || !at::GradMode::is_enabled();
@@ -139,7 +141,9 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   }
 
  private:
-  static bool needs_gradient(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+  static bool needs_gradient(const at::Tensor& tensor) {
+    return tensor.defined() && tensor.requires_grad() && !is_quantized(tensor);
+  }
 
   /// One pass over the rows.
   class Pass {
@@ -203,10 +207,14 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       if (spread > 0) z.sub_(total * spread);
     }
 
-    /// In the type in which it is summed up; the same memory for every chunk.
+    /// In the type in which it is summed up; of one chunk at a time.
     at::Tensor logits(const at::Tensor& hidden) {
       const auto matrix = rows_.weight.t();
-      if (is_quantized(matrix)) return (logits_ = quantized_mm_value(hidden, matrix, rows_.bias)).to(wide_);
+      if (is_quantized(matrix)) {
+        logits_.reset();  // so that those of one chunk are there
+        logits_ = quantized_mm_value(hidden, matrix, rows_.bias);
+        return logits_.to(wide_);
+      }
       if (is_for_onednn(hidden, matrix, rows_.bias, /*inputs=*/0)) return onednn_mm(hidden, matrix, rows_.bias);
       if (!logits_.defined()) logits_ = at::empty({rows_.chunk_size(), matrix.size(1)}, hidden.options());
       auto z = logits_.narrow(0, 0, hidden.size(0));
@@ -373,6 +381,7 @@ inline at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tenso
     of.hidden = cast(rows);
     of.weight = cast(weight);
     of.bias = cast(options.bias());
+    if (of.bias.defined() && detail::is_quantized(weight)) of.bias = of.bias.to(of.hidden.scalar_type());
     loss = detail::LinearCrossEntropy::compute(of);
   } else {
     loss = detail::checkpointed_cross_entropy(of);

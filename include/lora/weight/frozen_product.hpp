@@ -124,7 +124,8 @@ inline at::Tensor sum_over_rows(const at::Tensor& x, const HeldRows& rows, const
     const auto count = std::min(height, rows.count - first);
     rows.weight->unpack((rows.first + first) * rows.columns, count * rows.columns, numbers.mutable_data_ptr<float>());
     const auto panel = numbers.narrow(0, 0, count).to(x.scalar_type()), some = x.narrow(1, first, count);
-    y = is_for_onednn(some, panel, {}, 0) ? onednn_plus(y, some, panel) : y.addmm_(some, panel);
+    y = is_regular(x.size(0)) && is_for_onednn(some, panel, {}, 0) ? onednn_plus(y, some, panel)
+                                                                   : y.addmm_(some, panel);
   }
   return bias.defined() ? y.add_(bias) : y;
 }

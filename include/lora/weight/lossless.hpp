@@ -22,7 +22,8 @@ inline namespace LORA_ABI {
 ///
 ///   exponent = largest - below    for below < 15;   0 for 15: zeros, and denormal numbers
 ///
-/// A number further below is rare (of normally distributed ones one in 5,000) and stands in a list.
+/// A number further below is rare (of normally distributed ones one in 5,000 to 10,000) and stands in a list; in the
+/// bits a zero is in its place.
 struct LosslessTensor {
   at::Tensor codes;        ///< Byte, shaped as the weight: sign and fraction.
   at::Tensor below;        ///< Byte (rows, ceil(columns / 2)); of two numbers the first in the low half.
@@ -84,6 +85,7 @@ class LosslessWeight final : public QuantizedWeight {
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -100,8 +102,9 @@ inline namespace LORA_ABI {
 
 namespace detail {
 
-/// The bits of a float that bfloat16 has.
-inline std::uint32_t upper_bits(float number) {
+/// The bits of a number that bfloat16 has.
+inline std::uint32_t bits_of(at::BFloat16 number) { return number.x; }
+inline std::uint32_t bits_of(float number) {
   std::uint32_t bits = 0;
   std::memcpy(&bits, &number, sizeof(bits));
   return bits >> 16U;
@@ -115,19 +118,22 @@ inline bool is_bfloat16(float number) {
 
 /// Throws for a weight on the CPU that has numbers which bfloat16 does not have.
 [[noreturn]] inline void refuse_not_bfloat16(const char* who, const at::Tensor& weight) {
-  const auto differs = weight.ne(weight.to(at::kBFloat16).to(weight.scalar_type()));
+  const auto numbers = weight.to(at::kFloat);
+  const auto differs = numbers.view(at::kInt).bitwise_and(0xFFFF).ne(0).logical_or(numbers.ne(weight));
   TORCH_CHECK_VALUE(false, who, ": ", differs.sum().item<int64_t>(), " of the ", weight.numel(),
                     " numbers of the weight ", weight.sizes(), " are not numbers of bfloat16, ",
                     first_in_words(weight, differs),
                     "; round them (weight.to(torch::kBFloat16)), or hold the weight in another way");
 }
 
-/// Numbers that bfloat16 has, in 12 bits each.
+/// Numbers that bfloat16 has, BFloat16 or float, in 12 bits each.
+template <class Number>
 class LosslessPacking {
  public:
-  LosslessPacking(const at::Tensor& numbers, at::IntArrayRef sizes)
-      : rows_(rows_of(sizes)), columns_(numbers.numel() / rows_), numbers_(numbers.const_data_ptr<float>()) {
-    packed_.codes = at::empty(sizes, at::kByte);
+  /// Of a contiguous weight on the CPU.
+  explicit LosslessPacking(const at::Tensor& weight)
+      : rows_(rows_of(weight.sizes())), columns_(weight.numel() / rows_), numbers_(weight.const_data_ptr<Number>()) {
+    packed_.codes = at::empty(weight.sizes(), at::kByte);
     packed_.below = at::zeros({rows_, (columns_ + 1) / 2}, at::kByte);
     packed_.largest = at::empty({rows_}, at::kByte);
   }
@@ -147,13 +153,13 @@ class LosslessPacking {
     auto* numbers = packed_.far_numbers.mutable_data_ptr<at::BFloat16>();
     for (const auto place : far_) {
       *places++ = place;
-      *numbers++ = at::BFloat16(numbers_[place]);
+      *numbers++ = at::BFloat16(static_cast<float>(numbers_[place]));
     }
     return packed_;
   }
 
  private:
-  static std::uint32_t exponent_of(float number) { return upper_bits(number) >> 7U & 0xFFU; }
+  static std::uint32_t exponent_of(Number number) { return bits_of(number) >> 7U & 0xFFU; }
 
   void pack(int64_t row, std::vector<int64_t>& far) {
     const auto* numbers = numbers_ + row * columns_;
@@ -163,7 +169,7 @@ class LosslessPacking {
     for (int64_t k = 0; k < columns_; ++k) largest = std::max(largest, exponent_of(numbers[k]));
     packed_.largest.mutable_data_ptr<std::uint8_t>()[row] = static_cast<std::uint8_t>(largest);
     for (int64_t k = 0; k < columns_; ++k) {
-      const auto bits = upper_bits(numbers[k]), exponent = bits >> 7U & 0xFFU;
+      const auto bits = bits_of(numbers[k]), exponent = bits >> 7U & 0xFFU;
       const bool is_near = largest - exponent < kNoExponent12, is_far = !is_near && exponent != 0;
       if (is_far) far.push_back(row * columns_ + k);
       codes[k] = is_far ? std::uint8_t{0} : static_cast<std::uint8_t>((bits >> 8U & 0x80U) | (bits & 0x7FU));
@@ -172,7 +178,7 @@ class LosslessPacking {
   }
 
   int64_t rows_, columns_;
-  const float* numbers_;
+  const Number* numbers_;
   LosslessTensor packed_;
   std::mutex mutex_;
   std::vector<int64_t> far_;
@@ -243,12 +249,15 @@ inline at::Tensor unpacked(const LosslessTensor& packed) {
     return numbers;
   }
   const auto rows = packed.largest.numel();
-  const auto codes = packed.codes.view({rows, -1}).to(at::kInt);
-  const auto halves = at::stack({packed.below.bitwise_and(0x0F), packed.below.bitwise_right_shift(4)}, 2);
-  const auto below = halves.view({rows, -1}).narrow(1, 0, codes.size(1)).to(at::kInt);
-  const auto exponents = at::where(below.eq(kNoExponent12), 0, packed.largest.unsqueeze(1) - below);
-  const auto upper = codes.bitwise_and(0x80) * 0x100 + exponents * 0x80 + codes.bitwise_and(0x7F);
-  auto numbers = upper.to(at::kInt).bitwise_left_shift(16).view(at::kFloat).view({-1});
+  const auto codes = packed.codes.view({rows, -1});
+  const auto exponents = [&] {
+    const auto halves = at::stack({packed.below.bitwise_and(0x0F), packed.below.bitwise_right_shift(4)}, 2);
+    const auto below = halves.view({rows, -1}).narrow(1, 0, codes.size(1));
+    return at::where(below.eq(kNoExponent12), 0, packed.largest.unsqueeze(1) - below);  // of bytes, as is below
+  };
+  auto bits = exponents().to(at::kInt).mul_(0x80).add_(codes.bitwise_and(0x7F));
+  bits.add_(codes.bitwise_and(0x80), 0x100).bitwise_left_shift_(16);
+  auto numbers = bits.view(at::kFloat).view({-1});
   numbers.index_copy_(0, packed.far_places, packed.far_numbers.to(at::kFloat));
   return numbers.view(packed.codes.sizes());
 }
@@ -273,24 +282,40 @@ LORA_INLINE void LosslessTensor::validate(const char* who) const {
   TORCH_CHECK(far_places.defined(), who, ": far_places of a packed weight is undefined");
   detail::check_part(who, "far_places", far_places, at::kLong, far_places.numel(), device);
   detail::check_part(who, "far_numbers", far_numbers, at::kBFloat16, far_places.numel(), device);
+  TORCH_CHECK(largest.dim() == 1 && far_places.dim() == 1 && far_numbers.dim() == 1, who, ": largest, far_places and ",
+              "far_numbers of a packed weight have to have one dimension, but are ", largest.sizes(), ", ",
+              far_places.sizes(), " and ", far_numbers.sizes());
   if (far_places.numel() == 0) return;
-  const auto places = far_places.view({-1});
-  const bool ascend = places.slice(0, 1).gt(places.slice(0, 0, -1)).all().item<bool>();
-  TORCH_CHECK(ascend && places[0].item<int64_t>() >= 0 && places[-1].item<int64_t>() < codes.numel(), who,
+  const bool ascend = far_places.slice(0, 1).gt(far_places.slice(0, 0, -1)).all().item<bool>();
+  TORCH_CHECK(ascend && far_places[0].item<int64_t>() >= 0 && far_places[-1].item<int64_t>() < codes.numel(), who,
               ": far_places of a packed weight have to ascend and to be of its ", codes.numel(), " numbers");
+  auto alone = *this;
+  alone.far_places = far_places.slice(0, 0, 0);
+  alone.far_numbers = far_numbers.slice(0, 0, 0);
+  const auto in_bits = detail::unpacked(alone).view({-1}).index_select(0, far_places);
+  TORCH_CHECK(!in_bits.any().item<bool>(), who, ": the bits of a packed weight have to have zeros at far_places");
 }
 
 LORA_INLINE LosslessTensor pack_lossless(const at::Tensor& weight) {
   constexpr auto who = "lora::pack_lossless";
+  constexpr int kNotFinite = 255;  // the exponent of what is not
   detail::check_can_be_packed(who, weight);
-  const auto here = weight.detach().to(at::kCPU);  // by one loop, wherever the weight is: it is packed once
-  const auto numbers = detail::numbers_of(here);
-  const auto* first = numbers.const_data_ptr<float>();
-  if (!detail::finite_absmax(detail::codec_kernels(), first, numbers.numel())) detail::refuse_not_finite(who, weight);
-  const bool are_floats = here.scalar_type() != at::kDouble || numbers.view(here.sizes()).eq(here).all().item<bool>();
-  if (!are_floats || !std::all_of(first, first + numbers.numel(), detail::is_bfloat16))
-    detail::refuse_not_bfloat16(who, here);
-  return detail::moved(detail::LosslessPacking(numbers, weight.sizes()).result(), weight.device());
+  const auto here = weight.detach().to(at::kCPU).contiguous();  // by one loop, wherever the weight is
+  LosslessTensor packed;
+  if (here.scalar_type() == at::kBFloat16) {
+    packed = detail::LosslessPacking<at::BFloat16>(here).result();
+  } else {
+    const auto numbers = here.to(at::kFloat);
+    const auto* first = numbers.const_data_ptr<float>();
+    const bool are_floats = here.scalar_type() != at::kDouble || numbers.eq(here).all().item<bool>();
+    if (!are_floats || !std::all_of(first, first + numbers.numel(), detail::is_bfloat16)) {
+      if (!at::isfinite(numbers).all().item<bool>()) detail::refuse_not_finite(who, weight);
+      detail::refuse_not_bfloat16(who, here);
+    }
+    packed = detail::LosslessPacking<float>(numbers).result();
+  }
+  if (packed.largest.eq(kNotFinite).any().item<bool>()) detail::refuse_not_finite(who, weight);
+  return detail::moved(packed, weight.device());
 }
 
 LORA_INLINE at::Tensor dequantize(const LosslessTensor& packed) {
@@ -327,7 +352,9 @@ LORA_INLINE void LosslessWeight::dot_rows(int64_t first, int64_t count, const fl
 }
 
 LORA_INLINE std::shared_ptr<const QuantizedWeight> LosslessWeight::to(at::Device device) const {
-  return std::make_shared<LosslessWeight>(detail::moved(packed_, device));
+  auto copy = std::make_shared<LosslessWeight>(*this);  // not checked again
+  copy->packed_ = detail::moved(packed_, device);
+  return copy;
 }
 
 LORA_INLINE std::shared_ptr<const QuantizedWeight> Lossless::pack(const at::Tensor& weight) const {

@@ -72,19 +72,26 @@ class Quantization {
   /// it.
   Packed pack(const at::Tensor& weight) const { return pack_(weight); }
   Packed pack(const at::Tensor& weight, const std::string& name) const {
+    return with_name(name, [&] { return pack_(weight); });
+  }
+
+  /// Whether the scheme rounds a weight in view of its inputs, too; and what does so.
+  bool sees_inputs() const { return pack_for_ != nullptr; }
+  Packed pack(const at::Tensor& weight, const std::string& name, const SeenInputs& seen) const {
+    return with_name(name, [&] { return pack_for_(weight, seen); });
+  }
+
+ private:
+  template <class Run>
+  static Packed with_name(const std::string& name, const Run& run) {
     try {
-      return pack_(weight);
+      return run();
     } catch (c10::Error& error) {
       error.add_context("while \"" + name + "\" was to be held in few bits");
       throw;
     }
   }
 
-  /// Whether the scheme rounds a weight in view of its inputs, too; and what does so.
-  bool sees_inputs() const { return pack_for_ != nullptr; }
-  Packed pack(const at::Tensor& weight, const SeenInputs& seen) const { return pack_for_(weight, seen); }
-
- private:
   std::function<Packed(const at::Tensor&)> pack_;
   std::function<Packed(const at::Tensor&, const SeenInputs&)> pack_for_;
 };
