@@ -83,7 +83,7 @@ TEST_CASE("every type of the format survives a file", "[safetensors]") {
   for (const auto& type : lora::detail::kSafetensorsTypes) {
     if (type.dtype != torch::ScalarType::Undefined) tensors[std::string(type.name)] = numbered(type.dtype, 3);
   }
-  REQUIRE(tensors.size() == 18 + (has_exponent() ? 1 : 0) + (has_float4() ? 1 : 0));
+  REQUIRE(tensors.size() == 18U + (has_exponent() ? 1U : 0U) + (has_float4() ? 1U : 0U));
   tensors["nan"] = torch::tensor({std::nanf(""), INFINITY, -0.0F});
   tensors["scalar"] = torch::tensor(-3.5);
   tensors["empty"] = torch::zeros({2, 0, 3}, torch::kHalf);
