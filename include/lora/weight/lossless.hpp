@@ -214,7 +214,7 @@ class LosslessReader {
   void dot_rows(int64_t first, int64_t count, const float* x, float* y) const {
     const auto grain = std::max<int64_t>(1, kNumbersPerThread / columns_);
     at::parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
-      for (auto row = from; row < to; ++row) y[row - first] = kernels_.dot12(row_of(row), 0, columns_, x);
+      for (auto row = from; row < to; ++row) y[row - first] = kernels_.dot12(row_of(row), columns_, x);
       each_far(from * columns_, to * columns_, [&](int64_t place, float number) {
         const auto row = place / columns_;
         y[row - first] += number * x[place - row * columns_];  // zero in the codes

@@ -261,20 +261,19 @@ LORA_AVX2 inline void unpack12(const Row12& row, std::int64_t first, std::int64_
   plain::unpack12(row, first + i, count - i, out + i);
 }
 
-LORA_AVX2 inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
+LORA_AVX2 inline float dot12(const Row12& row, std::int64_t count, const float* x) {
   const auto exponents = exponents12(row.largest);
   auto a = _mm256_setzero_ps(), b = a, c = a, d = a;
-  std::int64_t i = count > 0 ? first % 2 : 0;
-  const float before = i == 1 ? plain::dot12(row, first, 1, x) : 0;
+  std::int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
-    const auto numbers = numbers12(row, first + i, exponents);
+    const auto numbers = numbers12(row, i, exponents);
     a = _mm256_fmadd_ps(first_floats(numbers.first), _mm256_loadu_ps(x + i), a);
     b = _mm256_fmadd_ps(second_floats(numbers.first), _mm256_loadu_ps(x + i + 8), b);
     c = _mm256_fmadd_ps(first_floats(numbers.second), _mm256_loadu_ps(x + i + 16), c);
     d = _mm256_fmadd_ps(second_floats(numbers.second), _mm256_loadu_ps(x + i + 24), d);
   }
   const auto sum = _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
-  return before + sum_of(sum) + plain::dot12(row, first + i, count - i, x + i);
+  return sum_of(sum) + plain::dot12({row.codes + i, row.below + i / 2, row.largest}, count - i, x + i);
 }
 
 }  // namespace avx2

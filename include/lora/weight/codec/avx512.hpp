@@ -179,17 +179,17 @@ LORA_AVX512 inline void unpack12(const Row12& row, std::int64_t first, std::int6
   plain::unpack12(row, first + i, count - i, out + i);
 }
 
-LORA_AVX512 inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
+LORA_AVX512 inline float dot12(const Row12& row, std::int64_t count, const float* x) {
   const auto exponents = avx2::exponents12(row.largest);
   auto a = _mm512_setzero_ps(), b = a;
-  std::int64_t i = count > 0 ? first % 2 : 0;
-  const float before = i == 1 ? plain::dot12(row, first, 1, x) : 0;
+  std::int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
-    const auto numbers = avx2::numbers12(row, first + i, exponents);
+    const auto numbers = avx2::numbers12(row, i, exponents);
     a = _mm512_fmadd_ps(as_floats(numbers.first), _mm512_loadu_ps(x + i), a);
     b = _mm512_fmadd_ps(as_floats(numbers.second), _mm512_loadu_ps(x + i + 16), b);
   }
-  return before + _mm512_reduce_add_ps(_mm512_add_ps(a, b)) + plain::dot12(row, first + i, count - i, x + i);
+  return _mm512_reduce_add_ps(_mm512_add_ps(a, b)) +
+         plain::dot12({row.codes + i, row.below + i / 2, row.largest}, count - i, x + i);
 }
 
 }  // namespace avx512

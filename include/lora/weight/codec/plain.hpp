@@ -223,15 +223,15 @@ inline void unpack12(const Row12& row, std::int64_t first, std::int64_t count, f
   for (std::int64_t i = 0; i < count; ++i) out[i] = number12(row, first + i);
 }
 
-/// The sum of the products of the numbers [first, first + count) with x.
-inline float dot12(const Row12& row, std::int64_t first, std::int64_t count, const float* x) {
+/// The sum of the products of the row's first numbers with x.
+inline float dot12(const Row12& row, std::int64_t count, const float* x) {
   float even = 0, odd = 0;
   std::int64_t i = 0;
   for (; i + 1 < count; i += 2) {
-    even += number12(row, first + i) * x[i];
-    odd += number12(row, first + i + 1) * x[i + 1];
+    even += number12(row, i) * x[i];
+    odd += number12(row, i + 1) * x[i + 1];
   }
-  if (i < count) even += number12(row, first + i) * x[i];
+  if (i < count) even += number12(row, i) * x[i];
   return even + odd;
 }
 
