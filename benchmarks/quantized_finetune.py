@@ -7,11 +7,12 @@ Without options it takes what `sh tests/run.sh` and `sh examples/finetune_gpt/ru
 the Python of build/venv.
 
 The default run of finetune_gpt (100 steps of 4x128 tokens, rank 8, alpha 16, on q_proj and v_proj unless --targets says
-otherwise) on the same model held in different ways, each in a process of its own, from the same seed and data. Prints a
-line of a Markdown table for each: validation loss of the base and after training, memory of the base, also as a share
-of float32, what the process took at most while the base was loaded and in all, and the processor time of a step on one
-thread, which hardly depends on what else the machine does: that of a run of six steps, less that of a run of one. Below
-the table, the share for the linear layers alone, of which some bases hold everything else in floating point.
+otherwise) on the same model held in different ways, each in a process of its own, from the same seed and data; what is
+calibrated was written by quantize_checkpoint. Prints a line of a Markdown table for each: validation loss of the base
+and after training, memory of the base, also as a share of float32, what the process took at most while the base was
+loaded and in all, and the processor time of a step on one thread, which hardly depends on what else the machine does:
+that of a run of six steps, less that of a run of one. Below the table, the share for the linear layers alone, of which
+some bases hold everything else in floating point.
 """
 
 import csv
@@ -30,12 +31,19 @@ BASES = {  # name: --dtype, --quantize, --quantize-embedding
     "int8": ("float32", "int8", "none"),
     "int8, embedding int8": ("float32", "int8", "int8"),
     "NF4": ("float32", "nf4", "none"),
-    "NF4, calibrated": ("float32", "nf4", "none"),
     "NF4, embedding int8": ("float32", "nf4", "int8"),
     "NF4, embedding NF4": ("float32", "nf4", "nf4"),
     "NF4, rest bfloat16": ("bfloat16", "nf4", "none"),
     "bfloat16, lossless": ("bfloat16", "lossless", "lossless"),
     "NF4, rest bfloat16, embedding lossless": ("bfloat16", "nf4", "lossless"),
+    "NF4, calibrated": ("float32", "none", "none"),
+    "NF4, calibrated, rest bfloat16, embedding lossless": ("bfloat16", "none", "lossless"),
+    "NF4, five blocks int8, calibrated, rest bfloat16, embedding lossless": ("bfloat16", "none", "lossless"),
+}
+CALIBRATED = {  # what quantize_checkpoint is told for those that it writes
+    "NF4, calibrated": [],
+    "NF4, calibrated, rest bfloat16, embedding lossless": [],
+    "NF4, five blocks int8, calibrated, rest bfloat16, embedding lossless": ["--int8", r".*\.layers\.[0-4]\..*"],
 }
 MEMORY = re.compile(r"the model takes ([\d.]+) GB \(([\d.]+) GB in float32\); ([\d.]+) GB at most while it was loaded")
 
@@ -64,11 +72,16 @@ def read_metrics(path):
 
 def measure(options, base, out):
     dtype, layers, embedding = BASES[base]
-    command = [options.programs / "finetune_gpt", "--model", options.model, "--text", options.text, "--out", out]
+    model = options.model
+    if base in CALIBRATED:
+        model = out / "base"
+        data = ["--text", options.text, "--calibrate", options.calibrate, "--dtype", dtype, "--device", "cpu"]
+        quantize = [options.programs / "quantize_checkpoint", options.model, model, *data, *CALIBRATED[base]]
+        run(quantize, options.threads)
+    command = [options.programs / "finetune_gpt", "--model", model, "--text", options.text, "--out", out]
     command += ["--dtype", dtype, "--quantize", layers, "--quantize-embedding", embedding]
     command += ["--targets", *options.targets, "--seed", options.seed, "--device", "cpu"]
     command += ["--sample-tokens", 0, "--no-merge", "--overwrite"]
-    command += ["--calibrate", options.calibrate] if "calibrated" in base else []
     short = [*command, "--eval-every", 0, "--validation-blocks", 1, "--threads", 1]
     one, six = (run([*short, "--steps", steps], 1)[2] for steps in (1, 6))
     whole = [*command, "--threads", options.threads, "--steps", options.steps]
@@ -126,7 +139,7 @@ def main():
     print(f"\nthe linear layers alone, {linear / 1e6:.1f} of {total / 1e6:.1f} million numbers:")
     for base, r in results.items():
         dtype, layers, embedding = BASES[base]
-        if layers != "none" and embedding == "none":
+        if (layers != "none" or base in CALIBRATED) and embedding == "none":
             rest = (total - linear) * (4 if dtype == "float32" else 2)
             print(f"{base:<22} {(r['memory'] * 1e9 - rest) / (4 * linear):.3f} of float32")
 

@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -11,7 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include <lora/files/bitsandbytes.hpp>
 #include <lora/files/safetensors.hpp>
+#include <lora/quantized_checkpoint.hpp>
 
 #include "config.hpp"
 #include "model.hpp"
@@ -33,12 +36,24 @@ inline TensorMap read_weights(const std::filesystem::path& dir) {
   throw lora::CheckpointError(dir, "holds neither ", kWeights, " nor ", kWeightsIndex);
 }
 
+/// The file that names them all.
+inline std::filesystem::path weight_file(const std::filesystem::path& dir) {
+  const auto single = dir / kWeights;
+  return std::filesystem::exists(single) ? single : dir / kWeightsIndex;
+}
+
 /// The same tensors, to be read one at a time, which leaves nothing of the files in memory.
 inline lora::SafetensorsReader weight_reader(const std::filesystem::path& dir) {
-  const auto single = dir / kWeights;
-  if (std::filesystem::exists(single)) return lora::SafetensorsReader(single);
-  return lora::SafetensorsReader::of_index(dir / kWeightsIndex);
+  const auto file = weight_file(dir);
+  return file.extension() == ".json" ? lora::SafetensorsReader::of_index(file) : lora::SafetensorsReader(file);
 }
+
+/// Whether weights among them are in 4 or 8 bits, as quantize_checkpoint and bitsandbytes write them.
+inline bool holds_few_bits(const TensorMap& weights) {
+  return std::any_of(weights.begin(), weights.end(),
+                     [&](const auto& item) { return lora::is_bitsandbytes_weight(item.first, weights); });
+}
+inline bool holds_few_bits(const std::filesystem::path& dir) { return holds_few_bits(read_weights(dir)); }
 
 namespace detail {
 
@@ -187,11 +202,38 @@ inline ModelConfig read_config(const std::filesystem::path& dir, const TensorMap
   return config;
 }
 
+namespace detail {
+
+/// Loads a directory of which weights are in few bits, as they are; the tables are held as the format says.
+inline LanguageModel load_quantized_model(const std::filesystem::path& dir, const ModelConfig& config,
+                                          const WeightFormat& format) {
+  TORCH_CHECK_VALUE(!format.layers, dir.string(), " holds its linear layers in few bits already; leave --quantize out");
+  auto model = make_model(config);
+  for (auto& [name, parameter] : stored_parameters(*model)) {
+    parameter.set_data(torch::empty(parameter.sizes(), format.dtype));  // takes no memory before it is written
+    parameter.requires_grad_(false);
+  }
+  const auto file = weight_file(dir);
+  if (format.tables) {
+    std::vector<std::string> tables{layer_name(embedding_name(config))};
+    if (!model->is_tied()) tables.push_back("lm_head");
+    lora::load_quantized(*model, file, *format.tables, lora::QuantizeOptions().target_modules(tables));
+  } else {
+    lora::load_quantized(*model, file);
+  }
+  give_back_freed_memory();
+  model->eval();
+  return model;
+}
+
+}  // namespace detail
+
 /// Loads a Hugging Face directory for use or for adapters: in eval mode and frozen.
 ///
 /// Where type and device are those of the file, the parameters are the mapped file itself: nothing is copied or read
 /// until it is used. Otherwise one tensor after the other is converted. Where weights are held in few bits, tensors are
-/// read from the file and not mapped, so that beside the result one of them is in memory at a time.
+/// read from the file and not mapped, so that beside the result one of them is in memory at a time. Those that are in
+/// few bits in the files stay so.
 /// Throws lora::CheckpointError for an unsupported config.json, and for tensors that are missing, misshapen or not part
 /// of the model, naming them with their shapes.
 inline LanguageModel load_model(const std::filesystem::path& dir, const WeightFormat& format, torch::Device device) {
@@ -199,7 +241,15 @@ inline LanguageModel load_model(const std::filesystem::path& dir, const WeightFo
   std::map<std::string, detail::StoredParameter> stored;
   {
     const auto weights = read_weights(dir);
-    model = make_model(read_config(dir, weights));
+    const auto config = read_config(dir, weights);
+    if (holds_few_bits(weights)) {
+      model = detail::load_quantized_model(dir, config, format);
+      model->to(device);
+      return model;
+    }
+    if (config.in_few_bits)
+      throw lora::CheckpointError(dir, "config.json says that weights are in few bits, but none is in the files");
+    model = make_model(config);
     const auto found = detail::as_parameters(model->config, weights);
     detail::check_fit(dir, model->config, detail::stored_parameters(*model), found);
     if (!format.is_quantized()) {
@@ -220,6 +270,7 @@ inline LanguageModel load_model(const std::filesystem::path& dir, const WeightFo
 struct ConfigChanges {
   std::optional<torch::ScalarType> dtype;
   std::optional<bool> tie_word_embeddings;
+  nlohmann::ordered_json quantization_config;  ///< null where no weight is in few bits
 };
 
 /// Copies the tokenizer and its companions and writes config.json last: only a complete directory can be loaded. Both
@@ -237,6 +288,8 @@ inline void copy_model_files(const std::filesystem::path& source_dir, const std:
   const char* dtype_key = config.contains("dtype") ? "dtype" : "torch_dtype";  // since transformers 5, and before
   if (changes.dtype) config[dtype_key] = detail::dtype_name(*changes.dtype);
   if (changes.tie_word_embeddings) config["tie_word_embeddings"] = *changes.tie_word_embeddings;
+  config.erase("quantization_config");  // of a model that was in few bits
+  if (!changes.quantization_config.is_null()) config["quantization_config"] = changes.quantization_config;
   write_json(target_dir / "config.json", config);
 }
 
@@ -272,7 +325,7 @@ inline void save_model(LanguageModelImpl& model, const std::filesystem::path& so
   for (const auto& [name, tensor] : tensors) writer.write(name, tensor);
   remove_earlier_model(target_dir);
   writer.finish();
-  copy_model_files(source_dir, target_dir, {model.lm_head->weight.scalar_type(), model.is_tied()});
+  copy_model_files(source_dir, target_dir, {model.lm_head->weight.scalar_type(), model.is_tied(), nullptr});
 }
 
 }  // namespace gpt

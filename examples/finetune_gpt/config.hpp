@@ -59,6 +59,7 @@ struct ModelConfig {
   bool scale_attention_by_layer = false;  ///< GPT-2: and by the number of the layer, counted from 1
   RopeConfig rope;
   std::vector<int64_t> eos_token_ids;
+  bool in_few_bits = false;  ///< weights are in 4 or 8 bits, as bitsandbytes writes them
 };
 
 inline const char* architecture_name(Architecture architecture) {
@@ -225,7 +226,12 @@ inline ModelConfig read_config(const std::filesystem::path& model_dir) {
   const detail::ConfigReader json(model_dir / "config.json");
   ModelConfig config;
   config.architecture = detail::read_architecture(json);
-  json.require(!json.has("quantization_config"), "quantized weights are unsupported; save the model dequantized first");
+  if (json.has("quantization_config")) {
+    const auto method = detail::ConfigReader(json, "quantization_config").get_or<std::string>("quant_method", "");
+    json.require(method == "bitsandbytes", "weights in few bits by \"", method, "\" are unsupported, only by ",
+                 "\"bitsandbytes\"; save the model dequantized first");
+    config.in_few_bits = true;
+  }
   config.vocab_size = json.positive("vocab_size");
   config.eos_token_ids = json.ids("eos_token_id");
   (config.architecture == Architecture::kLlama ? detail::read_llama : detail::read_gpt2)(json, config);

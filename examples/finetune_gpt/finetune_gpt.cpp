@@ -9,7 +9,6 @@
 #include <functional>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -17,7 +16,6 @@
 #include <lora/lora.hpp>
 #include <lora/train/checkpointing.hpp>
 
-#include "chat_template.hpp"
 #include "checkpoint.hpp"
 #include "data.hpp"
 #include "export_run.hpp"
@@ -30,68 +28,14 @@
 #include "progress.hpp"
 #include "run_state.hpp"
 #include "sampling.hpp"
-#include "special_tokens.hpp"
 #include "speed.hpp"
-#include "tokenizer.hpp"
+#include "texts.hpp"
 #include "trainer.hpp"
 
 namespace gpt {
 namespace {
 
 constexpr int kInterrupted = 130;  // as shells report a program that Ctrl-C ended
-
-/// The model's directory, as far as it is about texts.
-struct Texts {
-  explicit Texts(const std::filesystem::path& model)
-      : tokenizer(model / "tokenizer.json"),
-        generation(read_generation_config(model)),
-        end(end_token(model, tokenizer, generation)),
-        model_dir(model) {}
-
-  /// A conversation as this model wants it. The template is read when it is needed: a text can be learned without one.
-  std::string render(const std::vector<ChatMessage>& messages, bool open_reply) const {
-    if (!chat_template) chat_template.emplace(model_dir);
-    return chat_template->render(messages, open_reply);
-  }
-
-  TextFormat format() const {
-    TextFormat format;
-    format.encode = [this](std::string_view text) { return tokenizer.encode(text); };
-    format.before = tokenizer.special_tokens().before();
-    format.after = tokenizer.special_tokens().after();
-    format.end = end;
-    format.render = [this](const auto& messages, bool open_reply) { return render(messages, open_reply); };
-    format.is_added = [this](int64_t id) { return tokenizer.is_added(id); };
-    return format;
-  }
-
-  const Tokenizer tokenizer;
-  const GenerationConfig generation;
-  const std::optional<int64_t> end;
-  const std::filesystem::path model_dir;
-  mutable std::optional<ChatTemplate> chat_template;
-};
-
-Dataset read_data(const Options& options, const Texts& texts, const ModelConfig& config) {
-  TORCH_CHECK_VALUE(options.block <= config.max_positions, "--block must be at most ", config.max_positions,
-                    ", the longest text of this model, got ", options.block);
-  Dialogues dialogues;
-  if (options.jsonl.empty()) {
-    dialogues.examples = read_text(options.text, texts.format(), options.block);
-  } else {
-    dialogues = read_jsonl(options.jsonl, texts.format(), options.block);
-  }
-  for (const auto& example : dialogues.examples) {
-    check_rows("the data", example.inputs, config.vocab_size, texts.tokenizer);
-    check_rows("the data", learned(example), config.vocab_size, texts.tokenizer);
-  }
-  auto data = split(std::move(dialogues.examples), options.validation_share, options.validation_blocks);
-  data.shortened = dialogues.shortened;
-  data.dropped = dialogues.dropped;
-  data.is_chat = dialogues.is_chat;
-  data.ends = dialogues.ends;
-  return data;
-}
 
 lora::LoRAConfig adapter_config(const Options& options, const ModelConfig& model) {
   const bool is_gpt2 = model.architecture == Architecture::kGPT2;
@@ -128,7 +72,7 @@ nlohmann::json settings_of(const Options& options, const Dataset& data, const lo
   const auto& training = options.training;
   return {{"model", std::filesystem::canonical(options.model).string()},
           {"the data (its fingerprint)", fmt::format("{:016x}", data.fingerprint())},
-          {"--block", options.block},
+          {"--block", options.data.block},
           {"--batch", options.batch},
           {"--accumulate", options.accumulate},
           {"--steps", training.steps},
@@ -147,8 +91,7 @@ nlohmann::json settings_of(const Options& options, const Dataset& data, const lo
           {"--threads", torch::get_num_threads()},  // another number of them rounds sums in another way
           {"--without", options.without},           // and so does another order
           {"--dtype", options.dtype},
-          {"--quantize",
-           options.quantize + (options.calibrate > 0 ? fmt::format(" --calibrate {}", options.calibrate) : "")},
+          {"--quantize", options.quantize},
           {"--quantize-embedding", options.quantize_embedding}};
 }
 
@@ -173,12 +116,8 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
   fmt::print("model     {}, {}, {:.1f} million parameters, {} on {}, {} thread{}\n", options.model.string(),
              architecture_name(model.config.architecture), static_cast<double>(report.base) / 1e6, options.dtype,
              parse_device(options.device).str(), torch::get_num_threads(), torch::get_num_threads() == 1 ? "" : "s");
-  if (options.quantize != "none") {
-    const auto how = options.calibrate > 0 ? fmt::format(", calibrated by {} rows",
-                                                         std::min<size_t>(options.calibrate, data.train.size()))
-                                           : "";
-    fmt::print("          linear layers but the head in {}{}\n", options.quantize, how);
-  }
+  if (holds_few_bits(options.model)) fmt::print("          linear layers in the bits that its files have for them\n");
+  if (options.quantize != "none") fmt::print("          linear layers but the head in {}\n", options.quantize);
   if (options.quantize_embedding != "none")
     fmt::print("          embedding and head in {}\n", options.quantize_embedding);
   const auto* rest = loading < report.base_bytes ? ", the rest comes from the file when it is used" : "";
@@ -190,10 +129,10 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
   if (!options.without.empty())
     fmt::print("training  computes in LibTorch's own way: {}\n", fmt::join(options.without, ", "));
   fmt::print("data      {} rows of up to {} tokens to learn from, {} for validation\n", data.train.size(),
-             options.block, data.validation.size());
+             options.data.block, data.validation.size());
   if (data.shortened > 0) {
     fmt::print("          {} examples were cut at {} tokens (--block), {} of them had nothing left to learn\n",
-               data.shortened, options.block, data.dropped);
+               data.shortened, options.data.block, data.dropped);
   }
 }
 
@@ -204,7 +143,7 @@ std::vector<int64_t> prompt_tokens(const Options& options, const Dataset& data, 
   if (!options.prompt.empty()) return texts.tokenizer.encode_whole(options.prompt);
   const auto& example = data.validation.front();
   size_t length = std::min<size_t>(16, example.inputs.size());
-  if (!options.jsonl.empty()) {
+  if (!options.data.jsonl.empty()) {
     for (length = 1; example.targets[length - 1] == kIgnored;) ++length;
   }
   return {example.inputs.begin(), example.inputs.begin() + static_cast<int64_t>(length)};
@@ -308,8 +247,9 @@ void print_speeds(LanguageModelImpl& model, lora::Adapters& adapters, const Batc
 /// Folds the adapter that was saved into the weights of the files, of which the model has but few bits.
 void merge_into_files(const Options& options) {
   merge_files(options.model, options.out / "adapter", options.out / "merged");
-  fmt::print("merge     into the weights as they are in {}, not in {}\n", options.model.string(),
-             options.quantize != "none" ? options.quantize : options.quantize_embedding);
+  const auto& few_bits = options.quantize != "none" ? options.quantize : options.quantize_embedding;
+  const auto but = few_bits == "none" ? "" : fmt::format(", not in {}", few_bits);
+  fmt::print("merge     into the weights as they are in {}{}\n", options.model.string(), but);
 }
 
 /// Compares the results of the base model, with adapters, and merged; then merges for good. Throws c10::Error, with
@@ -332,7 +272,7 @@ void merge_in_memory(const Options& options, LanguageModelImpl& model, lora::Ada
 void merge(const Options& options, LanguageModelImpl& model, lora::Adapters& adapters, const Dataset& data) {
   const auto device = adapters.parameters().front().device();
   const auto batch = in_batches(data.validation, options.batch).front().to(device);
-  const bool has_numbers = !options.format().is_quantized();
+  const bool has_numbers = !options.format().is_quantized() && !holds_few_bits(options.model);
   print_speeds(model, adapters, batch, /*merges=*/has_numbers);
   if (has_numbers) {
     merge_in_memory(options, model, adapters, batch);
@@ -364,19 +304,6 @@ void print_summary(const Options& options, const Metrics& metrics) {
   if (!problem.empty()) fmt::print("no picture of the loss curves: {}\n", problem);
 }
 
-/// Holds the model in few bits in view of some of the rows that it is to learn from, from all over the data.
-void calibrate(const Options& options, LanguageModelImpl& model, const Dataset& data) {
-  TORCH_CHECK_VALUE(options.quantize != "none", "--calibrate chooses the codes of --quantize, which is none");
-  TORCH_CHECK_VALUE(options.export_run.empty(), "--export-run describes runs for others, who do not know --calibrate");
-  const auto size = data.train.size(), count = std::min(static_cast<size_t>(options.calibrate), size);
-  std::vector<Example> rows;
-  for (size_t i = 0; i < count; ++i) rows.push_back(data.train[i * size / count]);
-  quantize_calibrated(model, *options.format().layers, [&] {
-    for (const auto& batch : in_batches(rows, options.batch))
-      model.hidden_states(batch.to(model.lm_head->weight.device()).inputs);
-  });
-}
-
 /// The whole run; returns the exit code of the program.
 int run(const Options& options) {
   const auto device = parse_device(options.device);
@@ -390,13 +317,12 @@ int run(const Options& options) {
   // The model as it was published. Nothing in it knows of adapters.
   if (is_without(options, "products")) at::globalContext().setUserEnabledMkldnn(false);
   const auto memory_before = memory_in_use(device);
-  auto model = load_model(options.model, options.format_in_file(), device);
+  auto model = load_model(options.model, options.format(), device);
   if (options.checkpoint)
     model->run_block = [](const auto& block, const auto& x) { return lora::checkpoint(block, x); };
   const Texts texts(options.model);
   check_ends(texts.generation, model->config.vocab_size);
-  const auto data = read_data(options, texts, model->config);
-  if (options.calibrate > 0) calibrate(options, *model, data);
+  const auto data = read_data(options.data, texts, model->config);
   const auto loading = peak_memory(device) - memory_before;
   const auto prompt = prompt_tokens(options, data, texts);
   check_rows("--prompt", prompt, model->config.vocab_size, texts.tokenizer);

@@ -157,7 +157,7 @@ void print_memory(LanguageModelImpl& model, torch::Device device) {
 }
 
 void run(const Options& options) {
-  TORCH_CHECK_VALUE(!options.merge || !options.format().is_quantized(),
+  TORCH_CHECK_VALUE(!options.merge || !(options.format().is_quantized() || holds_few_bits(options.model)),
                     "--merge would give merged weights their full size again; merge_checkpoint writes a merged model, "
                     "which can be held in few bits");
   const auto device = parse_device(options.device);

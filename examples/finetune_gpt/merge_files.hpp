@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include <lora/files/bitsandbytes.hpp>
 #include <lora/lora.hpp>
 #include <lora/peft/checkpoint.hpp>
 
@@ -35,6 +36,49 @@ inline Shards read_shards(const std::filesystem::path& base) {
   for (const auto& [name, tensor] : tensors) shards[index["weight_map"][name].get<std::string>()][name] = tensor;
   return shards;
 }
+
+/// Weights of the base that are in few bits, as what they stand for.
+class PackedWeights {
+ public:
+  /// Takes them out of the shards, and leaves tensors without memory in their place, as a model that was never in few
+  /// bits has them in its files.
+  PackedWeights(const ModelConfig& config, Shards& shards) {
+    TensorMap all;
+    for (const auto& [file, tensors] : shards) all.insert(tensors.begin(), tensors.end());
+    if (!holds_few_bits(all)) return;
+    const auto [embedding, head] = embedding_and_head(config, all);
+    dtype_ = (embedding.defined() ? embedding : head).scalar_type();
+    for (const auto& [name, tensor] : all) {
+      if (!lora::is_bitsandbytes_weight(name, all)) continue;
+      const bool transposed = is_stored_transposed(config, parameter_name(config, name));
+      const auto& weight = weights_.emplace(name, Packed{lora::read_bitsandbytes_weight(name, all).weight, transposed})
+                               .first->second.weight;
+      const auto shape = torch::zeros({}, dtype_).expand(weight->sizes());
+      for (auto& [file, tensors] : shards) {
+        const bool is_here = tensors.count(name) > 0;
+        for (const auto& part : lora::bitsandbytes_names(name)) tensors.erase(part);
+        if (is_here) tensors.emplace(name, transposed ? shape.t() : shape);
+      }
+    }
+  }
+
+  /// The numbers of a tensor of the shards.
+  torch::Tensor numbers(const std::string& stored_name, const torch::Tensor& tensor) const {
+    const auto found = weights_.find(stored_name);
+    if (found == weights_.end()) return tensor;
+    const auto numbers = found->second.weight->dense().to(dtype_);
+    return found->second.transposed ? numbers.t() : numbers;
+  }
+
+ private:
+  struct Packed {
+    std::shared_ptr<const lora::QuantizedWeight> weight;  // (out, in)
+    bool transposed;                                      // not so in the files of such a model
+  };
+
+  std::map<std::string, Packed> weights_;
+  torch::ScalarType dtype_ = torch::kFloat;
+};
 
 /// The merged tensors of a model, computed when they are asked for.
 class MergedWeights {
@@ -138,10 +182,10 @@ inline void separate_head(const MergedWeights& merged, Shards& shards) {
 }
 
 inline std::unique_ptr<lora::SafetensorsWriter> write_shard(const std::filesystem::path& file, const TensorMap& tensors,
-                                                            const MergedWeights& merged) {
+                                                            const PackedWeights& packed, const MergedWeights& merged) {
   std::filesystem::create_directories(file.parent_path());
   auto writer = std::make_unique<lora::SafetensorsWriter>(file, lora::tensor_infos(tensors));
-  for (const auto& [name, tensor] : tensors) writer->write(name, merged.at(name, tensor));
+  for (const auto& [name, tensor] : tensors) writer->write(name, merged.at(name, packed.numbers(name, tensor)));
   return writer;
 }
 
@@ -162,13 +206,15 @@ inline nlohmann::json make_index(const std::filesystem::path& base, const Shards
 }  // namespace detail
 
 /// Writes the model of `base` with the adapter of a PEFT directory folded in to `out`, file by file with one tensor in
-/// memory at a time, and returns how many layers were adapted. A model that was in `out` is replaced.
+/// memory at a time, and returns how many layers were adapted. Weights in few bits become the numbers that they stand
+/// for, in the type of the embedding. A model that was in `out` is replaced.
 ///
 /// Errors: lora::CheckpointError and what lora::load_adapter throws, with the earlier model of `out` as it was, also
 /// where an update is not finite.
 inline size_t merge_files(const std::filesystem::path& base, const std::filesystem::path& adapter,
                           const std::filesystem::path& out) {
   auto shards = detail::read_shards(base);
+  const detail::PackedWeights packed(read_config(base), shards);
   TensorMap weights;
   for (const auto& [file, tensors] : shards) weights.insert(tensors.begin(), tensors.end());
   const auto model_config = read_config(base, weights);
@@ -179,7 +225,8 @@ inline size_t merge_files(const std::filesystem::path& base, const std::filesyst
   // No file appears under its name before all are written: an update that is not finite leaves nothing behind.
   prepare_target(base, out);
   std::vector<std::unique_ptr<lora::SafetensorsWriter>> writers;
-  for (const auto& [file, tensors] : shards) writers.push_back(detail::write_shard(out / file, tensors, merged));
+  for (const auto& [file, tensors] : shards)
+    writers.push_back(detail::write_shard(out / file, tensors, packed, merged));
   const bool is_sharded = shards.count(kWeights) == 0;
   const auto index = is_sharded ? detail::make_index(base, shards) : nlohmann::json();
   remove_earlier_model(out);

@@ -15,6 +15,7 @@
 #include <lora/lora.hpp>
 
 #include "common.hpp"
+#include "texts.hpp"
 #include "trainer.hpp"
 #include "weight_format.hpp"
 
@@ -23,12 +24,8 @@ namespace gpt {
 /// What the command line says; the comments are in the texts of --help below.
 struct Options {
   std::filesystem::path model;
-  std::vector<std::filesystem::path> text;
-  std::filesystem::path jsonl;
+  DataOptions data;
   std::filesystem::path out = "finetune_gpt_out";
-  int64_t block = 128;
-  double validation_share = 0.05;
-  int64_t validation_blocks = 16;
 
   int64_t rank = 8;
   double alpha = 16;
@@ -50,7 +47,6 @@ struct Options {
   std::string dtype = "float32";
   std::string quantize = "none";
   std::string quantize_embedding = "none";
-  int64_t calibrate = 0;
   int64_t threads = 0;
   bool checkpoint = false;
   std::vector<std::string> without;
@@ -62,10 +58,6 @@ struct Options {
   std::filesystem::path export_run;
 
   WeightFormat format() const { return {parse_dtype(dtype), quantize, quantize_embedding}; }
-  /// As the model is read: what is calibrated has its numbers at first.
-  WeightFormat format_in_file() const {
-    return {parse_dtype(dtype), calibrate > 0 ? "none" : quantize, quantize_embedding};
-  }
 };
 
 namespace detail {
@@ -76,30 +68,16 @@ inline std::vector<std::string> method_names() {
   return names;
 }
 
-inline void add_data_options(CLI::App& app, Options& o) {
+inline void add_model_options(CLI::App& app, Options& o) {
   const auto* group = "Model and data";
   app.add_option("--model", o.model, "Hugging Face directory: config.json, model.safetensors, tokenizer.json")
       ->required()
       ->check(CLI::ExistingDirectory)
       ->type_name("DIR")
       ->group(group);
-  auto* text = app.add_option("--text", o.text, "Text files to learn from")
-                   ->check(CLI::ExistingFile)
-                   ->type_name("FILE ...")
-                   ->group(group);
-  app.add_option("--jsonl", o.jsonl,
-                 "Instead of --text: lines of {\"prompt\", \"completion\"} or\n"
-                 "{\"messages\": [{\"role\", \"content\"}, ...]}; only completions\n"
-                 "and what the assistant says are learned")
-      ->check(CLI::ExistingFile)
-      ->excludes(text)
-      ->type_name("FILE")
-      ->group(group);
-  app.add_option("--block", o.block, "Tokens in a row of a batch")->check(between(1))->group(group);
-  app.add_option("--validation-share", o.validation_share, "Share of the data, from its end, that is not learned from")
-      ->check(between(0, 1))
-      ->group(group);
-  app.add_option("--validation-blocks", o.validation_blocks, "At most so many rows of it are evaluated, evenly spaced")
+  add_data_options(app, o.data, group);
+  app.add_option("--validation-blocks", o.data.validation_blocks,
+                 "At most so many rows of it are evaluated, evenly spaced")
       ->check(between(1))
       ->group(group);
 }
@@ -166,12 +144,6 @@ inline void add_run_options(CLI::App& app, Options& o) {
   app.add_option("--quantize-embedding", o.quantize_embedding, "The same for the embedding of the tokens and the head")
       ->check(CLI::IsMember(quantization_names()))
       ->group(group);
-  app.add_option("--calibrate", o.calibrate,
-                 "Choose the codes of --quantize nf4 or fp4 by what so many rows of the\n"
-                 "training data put into the layers: most of what rounding loses is made\n"
-                 "up for; 0: none. The float model is in memory meanwhile")
-      ->check(CLI::NonNegativeNumber)
-      ->group(group);
   app.add_flag("--checkpoint", o.checkpoint,
                "Keep no activations inside of a block, but compute them\nagain in backward: less memory, more time")
       ->group(group);
@@ -226,7 +198,7 @@ inline bool is_without(const Options& options, const std::string& name) {
 /// Defines the options of finetune_gpt.
 inline void add_options(CLI::App& app, Options& options) {
   app.option_defaults()->always_capture_default();
-  detail::add_data_options(app, options);
+  detail::add_model_options(app, options);
   detail::add_adapter_options(app, options);
   detail::add_training_options(app, options);
   detail::add_run_options(app, options);
@@ -244,10 +216,7 @@ inline void complete_options(const CLI::App& app, Options& options) {
 
 /// The checks that concern more than one option. Throws c10::ValueError.
 inline void check_options(const Options& options) {
-  TORCH_CHECK_VALUE(options.text.empty() != options.jsonl.empty(),
-                    "--text or --jsonl is needed: the data to learn from");
-  TORCH_CHECK_VALUE(options.validation_share > 0 && options.validation_share < 1,
-                    "--validation-share must be above 0 and below 1, got ", options.validation_share);
+  check_data_options(options.data);
   const bool has_all = std::any_of(options.targets.begin(), options.targets.end(), is_all_linear);
   TORCH_CHECK_VALUE(!has_all || options.targets.size() == 1,
                     "--targets: all-linear stands alone; give it without other names, or names without it");

@@ -7,7 +7,6 @@
 #include <malloc.h>
 #endif
 
-#include <functional>
 #include <optional>
 #include <set>
 #include <string>
@@ -62,6 +61,9 @@ inline void give_back_freed_memory() {
 #endif
 }
 
+/// "model.layers.0.mlp.up_proj" for "model.layers.0.mlp.up_proj.weight".
+inline std::string layer_name(const std::string& parameter) { return parameter.substr(0, parameter.rfind('.')); }
+
 }  // namespace detail
 
 /// Gives every parameter of a model its numbers, `numbers(name)` shaped as it, and holds it in its format before the
@@ -69,35 +71,21 @@ inline void give_back_freed_memory() {
 /// mode. One whose weights are held in few bits computes inside of scopes of adapters only.
 template <class Numbers>
 void fill_weights(LanguageModelImpl& model, const WeightFormat& format, const Numbers& numbers) {
-  const auto layer_of = [](const std::string& name) { return name.substr(0, name.rfind('.')); };
   std::set<std::string> linear;
   for (const auto& item : model.named_modules()) {
     if (item.value()->as<torch::nn::LinearImpl>() != nullptr) linear.insert(item.key());
   }
   for (auto& [name, parameter] : detail::stored_parameters(model)) {
     const bool is_table = parameter.is_same(model.embedding().weight) || parameter.is_same(model.lm_head->weight);
-    const bool is_layer = !is_table && parameter.dim() == 2 && linear.count(layer_of(name)) > 0;
+    const bool is_layer = !is_table && parameter.dim() == 2 && linear.count(detail::layer_name(name)) > 0;
     parameter.set_data(numbers(name));
     parameter.requires_grad_(false);
     const auto& scheme = is_table ? format.tables : format.layers;
     if (!scheme || !(is_table || is_layer)) continue;
-    lora::quantize(model, *scheme, lora::QuantizeOptions().target_modules({layer_of(name)}));
+    lora::quantize(model, *scheme, lora::QuantizeOptions().target_modules({detail::layer_name(name)}));
     detail::give_back_freed_memory();
   }
   model.eval();
-}
-
-/// Holds the linear layers but the head, which have their numbers, in few bits, in view of the inputs that they get in
-/// `passes`. Throws c10::ValueError for a scheme that has no use for them.
-inline void quantize_calibrated(LanguageModelImpl& model, const lora::Quantization& scheme,
-                                const std::function<void()>& passes) {
-  std::vector<std::string> layers;
-  for (const auto& item : model.named_modules()) {
-    const auto* linear = item.value()->as<torch::nn::LinearImpl>();
-    if (linear != nullptr && !linear->weight.is_same(model.lm_head->weight)) layers.push_back(item.key());
-  }
-  lora::quantize(model, scheme, lora::QuantizeOptions().target_modules(layers).calibration(passes));
-  detail::give_back_freed_memory();
 }
 
 /// The memory that the weights of a model take, in words.

@@ -444,7 +444,11 @@ TEST_CASE("what is not supported is an error that names it") {
   CHECK(contains("no \"hidden_size\"").match(config_error(changed(kLlamaJson, {{"hidden_size", nullptr}}))));
   CHECK(contains("wrong type").match(config_error(changed(kLlamaJson, {{"hidden_size", "wide"}}))));
   CHECK(contains("key/value heads").match(config_error(changed(kLlamaJson, {{"num_key_value_heads", 4}}))));
-  CHECK(contains("quantized").match(config_error(changed(kLlamaJson, {{"quantization_config", {{"bits", 4}}}}))));
+  auto few_bits = [](const char* method) {
+    return changed(kLlamaJson, {{"quantization_config", {{"quant_method", method}}}});
+  };
+  CHECK(contains("by \"gptq\" are unsupported, only by \"bitsandbytes\"").match(config_error(few_bits("gptq"))));
+  CHECK(contains("but none is in the files").match(ModelFolder(few_bits("bitsandbytes")).load_error()));
   CHECK(contains("multiple of \"n_head\"").match(config_error(changed(kGPT2Json, {{"n_head", 5}}))));
   CHECK(contains("must be positive").match(config_error(changed(kGPT2Json, {{"n_layer", 0}}))));
   testing::TemporaryFolder empty;

@@ -4,9 +4,10 @@ For a Llama and a GPT-2, with LoRA and with DoRA: twenty steps, replayed by peft
 batches (every loss within 1e-5); every adapter tensor must have trained in both; the adapter written must give peft the
 logits that it gives here; and the merged directories of finetune_gpt and of merge_checkpoint must load in transformers
 and give the logits of peft's merged model. What generate says greedily, with that adapter or with it merged, is what
-peft's model says. A run in bfloat16 trains, and shows samples from before and after. One on a base in 12 bits is replayed as well. Runs with the base in few bits
-train; their adapters are merged into the weights of the files, which again give the logits of peft's merged model, and
-generate speaks with them to the last token.
+peft's model says. A run in bfloat16 trains, and shows samples from before and after. One on a base in 12 bits is
+replayed as well. Runs with the base in few bits train; their adapters are merged into the weights of the files, which
+again give the logits of peft's merged model, and generate speaks with them to the last token. On bases that
+quantize_checkpoint wrote in 4 bits peft and bitsandbytes have the logits of the adapter that was trained here.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import adapter_logits
+import bitsandbytes.nn.modules
 import make_tiny_model
 import replay_run
 import torch
@@ -216,6 +218,75 @@ def check_quantized(programs, base, data, out):
     return all(passed.values())
 
 
+def check_quantized_logits(programs, base, out):
+    """peft's logits on the base in few bits are those here, and those of the merged model. (In peft a merged one is in
+    few bits again, and has others.)"""
+    run(programs / "merge_checkpoint", base, out / "adapter", out / "merged_from_files")
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    ids, logits = out / "ids.safetensors", out / "logits.safetensors"
+    save_file({"ids": torch.randint(0, vocabulary, (2, 40), generator=torch.Generator().manual_seed(5))}, ids)
+    results = []
+    for model in [base, "--adapter", out / "adapter"], [out / "merged"], [out / "merged_from_files"]:
+        run(programs / "print_logits", model[0], ids, logits, *model[1:])
+        results.append(adapter_logits.main([str(base), str(out / "adapter"), str(logits)]) == 0)
+    return all(results)
+
+
+def quantize(programs, base, out, *options):
+    said = run(programs / "quantize_checkpoint", base, out, "--dtype", "float32", "--block", 32, *options).decode()
+    tensors = load_file(out / "model.safetensors")
+    four = sum(name.endswith("quant_state.bitsandbytes__nf4") for name in tensors)
+    return said, four, sum(name.endswith(".SCB") for name in tensors)
+
+
+def check_quantized_files(programs, base, data, out):
+    """A base that quantize_checkpoint wrote: adapters train on it, and peft gives the logits of adapter and base."""
+    layers = (7 if "llama" in base.name else 4) * LAYERS
+    ours, mixed, nearest = out / "base", out / "mixed", out / "nearest"
+    said, *counts = quantize(programs, base, ours, *data)
+    first = quantize(programs, base, mixed, *data, "--int8", r".*\b0\..*")
+    rounded = quantize(programs, base, nearest)
+    sizes = ["--steps", 20, "--warmup", 2, "--batch", 2, "--block", 32, "--rank", 4, "--eval-every", 20, "--lr", 2e-2]
+    run_options = [*data, "--device", "cpu", "--sample-tokens", 0, *sizes]
+    trained = run(programs / "finetune_gpt", "--model", ours, "--out", out, *run_options).decode()
+    losses = {out: validation_losses(out)}
+    for other in mixed, nearest:
+        run(programs / "finetune_gpt", "--model", other, "--out", other, *run_options)
+        losses[other] = validation_losses(other)
+    print(f"files in few bits: {said.strip()}; validation losses {list(losses.values())}")
+    codes = [load_file(folder / "model.safetensors") for folder in (ours, nearest)]
+    weights = [name for name in codes[0] if name.endswith(".weight.absmax")]
+    wrong = [
+        subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        for command in (
+            [programs / "quantize_checkpoint", ours, out / "again"],
+            [programs / "quantize_checkpoint", base, out / "again", "--int8", "q_proj"],
+            [programs / "quantize_checkpoint", base, out / "again", "--quantize", "int8", *data],
+            [programs / "finetune_gpt", "--model", ours, "--out", out / "again", *data, "--quantize", "nf4"],
+            [programs / "generate", "--model", ours, "--adapter", out / "adapter", "--merge", "--prompt", "A"],
+        )
+    ]
+    # Where a processor has products of bfloat16, bitsandbytes takes them for layers of 32, 64, ... rows only.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    reasons = ["in few bits already", "matches no linear layer", "no effect", "leave --quantize out", "merge_checkpoint"]
+    passed = {
+        "all layers in 4 bits": counts == [layers, 0],
+        "some in 8": first[1:] == (layers - layers // LAYERS, layers // LAYERS),
+        "calibrated": any((codes[0][name[:-7]] != codes[1][name[:-7]]).any() for name in weights),
+        "under the same scales": all(torch.equal(codes[0][name], codes[1][name]) for name in weights),
+        "says so": "in the bits that its files have" in trained and f"{layers} layers in nf4:" in said,
+        "trains": all(after < before - 0.1 for before, *_, after in losses.values()),
+        "transformers and peft": check_quantized_logits(programs, ours, out),
+        "peft does not load a mixture": "quantization_config" not in json.loads((mixed / "config.json").read_text()),
+        "merged has numbers": "quantization_config" not in json.loads((out / "merged/config.json").read_text()),
+        "refuses": all(
+            result.returncode == 2 and reason in result.stderr for result, reason in zip(wrong, reasons, strict=True)
+        ),
+    }
+    print("files in few bits:", "; ".join(f"{name}: {'yes' if is_so else 'NO'}" for name, is_so in passed.items()))
+    return all(passed.values())
+
+
 def check_lossless(programs, base, data, out):
     """Weights of bfloat16 in 12 bits are the weights, so that peft repeats the run on the files."""
     make_tiny_model.main([str(base), "--bfloat16"])
@@ -258,7 +329,7 @@ def main():
             }
             count += len(checks)
             failed += [f"{architecture}, {method}: {name}" for name, passed in checks.items() if not passed]
-        count += 4
+        count += 6
         if not check_bfloat16(programs, folder / "llama", data["--text"], folder / "bfloat16"):
             failed.append("bfloat16")
         if not check_lossless(programs, folder / "llama_bfloat16", data["--text"], folder / "lossless"):
@@ -267,8 +338,14 @@ def main():
             out = folder / f"{architecture}_quantized"
             if not check_quantized(programs, folder / architecture, data["--text"], out):
                 failed.append(f"{architecture} in few bits")
+            # Of layers that are no whole number of blocks wide, the kernel of bitsandbytes (0.50.2) for AVX-512 takes the
+            # scales of other blocks.
+            base = folder / f"{architecture}_of_blocks"
+            make_tiny_model.main([str(base), "--architecture", architecture, "--whole-blocks"])
+            if not check_quantized_files(programs, base, data["--text"], folder / f"{architecture}_files"):
+                failed.append(f"{architecture}, files in few bits")
     print(f"\n{count} checks, {len(failed)} failed{': ' if failed else ''}{'; '.join(failed)}")
-    return int(bool(failed) or count != 5 * len(RUNS) + 4)
+    return int(bool(failed) or count != 5 * len(RUNS) + 6)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Writes a tiny random model with a tokenizer of its own as a Hugging Face directory.
 
 python make_tiny_model.py OUT_DIR [--architecture llama|gpt2] [--seed N] [--text FILE] [--untied] [--bfloat16]
+                          [--whole-blocks]
 
 Nothing in it is trivially 0 or 1 (biases and norm weights are random too), key/value heads are shared by groups, and
 the head is tied to the embedding unless --untied, so that a mistake in any part of a reader shows in the logits.
@@ -98,6 +99,7 @@ def main(arguments=None):
     parser.add_argument("--text", type=Path, help="train the tokenizer on this file instead of the built-in text")
     parser.add_argument("--untied", action="store_true", help="give the head a weight of its own")
     parser.add_argument("--bfloat16", action="store_true", help="write weights in bfloat16")
+    parser.add_argument("--whole-blocks", action="store_true", help="only layers that read a multiple of 64 numbers")
     options = parser.parse_args(arguments)
 
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -107,7 +109,10 @@ def main(arguments=None):
     texts = options.text.read_text(encoding="utf-8").splitlines() if options.text else TEXT.splitlines()
     tokenizer = make_tokenizer(options.architecture, texts)
     make_config = gpt2_config if options.architecture == "gpt2" else llama_config
-    model = AutoModelForCausalLM.from_config(make_config(tokenizer.get_vocab_size(), not options.untied))
+    config = make_config(tokenizer.get_vocab_size(), not options.untied)
+    if options.whole_blocks:
+        config.update({"n_embd": 64} if options.architecture == "gpt2" else {"intermediate_size": 128})
+    model = AutoModelForCausalLM.from_config(config)
     randomize(model, options.seed)
     if options.bfloat16:
         model.bfloat16()
