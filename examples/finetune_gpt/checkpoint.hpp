@@ -4,10 +4,12 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -46,6 +48,32 @@ inline std::filesystem::path weight_file(const std::filesystem::path& dir) {
 inline lora::SafetensorsReader weight_reader(const std::filesystem::path& dir) {
   const auto file = weight_file(dir);
   return file.extension() == ".json" ? lora::SafetensorsReader::of_index(file) : lora::SafetensorsReader(file);
+}
+
+/// A number that changes with any file of the weights; of a large one some pages are read, from all over it.
+inline uint64_t fingerprint_of_weights(const std::filesystem::path& dir) {
+  std::set<std::filesystem::path> files{weight_file(dir)};
+  if (files.begin()->extension() == ".json") {
+    const auto index = read_json(*files.begin());
+    for (const auto& item : index.at("weight_map").items()) files.insert(dir / item.value().get<std::string>());
+  }
+  uint64_t hash = 14695981039346656037u;  // FNV-1a
+  const auto mix = [&](uint64_t byte) { hash = (hash ^ byte) * 1099511628211u; };
+  constexpr uint64_t kPages = 256, kBytes = 4096;
+  std::vector<char> page(kBytes);
+  for (const auto& file : files) {
+    const auto size = std::filesystem::file_size(file);
+    for (int i = 0; i < 8; ++i) mix(size >> (8 * i) & 255);
+    std::ifstream stream(file, std::ios::binary);
+    for (uint64_t i = 0; i < kPages; ++i) {
+      stream.clear();
+      stream.seekg(static_cast<std::streamoff>(size / kPages * i));
+      stream.read(page.data(), static_cast<std::streamsize>(page.size()));
+      for (std::streamsize j = 0; j < stream.gcount(); ++j)
+        mix(static_cast<unsigned char>(page[static_cast<size_t>(j)]));
+    }
+  }
+  return hash;
 }
 
 /// Whether weights among them are in 4 or 8 bits, as quantize_checkpoint and bitsandbytes write them.
@@ -204,14 +232,34 @@ inline ModelConfig read_config(const std::filesystem::path& dir, const TensorMap
 
 namespace detail {
 
-/// Loads a directory of which weights are in few bits, as they are; the tables are held as the format says.
-inline LanguageModel load_quantized_model(const std::filesystem::path& dir, const ModelConfig& config,
-                                          const WeightFormat& format) {
-  TORCH_CHECK_VALUE(!format.layers, dir.string(), " holds its linear layers in few bits already; leave --quantize out");
+/// A model that is about to be loaded from a directory of which weights are in few bits: with memory for the others.
+inline LanguageModel model_for_few_bits(const std::filesystem::path& dir, const ModelConfig& config,
+                                        const TensorMap& weights, torch::ScalarType dtype) {
+  for (const auto& [name, tensor] : weights) {
+    const bool has_numbers = tensor.dim() == 2 && tensor.is_floating_point();
+    if (has_numbers && is_stored_transposed(config, parameter_name(config, name)))
+      throw lora::CheckpointError(dir, name, " has numbers, and as GPT-2's files have them, while other layers are in ",
+                                  "few bits; of GPT-2 all linear layers have to be so");
+  }
   auto model = make_model(config);
   for (auto& [name, parameter] : stored_parameters(*model)) {
-    parameter.set_data(torch::empty(parameter.sizes(), format.dtype));  // takes no memory before it is written
+    const bool is_packed = lora::is_bitsandbytes_weight(name, weights);
+    parameter.set_data(is_packed ? torch::zeros({}, dtype).expand(parameter.sizes())
+                                 : torch::empty(parameter.sizes(), dtype));
     parameter.requires_grad_(false);
+  }
+  return model;
+}
+
+/// Loads a directory of which weights are in few bits, as they are; the tables are held as the format says.
+inline LanguageModel load_quantized_model(const std::filesystem::path& dir, const WeightFormat& format) {
+  TORCH_CHECK_VALUE(!format.layers, dir.string(), " holds layers in few bits already; leave --quantize out");
+  LanguageModel model;
+  ModelConfig config;
+  {
+    const auto weights = read_weights(dir);
+    config = read_config(dir, weights);
+    model = model_for_few_bits(dir, config, weights, format.dtype);
   }
   const auto file = weight_file(dir);
   if (format.tables) {
@@ -235,18 +283,19 @@ inline LanguageModel load_quantized_model(const std::filesystem::path& dir, cons
 /// read from the file and not mapped, so that beside the result one of them is in memory at a time. Those that are in
 /// few bits in the files stay so.
 /// Throws lora::CheckpointError for an unsupported config.json, and for tensors that are missing, misshapen or not part
-/// of the model, naming them with their shapes.
+/// of the model, naming them; beside weights in few bits no tensor may be there that is no part of the model, and no
+/// other name than the model's.
 inline LanguageModel load_model(const std::filesystem::path& dir, const WeightFormat& format, torch::Device device) {
+  if (holds_few_bits(dir)) {
+    auto model = detail::load_quantized_model(dir, format);
+    model->to(device);
+    return model;
+  }
   LanguageModel model;
   std::map<std::string, detail::StoredParameter> stored;
   {
     const auto weights = read_weights(dir);
     const auto config = read_config(dir, weights);
-    if (holds_few_bits(weights)) {
-      model = detail::load_quantized_model(dir, config, format);
-      model->to(device);
-      return model;
-    }
     if (config.in_few_bits)
       throw lora::CheckpointError(dir, "config.json says that weights are in few bits, but none is in the files");
     model = make_model(config);

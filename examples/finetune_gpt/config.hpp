@@ -221,13 +221,16 @@ inline void read_gpt2(const ConfigReader& json, ModelConfig& config) {
 }  // namespace detail
 
 /// Reads config.json of a Hugging Face directory. Throws lora::CheckpointError, naming the file and the key, for an
-/// architecture, activation or rotary embedding that is not supported, quantized weights, and sizes that do not fit.
+/// architecture, activation or rotary embedding that is not supported, weights in few bits that bitsandbytes did not
+/// write, and sizes that do not fit.
 inline ModelConfig read_config(const std::filesystem::path& model_dir) {
   const detail::ConfigReader json(model_dir / "config.json");
   ModelConfig config;
   config.architecture = detail::read_architecture(json);
   if (json.has("quantization_config")) {
-    const auto method = detail::ConfigReader(json, "quantization_config").get_or<std::string>("quant_method", "");
+    const detail::ConfigReader how(json, "quantization_config");
+    const bool has_flag = how.has("load_in_4bit") || how.has("load_in_8bit");  // as bitsandbytes was alone once
+    const auto method = how.get_or<std::string>("quant_method", has_flag ? "bitsandbytes" : "");
     json.require(method == "bitsandbytes", "weights in few bits by \"", method, "\" are unsupported, only by ",
                  "\"bitsandbytes\"; save the model dequantized first");
     config.in_few_bits = true;

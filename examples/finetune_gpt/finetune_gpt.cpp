@@ -71,6 +71,7 @@ lora::Adapters attach_adapter(const Options& options, LanguageModelImpl& model) 
 nlohmann::json settings_of(const Options& options, const Dataset& data, const lora::Adapters& adapters) {
   const auto& training = options.training;
   return {{"model", std::filesystem::canonical(options.model).string()},
+          {"the model's weights (their fingerprint)", fmt::format("{:016x}", fingerprint_of_weights(options.model))},
           {"the data (its fingerprint)", fmt::format("{:016x}", data.fingerprint())},
           {"--block", options.data.block},
           {"--batch", options.batch},
@@ -116,7 +117,7 @@ void print_setup(const Options& options, const LanguageModelImpl& model, const l
   fmt::print("model     {}, {}, {:.1f} million parameters, {} on {}, {} thread{}\n", options.model.string(),
              architecture_name(model.config.architecture), static_cast<double>(report.base) / 1e6, options.dtype,
              parse_device(options.device).str(), torch::get_num_threads(), torch::get_num_threads() == 1 ? "" : "s");
-  if (holds_few_bits(options.model)) fmt::print("          linear layers in the bits that its files have for them\n");
+  if (holds_few_bits(options.model)) fmt::print("          layers in the few bits that its files have for them\n");
   if (options.quantize != "none") fmt::print("          linear layers but the head in {}\n", options.quantize);
   if (options.quantize_embedding != "none")
     fmt::print("          embedding and head in {}\n", options.quantize_embedding);

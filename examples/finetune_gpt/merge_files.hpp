@@ -47,13 +47,14 @@ class PackedWeights {
     for (const auto& [file, tensors] : shards) all.insert(tensors.begin(), tensors.end());
     if (!holds_few_bits(all)) return;
     const auto [embedding, head] = embedding_and_head(config, all);
-    dtype_ = (embedding.defined() ? embedding : head).scalar_type();
+    const auto& table = embedding.defined() ? embedding : head;
+    const auto dtype = table.defined() ? table.scalar_type() : torch::kFloat;  // else missing, which is said later
     for (const auto& [name, tensor] : all) {
       if (!lora::is_bitsandbytes_weight(name, all)) continue;
       const bool transposed = is_stored_transposed(config, parameter_name(config, name));
       const auto& weight = weights_.emplace(name, Packed{lora::read_bitsandbytes_weight(name, all).weight, transposed})
                                .first->second.weight;
-      const auto shape = torch::zeros({}, dtype_).expand(weight->sizes());
+      const auto shape = torch::zeros({}, dtype).expand(weight->sizes());
       for (auto& [file, tensors] : shards) {
         const bool is_here = tensors.count(name) > 0;
         for (const auto& part : lora::bitsandbytes_names(name)) tensors.erase(part);
@@ -62,11 +63,11 @@ class PackedWeights {
     }
   }
 
-  /// The numbers of a tensor of the shards.
+  /// The numbers of a tensor of the shards, of a weight in few bits in float.
   torch::Tensor numbers(const std::string& stored_name, const torch::Tensor& tensor) const {
     const auto found = weights_.find(stored_name);
     if (found == weights_.end()) return tensor;
-    const auto numbers = found->second.weight->dense().to(dtype_);
+    const auto numbers = found->second.weight->dense();
     return found->second.transposed ? numbers.t() : numbers;
   }
 
@@ -77,7 +78,6 @@ class PackedWeights {
   };
 
   std::map<std::string, Packed> weights_;
-  torch::ScalarType dtype_ = torch::kFloat;
 };
 
 /// The merged tensors of a model, computed when they are asked for.
@@ -181,11 +181,20 @@ inline void separate_head(const MergedWeights& merged, Shards& shards) {
   }
 }
 
+/// The numbers in the type that the file has for them, which only those of few bits are not in yet.
+inline torch::Tensor rounded(const torch::Tensor& numbers, const std::string& name, const torch::Tensor& as) {
+  if (numbers.scalar_type() == as.scalar_type()) return numbers;
+  const auto result = numbers.to(as.scalar_type());
+  TORCH_CHECK(result.isfinite().all().item<bool>(), name, " is too large for ", as.scalar_type(), " when it is merged");
+  return result;
+}
+
 inline std::unique_ptr<lora::SafetensorsWriter> write_shard(const std::filesystem::path& file, const TensorMap& tensors,
                                                             const PackedWeights& packed, const MergedWeights& merged) {
   std::filesystem::create_directories(file.parent_path());
   auto writer = std::make_unique<lora::SafetensorsWriter>(file, lora::tensor_infos(tensors));
-  for (const auto& [name, tensor] : tensors) writer->write(name, merged.at(name, packed.numbers(name, tensor)));
+  for (const auto& [name, tensor] : tensors)
+    writer->write(name, rounded(merged.at(name, packed.numbers(name, tensor)), name, tensor));
   return writer;
 }
 

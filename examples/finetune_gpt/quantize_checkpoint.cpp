@@ -64,15 +64,29 @@ std::vector<Example> calibration_rows(const Options& options, const ModelConfig&
   return rows;
 }
 
+/// The checks that concern more than one option. Throws c10::ValueError.
+void check_options(const CLI::App& app, const Options& options) {
+  const bool is_int8 = options.quantize.scheme == "int8";
+  TORCH_CHECK_VALUE(!is_int8 || options.quantize.int8.empty(), "--int8 says nothing beside --quantize int8");
+  TORCH_CHECK_VALUE(!is_int8 || !options.data.any(), "--quantize int8 has no use for data: it rounds each number by ",
+                    "itself");
+  for (const auto* name : {"--calibrate", "--block", "--validation-share"}) {
+    TORCH_CHECK_VALUE(options.data.any() || app.count(name) == 0, name, " says which data are used, and needs --text ",
+                      "or --jsonl");
+  }
+}
+
 void run(const Options& options) {
   const auto device = parse_device(options.device);
-  check_target(options.base, options.out);
+  prepare_target(options.base, options.out);
   TORCH_CHECK_VALUE(!holds_few_bits(options.base), options.base.string(), " holds weights in few bits already");
   auto model = load_model(options.base, parse_dtype(options.quantize.dtype), device);
   std::function<void()> passes;
   if (options.data.any()) {
     passes = [&, rows = calibration_rows(options, model->config)] {
-      for (const auto& batch : in_batches(rows, 4)) model->hidden_states(batch.to(device).inputs);
+      // Rows of several lengths would be filled up with tokens of no text.
+      for (const auto& batch : in_batches(rows, options.data.jsonl.empty() ? 4 : 1))
+        model->hidden_states(batch.to(device).inputs);
     };
   }
   const auto report = quantize_layers(*model, options.quantize, passes);
@@ -92,5 +106,8 @@ int main(int argc, char** argv) {
   CLI::App app("Writes a Llama or GPT-2 model with its linear layers in few bits.", "quantize_checkpoint");
   gpt::Options options;
   gpt::add_options(app, options);
-  return gpt::run_program(app, argc, argv, [&] { gpt::run(options); });
+  return gpt::run_program(app, argc, argv, [&] {
+    gpt::check_options(app, options);
+    gpt::run(options);
+  });
 }

@@ -36,7 +36,7 @@ struct DataOptions {
 
 /// Defines them, but those of the rows that are evaluated.
 inline void add_data_options(CLI::App& app, DataOptions& o, const char* group) {
-  auto* text = app.add_option("--text", o.text, "Text files to learn from")
+  auto* text = app.add_option("--text", o.text, "Text files to read")
                    ->check(CLI::ExistingFile)
                    ->type_name("FILE ...")
                    ->group(group);

@@ -455,6 +455,21 @@ TEST_CASE("what is not supported is an error that names it") {
   CHECK_THROWS_WITH(gpt::read_config(empty.path()), contains("config.json: cannot be opened"));
 }
 
+TEST_CASE("the fingerprint of a model's weights is that of its files") {
+  ModelFolder folder(config_json("llama")), copy(config_json("llama"));
+  const auto before = gpt::fingerprint_of_weights(folder.path());
+  CHECK(before == gpt::fingerprint_of_weights(copy.path()));
+  const std::string changed_name = GENERATE("model.embed_tokens.weight", "model.norm.weight");
+  copy.weights[changed_name].view(-1)[3] += 1;
+  copy.write();
+  CHECK(before != gpt::fingerprint_of_weights(copy.path()));
+  folder.split();
+  const auto split = gpt::fingerprint_of_weights(folder.path());
+  copy.split();
+  CHECK(split != before);
+  CHECK(split != gpt::fingerprint_of_weights(copy.path()));
+}
+
 TEST_CASE("generate continues as the logits of the whole text say") {
   ModelFolder folder(config_json(GENERATE("llama", "gpt2")));
   auto model = folder.load();

@@ -233,7 +233,7 @@ def check_quantized_logits(programs, base, out):
 
 
 def quantize(programs, base, out, *options):
-    said = run(programs / "quantize_checkpoint", base, out, "--dtype", "float32", "--block", 32, *options).decode()
+    said = run(programs / "quantize_checkpoint", base, out, "--dtype", "float32", *options).decode()
     tensors = load_file(out / "model.safetensors")
     four = sum(name.endswith("quant_state.bitsandbytes__nf4") for name in tensors)
     return said, four, sum(name.endswith(".SCB") for name in tensors)
@@ -243,10 +243,12 @@ def check_quantized_files(programs, base, data, out):
     """A base that quantize_checkpoint wrote: adapters train on it, and peft gives the logits of adapter and base."""
     layers = (7 if "llama" in base.name else 4) * LAYERS
     ours, mixed, nearest = out / "base", out / "mixed", out / "nearest"
-    said, *counts = quantize(programs, base, ours, *data)
-    first = quantize(programs, base, mixed, *data, "--int8", r".*\b0\..*")
-    rounded = quantize(programs, base, nearest)
+    blocks = [*data, "--block", 32]
+    said, *counts = quantize(programs, base, ours, *blocks)
+    first = quantize(programs, base, mixed, *blocks, "--int8", r".*\b0\..*")
+    quantize(programs, base, nearest)
     sizes = ["--steps", 20, "--warmup", 2, "--batch", 2, "--block", 32, "--rank", 4, "--eval-every", 20, "--lr", 2e-2]
+    sizes += ["--method", "DoRA" if "llama" in base.name else "LowRank"]
     run_options = [*data, "--device", "cpu", "--sample-tokens", 0, *sizes]
     trained = run(programs / "finetune_gpt", "--model", ours, "--out", out, *run_options).decode()
     losses = {out: validation_losses(out)}
@@ -261,23 +263,27 @@ def check_quantized_files(programs, base, data, out):
         for command in (
             [programs / "quantize_checkpoint", ours, out / "again"],
             [programs / "quantize_checkpoint", base, out / "again", "--int8", "q_proj"],
+            [programs / "quantize_checkpoint", base, out / "again", "--int8", "(_proj"],
+            [programs / "quantize_checkpoint", base, out / "again", "--int8", "q_proj", "--quantize", "int8"],
             [programs / "quantize_checkpoint", base, out / "again", "--quantize", "int8", *data],
+            [programs / "quantize_checkpoint", base, out / "again", "--calibrate", 8],
             [programs / "finetune_gpt", "--model", ours, "--out", out / "again", *data, "--quantize", "nf4"],
             [programs / "generate", "--model", ours, "--adapter", out / "adapter", "--merge", "--prompt", "A"],
         )
     ]
     # Where a processor has products of bfloat16, bitsandbytes takes them for layers of 32, 64, ... rows only.
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-    reasons = ["in few bits already", "matches no linear layer", "no effect", "leave --quantize out", "merge_checkpoint"]
+    reasons = ["in few bits already", "matches no linear layer", "no regular expression", "nothing beside", "no use for"]
+    reasons += ["--calibrate", "leave --quantize out", "merge_checkpoint"]
     passed = {
         "all layers in 4 bits": counts == [layers, 0],
         "some in 8": first[1:] == (layers - layers // LAYERS, layers // LAYERS),
         "calibrated": any((codes[0][name[:-7]] != codes[1][name[:-7]]).any() for name in weights),
         "under the same scales": all(torch.equal(codes[0][name], codes[1][name]) for name in weights),
-        "says so": "in the bits that its files have" in trained and f"{layers} layers in nf4:" in said,
+        "says so": "in the few bits that its files have" in trained and f"{layers} layers in nf4:" in said,
         "trains": all(after < before - 0.1 for before, *_, after in losses.values()),
         "transformers and peft": check_quantized_logits(programs, ours, out),
-        "peft does not load a mixture": "quantization_config" not in json.loads((mixed / "config.json").read_text()),
+        "says nothing to transformers of a mixture": "quantization_config" not in json.loads((mixed / "config.json").read_text()),
         "merged has numbers": "quantization_config" not in json.loads((out / "merged/config.json").read_text()),
         "refuses": all(
             result.returncode == 2 and reason in result.stderr for result, reason in zip(wrong, reasons, strict=True)
