@@ -1,6 +1,7 @@
 // Hugging Face directories: config.json, model.safetensors (or its shards with their index), tokenizer files.
 #pragma once
 
+#include <c10/util/hash.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -50,30 +51,28 @@ inline lora::SafetensorsReader weight_reader(const std::filesystem::path& dir) {
   return file.extension() == ".json" ? lora::SafetensorsReader::of_index(file) : lora::SafetensorsReader(file);
 }
 
-/// A number that changes with any file of the weights; of a large one some pages are read, from all over it.
-inline uint64_t fingerprint_of_weights(const std::filesystem::path& dir) {
+/// Tells the weights of directories apart: the SHA-1 of the sizes of their files and of pages from all over them, of
+/// small files of everything.
+inline std::string fingerprint_of_weights(const std::filesystem::path& dir) {
   std::set<std::filesystem::path> files{weight_file(dir)};
   if (files.begin()->extension() == ".json") {
     const auto index = read_json(*files.begin());
     for (const auto& item : index.at("weight_map").items()) files.insert(dir / item.value().get<std::string>());
   }
-  uint64_t hash = 14695981039346656037u;  // FNV-1a
-  const auto mix = [&](uint64_t byte) { hash = (hash ^ byte) * 1099511628211u; };
-  constexpr uint64_t kPages = 256, kBytes = 4096;
-  std::vector<char> page(kBytes);
+  constexpr uint64_t kPages = 256;
+  std::string content, page(4096, '\0');
   for (const auto& file : files) {
     const auto size = std::filesystem::file_size(file);
-    for (int i = 0; i < 8; ++i) mix(size >> (8 * i) & 255);
+    content += std::to_string(size) + "\n";
     std::ifstream stream(file, std::ios::binary);
     for (uint64_t i = 0; i < kPages; ++i) {
       stream.clear();
       stream.seekg(static_cast<std::streamoff>(size / kPages * i));
       stream.read(page.data(), static_cast<std::streamsize>(page.size()));
-      for (std::streamsize j = 0; j < stream.gcount(); ++j)
-        mix(static_cast<unsigned char>(page[static_cast<size_t>(j)]));
+      content.append(page, 0, static_cast<size_t>(stream.gcount()));
     }
   }
-  return hash;
+  return c10::sha1(content).str();
 }
 
 /// Whether weights among them are in 4 or 8 bits, as quantize_checkpoint and bitsandbytes write them.

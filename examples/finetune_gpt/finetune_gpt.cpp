@@ -71,7 +71,7 @@ lora::Adapters attach_adapter(const Options& options, LanguageModelImpl& model) 
 nlohmann::json settings_of(const Options& options, const Dataset& data, const lora::Adapters& adapters) {
   const auto& training = options.training;
   return {{"model", std::filesystem::canonical(options.model).string()},
-          {"the model's weights (their fingerprint)", fmt::format("{:016x}", fingerprint_of_weights(options.model))},
+          {"the model's weights (their fingerprint)", fingerprint_of_weights(options.model)},
           {"the data (its fingerprint)", fmt::format("{:016x}", data.fingerprint())},
           {"--block", options.data.block},
           {"--batch", options.batch},

@@ -27,6 +27,7 @@ import replay_run
 import torch
 from safetensors.torch import load_file, save_file
 from strict_peft import fail, largest_distance, load_adapter, load_base
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 LAYERS = 3  # of the tiny models
 RUNS = [  # architecture, adapted layers in a block, method, tensors of one adapted layer, data, ways that change no loss
@@ -222,7 +223,7 @@ def check_quantized_logits(programs, base, out):
     """peft's logits on the base in few bits are those here, and those of the merged model. (In peft a merged one is in
     few bits again, and has others.)"""
     run(programs / "merge_checkpoint", base, out / "adapter", out / "merged_from_files")
-    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    vocabulary = config_of(base)["vocab_size"]
     ids, logits = out / "ids.safetensors", out / "logits.safetensors"
     save_file({"ids": torch.randint(0, vocabulary, (2, 40), generator=torch.Generator().manual_seed(5))}, ids)
     results = []
@@ -230,6 +231,19 @@ def check_quantized_logits(programs, base, out):
         run(programs / "print_logits", model[0], ids, logits, *model[1:])
         results.append(adapter_logits.main([str(base), str(out / "adapter"), str(logits)]) == 0)
     return all(results)
+
+
+def check_their_files(programs, base, out):
+    """A base that transformers wrote in 4 bits gives peft's logits with the same adapter."""
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    theirs, ids, logits = out / "theirs", out / "ids.safetensors", out / "logits.safetensors"
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=how, dtype=torch.float32).save_pretrained(theirs)
+    run(programs / "print_logits", theirs, ids, logits, "--adapter", out / "adapter")
+    return adapter_logits.main([str(theirs), str(out / "adapter"), str(logits)]) == 0
+
+
+def config_of(model):
+    return json.loads((model / "config.json").read_text())
 
 
 def quantize(programs, base, out, *options):
@@ -283,8 +297,9 @@ def check_quantized_files(programs, base, data, out):
         "says so": "in the few bits that its files have" in trained and f"{layers} layers in nf4:" in said,
         "trains": all(after < before - 0.1 for before, *_, after in losses.values()),
         "transformers and peft": check_quantized_logits(programs, ours, out),
-        "says nothing to transformers of a mixture": "quantization_config" not in json.loads((mixed / "config.json").read_text()),
-        "merged has numbers": "quantization_config" not in json.loads((out / "merged/config.json").read_text()),
+        "read as transformers writes it": check_their_files(programs, base, out),
+        "nothing of few bits in the configuration of a mixture": "quantization_config" not in config_of(mixed),
+        "nor of what is merged": "quantization_config" not in config_of(out / "merged"),
         "refuses": all(
             result.returncode == 2 and reason in result.stderr for result, reason in zip(wrong, reasons, strict=True)
         ),
@@ -344,8 +359,8 @@ def main():
             out = folder / f"{architecture}_quantized"
             if not check_quantized(programs, folder / architecture, data["--text"], out):
                 failed.append(f"{architecture} in few bits")
-            # Of layers that are no whole number of blocks wide, the kernel of bitsandbytes (0.50.2) for AVX-512 takes the
-            # scales of other blocks.
+            # Of layers that are no whole number of blocks wide, the kernel of bitsandbytes (0.50.2) for AVX-512 takes
+            # the scales of other blocks.
             base = folder / f"{architecture}_of_blocks"
             make_tiny_model.main([str(base), "--architecture", architecture, "--whole-blocks"])
             if not check_quantized_files(programs, base, data["--text"], folder / f"{architecture}_files"):
