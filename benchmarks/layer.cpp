@@ -111,7 +111,8 @@ int main(int count, char** arguments) {
                           {1, 768, 768, 8, true},
                           {512, 768, 768, 8, false},
                           {1, 768, 768, 8, false},
-                          {512, 768, 768, 8, true, 0, false, torch::kBFloat16}};
+                          {512, 768, 768, 8, true, 0, false, torch::kBFloat16},
+                          {2048, 768, 768, 8, true, 0, false, torch::kBFloat16}};
   if (!device.is_cpu()) {  // as large as those of language models
     for (const double dropout : {0.0, 0.1}) {
       cases.push_back({8192, 4096, 4096, 16, true, dropout});

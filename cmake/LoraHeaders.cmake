@@ -156,6 +156,7 @@ set(LORA_DETAIL_HEADERS
   weight/row_kernels.hpp
   weight/slot.hpp
   weight/stamp.hpp
+  weight/thin_kernels.hpp
   weight/thin_product.hpp
   weight/updated_norms.hpp
 )

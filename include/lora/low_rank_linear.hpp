@@ -42,8 +42,7 @@ namespace detail {
 /// for db, is g * gain, and dgain = sum over N of g * (x M^T + s (x A^T) B^T), which is kept.
 ///
 /// What is kept for backward is S_i (rank_i, N_i) beside the operands; of dropout, the seed. Updates are added in
-/// place, scales are folded into the products, and of a skinny product that orientation is taken in which its long side
-/// is a row.
+/// place, and scales are folded into the products.
 class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   using Tensors = torch::autograd::variable_list;
 
@@ -130,11 +129,12 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
         dB = g_i.t().mm(x_i.mm(A.t())) * scale;
         continue;
       }
-      const auto g_i = written_out(own, B.scalar_type());
-      const auto G = thin_mm(B.t(), g_i.t());
-      if (wants_x) add_to_input(dx, plan.slices[i], G.t(), A, dropped);
+      const auto B_t = B.t();
+      const auto g_i = written_out_for(B_t, own);
+      const auto G = thin_mm(B_t, g_i);
+      if (wants_x) add_to_input(dx, plan.slices[i], G, A, dropped);
       if (context->needs_input_grad(first + 2 * i)) dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
-      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like(B.t(), kept[2 + factors + i], g_i, scale).t();
+      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like(B_t, kept[2 + factors + i], g_i, scale).t();
     }
     if (wants_x) dx = in_type(dx, x.scalar_type());
     return all;
@@ -191,7 +191,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     return y.size(1) == count ? y : y.narrow(1, at, count);
   }
 
-  /// sum[rows] += scale a b
+  /// sum[rows] += scale a^T b
   static void add_product(at::Tensor& sum, const Entries& rows, const at::Tensor& a, const at::Tensor& b,
                           double scale) {
     rows.are_all() ? add_thin_mm(sum, a, b, scale) : add_to_part(sum, rows, a, b, scale);
@@ -205,7 +205,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       add_thin_mm(own, a, b, scale);
       if (rows.are_listed()) sum.index_copy_(0, rows.index(), own);
     } else if (rows.are_listed()) {
-      sum.index_add_(0, rows.index(), a.mm(b), scale);
+      sum.index_add_(0, rows.index(), a.t().mm(b), scale);
     } else {
       add_thin_mm_(rows.of(sum), a, b, scale);
     }
@@ -216,7 +216,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
                            DroppedInput& dropped) {
     const auto& [unused_A, unused_B, scale, at, mask, rows] = slice;
     if (!mask.acts()) return add_product(dx, rows, G, A, scale);
-    const auto added = at::mm(G, A);
+    const auto added = at::mm(G.t(), A);
     const auto& places = dropped.places(mask, added);
     if (rows.are_all()) return mask.add(added, dx, scale, places);
     rows.add(dx, mask.of(added, scale, places));
@@ -235,11 +235,11 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     auto y = product.run(x, product.operand, gain.defined() ? at::Tensor() : product.bias);
     DroppedInput dropped(x);
     for (const auto& slice : slices) {
-      const auto S = thin_mm(slice.A, dropped.by(slice.mask, slice.rows).t());
+      const auto S = thin_mm(slice.A, dropped.by(slice.mask, slice.rows));
       if (y.size(1) == slice.B.size(0)) {
-        add_product(y, slice.rows, S.t(), slice.B.t(), slice.scale);
+        add_product(y, slice.rows, S, slice.B.t(), slice.scale);
       } else {
-        add_to_part(columns(y, slice.at, slice.B.size(0)), slice.rows, S.t(), slice.B.t(), slice.scale);
+        add_to_part(columns(y, slice.at, slice.B.size(0)), slice.rows, S, slice.B.t(), slice.scale);
       }
       if (kept != nullptr) kept->push_back(S);
     }

@@ -55,7 +55,7 @@ inline bool is_for_one_row(const at::Tensor& factor, const at::Tensor& one) {
          lies_together(0) && lies_together(1) && is_plain_float(factor) && is_plain_float(one);
 }
 
-/// M x (rank, 1) for a factor M (rank, features), x (features, 1).
+/// M x^T (rank, 1) for a factor M (rank, features), x (1, features).
 inline at::Tensor product_with_one(const at::Tensor& factor, const at::Tensor& x) {
   const MatrixInMemory transposed(factor.t());
   auto product = at::empty({transposed.outputs, 1}, factor.options());
@@ -65,7 +65,7 @@ inline at::Tensor product_with_one(const at::Tensor& factor, const at::Tensor& x
   return product;
 }
 
-/// sum (1, features) += scale c M for c (1, rank), a factor M (rank, features).
+/// sum (1, features) += scale c^T M for c (rank, 1), a factor M (rank, features).
 inline void add_product_with_one(const at::Tensor& sum, const at::Tensor& c, const at::Tensor& factor, double scale) {
   const MatrixInMemory m(factor);
   add_row_product(m, c.const_data_ptr<float>(), static_cast<float>(scale), 0, m.outputs, sum.mutable_data_ptr<float>());

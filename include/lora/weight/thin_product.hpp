@@ -6,21 +6,23 @@
 #include <lora/version.hpp>
 
 // Products of which one dimension is a rank, and another one the N rows of a batch. What has rows and features may be
-// in half precision where the rest is float. Then a large one is not written out in float as a whole: on a CPU some of
-// its rows are at a time, as many as a cache holds; on CUDA, where LibTorch multiplies bfloat16 into floats, it is
-// multiplied with the small operand as a sum of halves. Elsewhere it is written out.
+// in half precision where the rest is float. Then a large one is not written out in float as a whole: a CPU with
+// AVX-512 reads it as it is, others some of its rows at a time, as many as a cache holds; on CUDA, where LibTorch
+// multiplies bfloat16 into floats, it is multiplied with the small operand as a sum of halves. Elsewhere it is written
+// out.
 
 namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-/// a b for a (rank, k), b (k, N), in the type of a.
-LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& b);
+/// a x^T (rank, N) for a (rank, k), x (N, k), in the type of a.
+LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& x);
 
-/// scale a b for a (rank, N), b (N, k), in the type of a, and any tensor of the result's shape and that type.
-LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale);
+/// scale a x (rank, k) for a (rank, N), x (N, k), in the type of a, and any tensor of the result's shape and that type,
+/// as which it is in memory where that costs nothing.
+LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale);
 
-/// sum += scale a b for a (N, rank), b (rank, n) of one type and a `sum` (N, n) that nobody else holds: where it is
+/// sum += scale a^T b for a (rank, N), b (rank, n) of one type and a `sum` (N, n) that nobody else holds: where it is
 /// faster it is new memory afterwards. One in half precision is rounded once; a large one in bfloat16 on CUDA, where
 /// LibTorch adds the product, twice.
 LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
@@ -28,9 +30,9 @@ LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Ten
 /// The same of one type, in the memory of a sum that may be a part of something larger.
 LORA_INLINE void add_thin_mm_(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale);
 
-/// `large` in a type, where it is to be used more than once and the products above would write it out as a whole; else
-/// as it is.
-LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type);
+/// x (N, k) in the type of a factor (rank, k), where it is to be used more than once and the products above would write
+/// it out as a whole; else as it is.
+LORA_INLINE at::Tensor written_out_for(const at::Tensor& factor, const at::Tensor& x);
 
 }  // namespace detail
 }  // namespace LORA_ABI
@@ -49,6 +51,7 @@ LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type)
 #include <lora/weight/dense_product.hpp>
 #include <lora/weight/one_row.hpp>
 #include <lora/weight/plain.hpp>
+#include <lora/weight/thin_kernels.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -88,6 +91,12 @@ inline std::vector<at::Tensor> as_halves(const at::Tensor& a, size_t count) {
   return halves;
 }
 
+/// Whether a is (rank, N), as the factors of the rows x (N, k) in sums of which `like` has the shape.
+inline bool are_coefficients(const at::Tensor& a, const at::Tensor& like, const at::Tensor& x) {
+  return a.scalar_type() == at::kFloat && a.is_cpu() && a.dim() == 2 && a.size(0) == like.size(0) && x.dim() == 2 &&
+         a.size(1) == x.size(0) && is_plain(a);
+}
+
 /// a b in float, for a (rank, k) in float, b (k, n) in bfloat16.
 inline at::Tensor mm_of_halves(const at::Tensor& a, const at::Tensor& b) {
   const auto parts = as_halves(a, 3);
@@ -97,11 +106,15 @@ inline at::Tensor mm_of_halves(const at::Tensor& a, const at::Tensor& b) {
 /// So many numbers are written out at a time.
 inline constexpr int64_t kBlockNumbers = 1 << 18;
 
-LORA_INLINE at::Tensor written_out(const at::Tensor& large, at::ScalarType type) {
+inline at::Tensor written_out(const at::Tensor& large, at::ScalarType type) {
   if (large.scalar_type() == type || multiplies_halves(large)) return large;
   // On a device calls cost more than memory; and what a transform looks at is not written to.
   const bool is_whole = !large.is_cpu() || large.numel() <= kBlockNumbers || !is_plain(large);
   return is_whole ? large.to(type) : large;
+}
+
+LORA_INLINE at::Tensor written_out_for(const at::Tensor& factor, const at::Tensor& x) {
+  return is_for_thin_kernels(factor, x) ? x : written_out(x, factor.scalar_type());
 }
 
 /// Calls `visit(first, count)` for some of the `rows` rows of `large` after the other, as many as are written out in
@@ -114,9 +127,16 @@ void for_each_block(const at::Tensor& large, int64_t rows, const Visit& visit) {
   for (int64_t first = 0; first < rows; first += size) visit(first, std::min(size, rows - first));
 }
 
-LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& large) {
-  if (large.size(1) == 1 && a.size(1) == large.size(0) && is_for_one_row(a, large)) return product_with_one(a, large);
-  const auto b = written_out(large, a.scalar_type());
+/// Whether a is (rank, N) for `rows` (N, k), in float.
+inline bool fits_coefficients(const at::Tensor& a, int64_t rank, const at::Tensor& rows) {
+  return a.scalar_type() == at::kFloat && a.is_cpu() && a.dim() == 2 && a.size(0) == rank && rows.dim() == 2 &&
+         a.size(1) == rows.size(0) && is_plain(a);
+}
+
+LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& x) {
+  if (x.size(0) == 1 && a.size(1) == x.size(1) && is_for_one_row(a, x)) return product_with_one(a, x);
+  if (is_for_thin_kernels(a, x)) return thin_dots(a, x);
+  const auto b = written_out(x, a.scalar_type()).t();
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(1));
     return is_faster ? onednn_mm(a, b, {}) : a.mm(b);
@@ -130,12 +150,11 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& large) {
   return all;
 }
 
-LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& large,
-                                    double scale) {
-  const bool is_of_one =
-      a.size(1) == 1 && large.size(0) == 1 && a.size(0) == like.size(0) && large.size(1) == like.size(1);
-  if (is_of_one && is_for_one_row(like, a) && is_for_one_row(like, large)) return outer_product(like, a, large, scale);
-  const auto b = written_out(large, a.scalar_type());
+LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale) {
+  const bool is_of_one = a.size(1) == 1 && x.size(0) == 1 && a.size(0) == like.size(0) && x.size(1) == like.size(1);
+  if (is_of_one && is_for_one_row(like, a) && is_for_one_row(like, x)) return outer_product(like, a, x, scale);
+  if (are_coefficients(a, like, x) && is_for_thin_kernels(like, x)) return thin_sums(like, a, x, scale);
+  const auto b = written_out(x, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
     return is_faster ? onednn_mm(a, b, {}).mul_(scale) : at::addmm(like, a, b, /*beta=*/0, scale);
@@ -149,37 +168,41 @@ LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a,
 }
 
 LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
-  if (a.scalar_type() != sum.scalar_type()) {
-    if (multiplies_halves(sum)) {  // a b but for the product of both second halves, 2^-16 of it
-      const auto as = as_halves(a, 2), bs = as_halves(b, 2);
-      sum.addmm_(at::cat({as[0], as[0], as[1]}, 1), at::cat({bs[0], bs[1], bs[0]}), /*beta=*/1, scale);
+  if (are_coefficients(a, b, sum) && is_for_thin_kernels(b, sum)) return add_thin(sum, a, b, scale);
+  const auto c = a.t();
+  if (c.scalar_type() != sum.scalar_type()) {
+    if (multiplies_halves(sum)) {  // c b but for the product of both second halves, 2^-16 of it
+      const auto cs = as_halves(c, 2), bs = as_halves(b, 2);
+      sum.addmm_(at::cat({cs[0], cs[0], cs[1]}, 1), at::cat({bs[0], bs[1], bs[0]}), /*beta=*/1, scale);
       return;
     }
     if (!sum.is_cpu()) {
-      sum.add_(a.mm(b), scale);
+      sum.add_(c.mm(b), scale);
       return;
     }
     for_each_block(sum, sum.size(0), [&](int64_t first, int64_t count) {
-      sum.narrow(0, first, count).add_(a.narrow(0, first, count).mm(b), scale);
+      sum.narrow(0, first, count).add_(c.narrow(0, first, count).mm(b), scale);
     });
     return;
   }
   // Rows that are a multiple of 2 KB apart share few places of a cache, which costs MKL half of its time and more.
   constexpr int64_t kNumbers = 512;
   const bool collides = sum.dim() == 2 && sum.stride(0) % kNumbers == 0 && sum.is_contiguous();
-  if (collides && is_regular(a.size(0)) && is_for_onednn(a, b, {}, /*inputs=*/0) && is_plain(sum)) {
-    sum = onednn_plus(sum, a.mul(scale).contiguous(), b);
+  if (collides && is_regular(c.size(0)) && is_for_onednn(c, b, {}, /*inputs=*/0) && is_plain(sum)) {
+    sum = onednn_plus(sum, c.mul(scale).contiguous(), b);
   } else {
     add_thin_mm_(sum, a, b, scale);
   }
 }
 
 LORA_INLINE void add_thin_mm_(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
-  const bool fits = a.size(0) == 1 && a.size(1) == b.size(0) && sum.size(1) == b.size(1);
+  const bool fits = a.size(1) == 1 && a.size(0) == b.size(0) && sum.size(1) == b.size(1);
   if (sum.size(0) == 1 && fits && is_for_one_row(b, a) && is_for_one_row(b, sum)) {
     add_product_with_one(sum, a, b, scale);
+  } else if (are_coefficients(a, b, sum) && is_for_thin_kernels(b, sum)) {
+    add_thin(sum, a, b, scale);
   } else {
-    sum.addmm_(a, b, /*beta=*/1, scale);
+    sum.addmm_(a.t(), b, /*beta=*/1, scale);
   }
 }
 

@@ -1,0 +1,380 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <lora/linkage.hpp>
+#include <lora/version.hpp>
+
+// The products of thin_product.hpp on a CPU with AVX-512, sixteen numbers at a time. A library for large matrices reads
+// the few rows of a factor as if they were many, and half precision not at all: here the many rows are read once, in
+// the type they have, and multiplied as floats.
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// Whether products of a factor (rank, k) with `rows` (N, k) are computed here: a factor in float, of a rank so small
+/// that reading the rows counts; several rows in float or bfloat16, each of which lies together; a processor with
+/// AVX-512.
+LORA_INLINE bool is_for_thin_kernels(const at::Tensor& factor, const at::Tensor& rows);
+
+/// Decides it for this process, for measurements and tests. Returns whether the processor has what it takes; without it
+/// nothing is changed.
+LORA_INLINE bool take_thin_kernels(bool taken);
+
+/// factor x^T (rank, N) in float, for x (N, k), in memory as its transpose.
+LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x);
+
+/// scale c x (rank, k) for c (rank, N) in float, x (N, k); in memory as `like` is, which has the result's shape.
+LORA_INLINE at::Tensor thin_sums(const at::Tensor& like, const at::Tensor& c, const at::Tensor& x, double scale);
+
+/// y += scale c^T factor for y (N, k), c (rank, N) in float, each number rounded once.
+LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Tensor& factor, double scale);
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#if LORA_BODIES
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/BFloat16.h>
+
+#include <lora/system/processor.hpp>
+#include <lora/weight/plain.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#if defined(LORA_AVX512)
+#include <immintrin.h>
+
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds that in its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wsign-conversion"  // without optimization some of its functions are macros
+#endif
+#endif
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// Rows of numbers in memory, each of which lies together.
+template <class Number>
+struct NumberRows {
+  Number* numbers;
+  std::int64_t stride, count, width;
+
+  Number* row(std::int64_t i) const { return numbers + i * stride; }
+};
+
+/// One factor for each of some rows, and of each row of a factor.
+struct Coefficients {
+  const float* numbers;
+  std::int64_t stride_of_row, stride_of_rank;
+};
+
+#if defined(LORA_AVX512)
+
+namespace avx512 {
+
+/// Loops of so many turns as are known here are written out, so that sums stay in registers.
+#define LORA_UNROLL _Pragma("GCC unroll 8")
+
+inline constexpr int kRanks = 4;  ///< rows of a factor at a time
+inline constexpr int kRowsOfDots = 6, kRowsOfSum = 4, kVectorsOfSum = 2, kVectorsOfSums = 4;
+inline constexpr std::int64_t kNumbers = 16;  ///< of a vector
+
+/// Of the numbers that are left those of one vector.
+inline __mmask16 of_vector(std::int64_t left) {
+  return left >= kNumbers ? __mmask16{0xFFFF} : static_cast<__mmask16>((1U << std::max<std::int64_t>(left, 0)) - 1);
+}
+
+LORA_AVX512 inline __m512 load(__mmask16 mask, const float* from) { return _mm512_maskz_loadu_ps(mask, from); }
+
+LORA_AVX512 inline __m512 load(__mmask16 mask, const c10::BFloat16* from) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+LORA_AVX512 inline void store(__mmask16 mask, __m512 numbers, float* to) { _mm512_mask_storeu_ps(to, mask, numbers); }
+
+/// Rounded to the nearest, of two as near to the even one. The processor's own instruction takes the smallest ones for
+/// zero.
+LORA_AVX512 inline void store(__mmask16 mask, __m512 numbers, c10::BFloat16* to) {
+  const auto bits = _mm512_castps_si512(numbers);
+  const auto odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const auto rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const auto is_nan = _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+  const auto all = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000));
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
+}
+
+/// out[n * a.count + i] = <a_i, x_n> for the rows [first, last) of x. What is beyond the last row of either is that row
+/// once more.
+template <class Number>
+LORA_AVX512 void dots(const NumberRows<const float>& a, const NumberRows<const Number>& x, std::int64_t first,
+                      std::int64_t last, float* out) {
+  for (auto n = first; n < last; n += kRowsOfDots) {
+    const Number* x_rows[kRowsOfDots];
+    LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) x_rows[j] = x.row(std::min(n + j, last - 1));
+    for (std::int64_t rank = 0; rank < a.count; rank += kRanks) {
+      const float* a_rows[kRanks];
+      LORA_UNROLL for (int i = 0; i < kRanks; ++i) a_rows[i] = a.row(std::min(rank + i, a.count - 1));
+      __m512 sums[kRanks][kRowsOfDots];
+      LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+        LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) sums[i][j] = _mm512_setzero_ps();
+      }
+      for (std::int64_t k = 0; k < a.width; k += kNumbers) {
+        const auto mask = of_vector(a.width - k);
+        __m512 some[kRowsOfDots];
+        LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) some[j] = load(mask, x_rows[j] + k);
+        LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+          const auto of_factor = load(mask, a_rows[i] + k);
+          LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) sums[i][j] =
+              _mm512_fmadd_ps(of_factor, some[j], sums[i][j]);
+        }
+      }
+      LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) {
+        LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+          if (n + j < last && rank + i < a.count) out[(n + j) * a.count + rank + i] = _mm512_reduce_add_ps(sums[i][j]);
+        }
+      }
+    }
+  }
+}
+
+/// out_i += scale * sum over n of c(n, i) x_n, of the columns [first, last) of each row.
+template <class Number>
+LORA_AVX512 void sums(const Coefficients& c, const NumberRows<const Number>& x, float scale, std::int64_t first,
+                      std::int64_t last, const NumberRows<float>& out) {
+  constexpr std::int64_t kRows = 128;  // of which some columns stay in the nearest cache for all ranks
+  const auto factor = _mm512_set1_ps(scale);
+  for (std::int64_t begin = 0; begin < x.count; begin += kRows) {
+    const auto end = std::min(begin + kRows, x.count);
+    for (auto k = first; k < last; k += kVectorsOfSums * kNumbers) {
+      __mmask16 masks[kVectorsOfSums];
+      LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) masks[v] = of_vector(last - k - v * kNumbers);
+      for (std::int64_t rank = 0; rank < out.count; rank += kRanks) {
+        const float* of_rank[kRanks];
+        LORA_UNROLL for (int i = 0; i < kRanks; ++i) of_rank[i] =
+            c.numbers + std::min(rank + i, out.count - 1) * c.stride_of_rank;
+        __m512 all[kRanks][kVectorsOfSums];
+        LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+          LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) all[i][v] = _mm512_setzero_ps();
+        }
+        for (auto n = begin; n < end; ++n) {
+          __m512 some[kVectorsOfSums];
+          LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) some[v] = load(masks[v], x.row(n) + k + v * kNumbers);
+          LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+            const auto of_row = _mm512_set1_ps(of_rank[i][n * c.stride_of_row]);
+            LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) all[i][v] =
+                _mm512_fmadd_ps(of_row, some[v], all[i][v]);
+          }
+        }
+        LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+          if (rank + i >= out.count) break;
+          LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) {
+            auto* to = out.row(rank + i) + k + v * kNumbers;
+            store(masks[v], _mm512_fmadd_ps(factor, all[i][v], load(masks[v], to)), to);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// y_n += scale * sum over i of c(n, i) a_i for the rows [first, last) of y. What is beyond the last of them is that
+/// row once more, to which the same is written.
+template <class Number>
+LORA_AVX512 void add(const NumberRows<Number>& y, const Coefficients& c, const NumberRows<const float>& a, float scale,
+                     std::int64_t first, std::int64_t last) {
+  const auto factor = _mm512_set1_ps(scale);
+  for (auto n = first; n < last; n += kRowsOfSum) {
+    Number* rows[kRowsOfSum];
+    const float* of_row[kRowsOfSum];
+    LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
+      rows[j] = y.row(std::min(n + j, last - 1));
+      of_row[j] = c.numbers + std::min(n + j, last - 1) * c.stride_of_row;
+    }
+    for (std::int64_t k = 0; k < y.width; k += kVectorsOfSum * kNumbers) {
+      __mmask16 masks[kVectorsOfSum];
+      LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) masks[v] = of_vector(y.width - k - v * kNumbers);
+      __m512 all[kRowsOfSum][kVectorsOfSum];
+      LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
+        LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) all[j][v] = _mm512_setzero_ps();
+      }
+      for (std::int64_t i = 0; i < a.count; ++i) {
+        __m512 of_factor[kVectorsOfSum];
+        LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) of_factor[v] = load(masks[v], a.row(i) + k + v * kNumbers);
+        LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
+          const auto one = _mm512_set1_ps(of_row[j][i * c.stride_of_rank]);
+          LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) all[j][v] = _mm512_fmadd_ps(one, of_factor[v], all[j][v]);
+        }
+      }
+      LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
+        LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) all[j][v] =
+            _mm512_fmadd_ps(factor, all[j][v], load(masks[v], rows[j] + k + v * kNumbers));
+      }
+      LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
+        LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) store(masks[v], all[j][v], rows[j] + k + v * kNumbers);
+      }
+    }
+  }
+}
+
+#undef LORA_UNROLL
+
+}  // namespace avx512
+
+/// to (columns, rows) = the transpose of from (rows, columns), which both lie together.
+inline void transpose(const float* from, std::int64_t rows, std::int64_t columns, float* to) {
+  std::int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    std::int64_t k = 0;
+    for (; k + 4 <= columns; k += 4) {
+      const auto* corner = from + i * columns + k;
+      auto a = _mm_loadu_ps(corner), b = _mm_loadu_ps(corner + columns), c = _mm_loadu_ps(corner + 2 * columns),
+           d = _mm_loadu_ps(corner + 3 * columns);
+      _MM_TRANSPOSE4_PS(a, b, c, d);
+      auto* there = to + k * rows + i;
+      _mm_storeu_ps(there, a);
+      _mm_storeu_ps(there + rows, b);
+      _mm_storeu_ps(there + 2 * rows, c);
+      _mm_storeu_ps(there + 3 * rows, d);
+    }
+    for (; k < columns; ++k) {
+      for (int j = 0; j < 4; ++j) to[k * rows + i + j] = from[(i + j) * columns + k];
+    }
+  }
+  for (; i < rows; ++i) {
+    for (std::int64_t k = 0; k < columns; ++k) to[k * rows + i] = from[i * columns + k];
+  }
+}
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+/// Calls `visit` with a number of the type that a tensor has.
+template <class Visit>
+void with_number(const at::Tensor& tensor, const Visit& visit) {
+  tensor.scalar_type() == at::kFloat ? visit(float()) : visit(c10::BFloat16());
+}
+
+template <class Number>
+NumberRows<const Number> const_rows(const at::Tensor& matrix) {
+  return {matrix.const_data_ptr<Number>(), matrix.stride(0), matrix.size(0), matrix.size(1)};
+}
+
+template <class Number>
+NumberRows<Number> mutable_rows(const at::Tensor& matrix) {
+  return {matrix.mutable_data_ptr<Number>(), matrix.stride(0), matrix.size(0), matrix.size(1)};
+}
+
+inline Coefficients coefficients(const at::Tensor& c) { return {c.const_data_ptr<float>(), c.stride(1), c.stride(0)}; }
+
+/// A factor whose rows lie together each, as those of A do; those of the transpose of B do not.
+inline at::Tensor rows_together(const at::Tensor& factor) {
+  if (factor.stride(1) == 1) return factor;
+  if (factor.stride(0) != 1 || factor.stride(1) != factor.size(0)) return factor.contiguous();
+  auto rows = at::empty(factor.sizes(), factor.options());
+  transpose(factor.const_data_ptr<float>(), factor.size(1), factor.size(0), rows.mutable_data_ptr<float>());
+  return rows;
+}
+
+/// So many of `count` rows or columns, of so many numbers each, are work enough for a thread.
+inline std::int64_t thin_grain(std::int64_t numbers) {
+  constexpr std::int64_t kNumbersOfThread = 1 << 16, kLeast = 64;  // in columns, so much as are read at a time
+  return std::max(kLeast, kNumbersOfThread / numbers / kLeast * kLeast);
+}
+
+struct ThinKernels {
+  std::atomic<bool> are_taken{has_avx512()};
+
+  static ThinKernels& instance() {
+    static ThinKernels all;
+    return all;
+  }
+};
+
+LORA_INLINE bool take_thin_kernels(bool taken) {
+  if (!has_avx512()) return false;
+  ThinKernels::instance().are_taken = taken;
+  return true;
+}
+
+LORA_INLINE bool is_for_thin_kernels(const at::Tensor& factor, const at::Tensor& rows) {
+  constexpr std::int64_t kMostRanks = 64;
+  if (!ThinKernels::instance().are_taken || !rows.is_cpu() || !factor.is_cpu()) return false;
+  if (rows.scalar_type() != at::kFloat && rows.scalar_type() != at::kBFloat16) return false;
+  if (factor.scalar_type() != at::kFloat || rows.dim() != 2 || factor.dim() != 2) return false;
+  if (rows.stride(1) != 1 || rows.size(0) < 2 || rows.size(1) != factor.size(1) || rows.numel() == 0) return false;
+  return factor.size(0) > 0 && factor.size(0) <= kMostRanks && is_plain(rows) && is_plain(factor);
+}
+
+LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x) {
+  const auto together = rows_together(factor);
+  const auto a = const_rows<float>(together);
+  auto products = at::empty_strided({a.count, x.size(0)}, {1, a.count}, factor.options());
+  auto* out = products.mutable_data_ptr<float>();
+  with_number(x, [&](auto number) {
+    const auto rows = const_rows<decltype(number)>(x);
+    at::parallel_for(0, rows.count, thin_grain(rows.width),
+                     [&](std::int64_t first, std::int64_t last) { avx512::dots(a, rows, first, last, out); });
+  });
+  return products;
+}
+
+LORA_INLINE at::Tensor thin_sums(const at::Tensor& like, const at::Tensor& c, const at::Tensor& x, double scale) {
+  auto sums = at::zeros(like.sizes(), like.options());
+  const auto out = mutable_rows<float>(sums);
+  const auto of = coefficients(c);
+  with_number(x, [&](auto number) {
+    const auto rows = const_rows<decltype(number)>(x);
+    at::parallel_for(0, rows.width, thin_grain(rows.count), [&](std::int64_t first, std::int64_t last) {
+      avx512::sums(of, rows, static_cast<float>(scale), first, last, out);
+    });
+  });
+  if (like.stride(1) == 1) return sums;
+  auto transposed = at::empty_strided(like.sizes(), {1, out.count}, like.options());
+  transpose(out.numbers, out.count, out.width, transposed.mutable_data_ptr<float>());
+  return transposed;
+}
+
+LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Tensor& factor, double scale) {
+  const auto together = rows_together(factor);
+  const auto a = const_rows<float>(together);
+  const auto of = coefficients(c);
+  with_number(y, [&](auto number) {
+    const auto rows = mutable_rows<decltype(number)>(y);
+    at::parallel_for(0, rows.count, thin_grain(rows.width), [&](std::int64_t first, std::int64_t last) {
+      avx512::add(rows, of, a, static_cast<float>(scale), first, last);
+    });
+  });
+}
+
+#else
+
+LORA_INLINE bool take_thin_kernels(bool) { return false; }
+LORA_INLINE bool is_for_thin_kernels(const at::Tensor&, const at::Tensor&) { return false; }
+LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x) { return factor.mm(x.t()); }
+LORA_INLINE at::Tensor thin_sums(const at::Tensor&, const at::Tensor& c, const at::Tensor& x, double scale) {
+  return c.mm(x).mul_(scale);
+}
+LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Tensor& factor, double scale) {
+  y.addmm_(c.t(), factor, /*beta=*/1, scale);
+}
+
+#endif
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
+
+#endif  // LORA_BODIES
