@@ -115,12 +115,19 @@ LORA_AVX512 inline void store(__mmask16 mask, __m512 numbers, c10::BFloat16* to)
   _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
 }
 
+/// Has memory on its way that is to be read soon; what is none is no fault.
+template <class Number>
+void fetch(const Number* from) {
+  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
+}
+
 /// out[n * a.count + i] = <a_i, x_n> for the rows [first, last) of x. What is beyond the last row of either is that row
 /// once more.
 template <class Number>
 LORA_AVX512 void dots(const NumberRows<const float>& a, const NumberRows<const Number>& x, std::int64_t first,
                       std::int64_t last, float* out) {
   for (auto n = first; n < last; n += kRowsOfDots) {
+    const auto ahead = n + 2 * kRowsOfDots <= last ? kRowsOfDots * x.stride : 0;
     const Number* x_rows[kRowsOfDots];
     LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) x_rows[j] = x.row(std::min(n + j, last - 1));
     for (std::int64_t rank = 0; rank < a.count; rank += kRanks) {
@@ -134,6 +141,9 @@ LORA_AVX512 void dots(const NumberRows<const float>& a, const NumberRows<const N
         const auto mask = of_vector(a.width - k);
         __m512 some[kRowsOfDots];
         LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) some[j] = load(mask, x_rows[j] + k);
+        if (rank == 0) {
+          LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) fetch(x_rows[j] + ahead + k);
+        }
         LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
           const auto of_factor = load(mask, a_rows[i] + k);
           LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) sums[i][j] =
@@ -171,6 +181,10 @@ LORA_AVX512 void sums(const Coefficients& c, const NumberRows<const Number>& x, 
         for (auto n = begin; n < end; ++n) {
           __m512 some[kVectorsOfSums];
           LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) some[v] = load(masks[v], x.row(n) + k + v * kNumbers);
+          if (rank == 0) {
+            const auto* ahead = x.row(std::min(n + kRows, x.count - 1));
+            LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) fetch(ahead + k + v * kNumbers);
+          }
           LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
             const auto of_row = _mm512_set1_ps(of_rank[i][n * c.stride_of_row]);
             LORA_UNROLL for (int v = 0; v < kVectorsOfSums; ++v) all[i][v] =
@@ -196,6 +210,7 @@ LORA_AVX512 void add(const NumberRows<Number>& y, const Coefficients& c, const N
                      std::int64_t first, std::int64_t last) {
   const auto factor = _mm512_set1_ps(scale);
   for (auto n = first; n < last; n += kRowsOfSum) {
+    const auto ahead = n + 2 * kRowsOfSum <= last ? kRowsOfSum * y.stride : 0;
     Number* rows[kRowsOfSum];
     const float* of_row[kRowsOfSum];
     LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
@@ -205,6 +220,9 @@ LORA_AVX512 void add(const NumberRows<Number>& y, const Coefficients& c, const N
     for (std::int64_t k = 0; k < y.width; k += kVectorsOfSum * kNumbers) {
       __mmask16 masks[kVectorsOfSum];
       LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) masks[v] = of_vector(y.width - k - v * kNumbers);
+      LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
+        LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) fetch(rows[j] + ahead + k + v * kNumbers);
+      }
       __m512 all[kRowsOfSum][kVectorsOfSum];
       LORA_UNROLL for (int j = 0; j < kRowsOfSum; ++j) {
         LORA_UNROLL for (int v = 0; v < kVectorsOfSum; ++v) all[j][v] = _mm512_setzero_ps();
