@@ -108,7 +108,8 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       const auto& gain = kept[2 + 2 * count];
       if (context->needs_input_grad(first + 2 * count)) {
         const auto moved = is_differentiated ? moved_product(plan, kept, matrix) : kept.back();
-        all[2 + 2 * count] = (g * moved).sum(0);
+        const auto of_rows = g * moved;
+        all[2 + 2 * count] = of_rows.size(0) == 1 ? of_rows[0] : of_rows.sum(0);
       }
       g = g * gain;
     }
@@ -134,7 +135,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       const auto G = thin_mm(B_t, g_i);
       if (wants_x) add_to_input(dx, plan.slices[i], G, A, dropped);
       if (context->needs_input_grad(first + 2 * i)) dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
-      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like(B_t, kept[2 + factors + i], g_i, scale).t();
+      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like_t(B, kept[2 + factors + i], g_i, scale);
     }
     if (wants_x) dx = in_type(dx, x.scalar_type());
     return all;

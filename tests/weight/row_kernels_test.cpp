@@ -24,7 +24,7 @@ TEST_CASE("Products of a row and rows in memory, of whatever a processor has") {
   torch::manual_seed(0);
   const auto kernels = lora::detail::runnable_row_kernels();
   REQUIRE(kernels.back().name == std::string("plain"));
-  for (const auto& [name, add_dots, add_rows, add_two_dots] : kernels) {
+  for (const auto& [name, add_dots, add_rows, dots_and_squares] : kernels) {
     for (const int64_t count : {0, 1, 3, 4, 5, 8, 11}) {
       for (const int64_t features : {0, 1, 4, 7, 16, 33, 64, 100, 129}) {
         INFO(name << ", " << count << " rows of " << features);
@@ -37,12 +37,15 @@ TEST_CASE("Products of a row and rows in memory, of whatever a processor has") {
           add_dots(w.in_memory(), x[i].const_data_ptr<float>(), 0.75F, features, out[i].mutable_data_ptr<float>());
         CHECK(error(out, before + 0.75 * products) < 1e-5);
 
-        out = before.clone();
-        float squares[2] = {1, 2};
-        add_two_dots(w.in_memory(), x[0].const_data_ptr<float>(), x[1].const_data_ptr<float>(), features,
-                     out[0].mutable_data_ptr<float>(), out[1].mutable_data_ptr<float>(), squares);
-        CHECK(error(out, before + products) < 1e-5);
-        CHECK(error(torch::tensor({squares[0], squares[1]}), torch::tensor({1.0, 2.0}) + x.pow(2).sum(1)) < 1e-4);
+        for (const int64_t rows : {1, 2, 5}) {
+          const Rows more(rows, features);
+          out = torch::full({rows, count}, std::nanf(""));
+          auto squares = torch::full({rows}, std::nanf(""));
+          dots_and_squares(w.in_memory(), more.in_memory(), features, out.mutable_data_ptr<float>(),
+                           squares.mutable_data_ptr<float>());
+          CHECK(error(out, more.numbers.to(torch::kDouble).mm(wide.t())) < 1e-5);
+          CHECK(error(squares, more.numbers.to(torch::kDouble).pow(2).sum(1)) < 1e-4);
+        }
 
         auto y = sum.clone();
         const auto c = torch::randn({count});

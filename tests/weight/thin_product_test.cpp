@@ -61,6 +61,8 @@ TEST_CASE("Products of floats with floats or halves are those of floats, and are
           const auto gradient = lora::detail::thin_mm_like(factor, c, x, -1.5);
           CHECK(gradient.scalar_type() == torch::kFloat);
           CHECK(error(gradient, wide(c).mm(wide(x)) * -1.5) < 1e-5);
+          const auto transposed = lora::detail::thin_mm_like_t(factor.t(), c, x, -1.5);
+          CHECK(error(transposed, wide(x).t().mm(wide(c).t()) * -1.5) < 1e-5);
 
           const auto added = 0.75 * wide(c).t().mm(wide(factor)), exact = wide(x) + added;
           const auto bound = 1.01 * rounding * (rounds_twice ? exact.abs() + added.abs() : exact.abs());
@@ -158,6 +160,7 @@ TEST_CASE("Products of one row, with factors as they lie in memory") {
         CHECK(error(lora::detail::thin_mm(M, x), wide(M).mm(wide(x).t())) < 1e-5);
         const auto gradient = lora::detail::thin_mm_like(M, c, x, -1.5);
         CHECK(error(gradient, -1.5 * wide(c).mm(wide(x))) < 1e-6);
+        CHECK(error(lora::detail::thin_mm_like_t(M.t(), c, x, -1.5).t(), gradient) < 1e-6);
         auto both = torch::cat({x, x}), sum = both.narrow(0, 1, 1);
         lora::detail::add_thin_mm_(sum, c, M, 0.75);
         CHECK(error(both[1], (wide(x) + 0.75 * wide(c).t().mm(wide(M)))[0]) < 1e-5);

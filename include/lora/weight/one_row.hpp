@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 // The products of thin_product.hpp for one row of a batch, in float32 on a CPU: there a call of a library that is made
 // for large matrices would be most of what they cost.
@@ -29,6 +30,13 @@ struct MatrixInMemory {
         is_by_row(matrix.stride(1) == 1),
         stride(matrix.stride(is_by_row ? 0 : 1)),
         numbers(matrix.const_data_ptr<float>()) {}
+
+  MatrixInMemory transposed() const {
+    auto matrix = *this;
+    std::swap(matrix.inputs, matrix.outputs);
+    matrix.is_by_row = !is_by_row;
+    return matrix;
+  }
 
   int64_t inputs, outputs;
   bool is_by_row;
@@ -57,7 +65,7 @@ inline bool is_for_one_row(const at::Tensor& factor, const at::Tensor& one) {
 
 /// M x^T (rank, 1) for a factor M (rank, features), x (1, features).
 inline at::Tensor product_with_one(const at::Tensor& factor, const at::Tensor& x) {
-  const MatrixInMemory transposed(factor.t());
+  const auto transposed = MatrixInMemory(factor).transposed();
   auto product = at::empty({transposed.outputs, 1}, factor.options());
   auto* out = product.mutable_data_ptr<float>();
   std::fill_n(out, transposed.outputs, 0.0F);
@@ -71,22 +79,20 @@ inline void add_product_with_one(const at::Tensor& sum, const at::Tensor& c, con
   add_row_product(m, c.const_data_ptr<float>(), static_cast<float>(scale), 0, m.outputs, sum.mutable_data_ptr<float>());
 }
 
-/// scale a b for a (rank, 1), b (1, features), in memory as `like` is, which has the result's shape.
-inline at::Tensor outer_product(const at::Tensor& like, const at::Tensor& a, const at::Tensor& b, double scale) {
-  const bool is_by_rank = like.stride(1) == 1;
-  const auto &rows = is_by_rank ? a : b, &columns = is_by_rank ? b : a;
-  auto product = at::empty({rows.numel(), columns.numel()}, like.options());
-  const auto *of_row = rows.const_data_ptr<float>(), *of_column = columns.const_data_ptr<float>();
-  const auto width = columns.numel();
+/// scale a b for a column a and a row b.
+inline at::Tensor outer_product(const at::Tensor& a, const at::Tensor& b, double scale) {
+  const auto width = b.numel();
+  auto product = at::empty({a.numel(), width}, a.options());
+  const auto *of_row = a.const_data_ptr<float>(), *of_column = b.const_data_ptr<float>();
   auto* out = product.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < rows.numel(); ++i, out += width) {
+  for (int64_t i = 0; i < a.numel(); ++i, out += width) {
     const auto factor = static_cast<float>(scale) * of_row[i];
     int64_t k = 0;
     for (; k + plain::kFour <= width; k += plain::kFour)
       plain::store(factor * plain::load_four(of_column + k), out + k);
     for (; k < width; ++k) out[k] = factor * of_column[k];
   }
-  return is_by_rank ? product : product.t();
+  return product;
 }
 
 }  // namespace detail

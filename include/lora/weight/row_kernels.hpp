@@ -93,13 +93,13 @@ inline void add_rows(const RowsInMemory& w, const float* c, float scale, std::in
   }
 }
 
-/// out0_i += <a_i, x0>, out1_i += <a_i, x1>, squares_0 += <x0, x0>, squares_1 += <x1, x1>
-inline void add_two_dots(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features, float* out0,
-                         float* out1, float* squares) {
-  add_dots(a, x0, 1, features, out0);
-  add_dots(a, x1, 1, features, out1);
-  squares[0] += dot(x0, x0, features);
-  squares[1] += dot(x1, x1, features);
+/// out[n * a.count + i] = <a_i, x_n>, squares[n] = <x_n, x_n>
+inline void dots_and_squares(const RowsInMemory& a, const RowsInMemory& x, std::int64_t features, float* out,
+                             float* squares) {
+  for (std::int64_t n = 0; n < x.count; ++n) {
+    for (std::int64_t i = 0; i < a.count; ++i) out[n * a.count + i] = dot(a.row(i), x.row(n), features);
+    squares[n] = dot(x.row(n), x.row(n), features);
+  }
 }
 
 }  // namespace plain
@@ -178,11 +178,12 @@ LORA_AVX2 inline void add_rows(const RowsInMemory& w, const float* c, float scal
   if (whole < features) plain::add_rows({w.numbers + whole, w.stride, w.count}, c, scale, features - whole, y + whole);
 }
 
-/// Of four rows, from the i-th one on; with the squares or without.
+/// Of four rows of a, from the i-th one on, and two of x, from the n-th one on; with the squares or without.
 template <bool kSquares>
-LORA_AVX2 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, const float* x0, const float* x1,
-                                      std::int64_t features, float* out0, float* out1, float* squares) {
+LORA_AVX2 inline void four_by_two(const RowsInMemory& a, std::int64_t i, const RowsInMemory& x, std::int64_t n,
+                                  std::int64_t features, float* out, float* squares) {
   const float *a0 = a.row(i), *a1 = a.row(i + 1), *a2 = a.row(i + 2), *a3 = a.row(i + 3);
+  const float *x0 = x.row(n), *x1 = x.row(n + 1);
   auto sum00 = _mm256_setzero_ps(), sum01 = sum00, sum02 = sum00, sum03 = sum00;
   auto sum10 = sum00, sum11 = sum00, sum12 = sum00, sum13 = sum00, square0 = sum00, square1 = sum00;
   std::int64_t k = 0;
@@ -205,103 +206,39 @@ LORA_AVX2 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, con
       square1 = _mm256_fmadd_ps(some1, some1, square1);
     }
   }
-  out0[i] += sum_of(sum00);
-  out0[i + 1] += sum_of(sum01);
-  out0[i + 2] += sum_of(sum02);
-  out0[i + 3] += sum_of(sum03);
-  out1[i] += sum_of(sum10);
-  out1[i + 1] += sum_of(sum11);
-  out1[i + 2] += sum_of(sum12);
-  out1[i + 3] += sum_of(sum13);
+  auto *out0 = out + n * a.count + i, *out1 = out0 + a.count;
+  out0[0] = sum_of(sum00);
+  out0[1] = sum_of(sum01);
+  out0[2] = sum_of(sum02);
+  out0[3] = sum_of(sum03);
+  out1[0] = sum_of(sum10);
+  out1[1] = sum_of(sum11);
+  out1[2] = sum_of(sum12);
+  out1[3] = sum_of(sum13);
   if constexpr (kSquares) {
-    squares[0] += sum_of(square0) + plain::dot(x0 + k, x0 + k, features - k);
-    squares[1] += sum_of(square1) + plain::dot(x1 + k, x1 + k, features - k);
+    squares[n] = sum_of(square0) + plain::dot(x0 + k, x0 + k, features - k);
+    squares[n + 1] = sum_of(square1) + plain::dot(x1 + k, x1 + k, features - k);
   }
   if (k == features) return;
-  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, 1, features - k, out0 + i);
-  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, 1, features - k, out1 + i);
+  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, 1, features - k, out0);
+  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, 1, features - k, out1);
+}
+
+LORA_AVX2 inline void dots_and_squares(const RowsInMemory& a, const RowsInMemory& x, std::int64_t features, float* out,
+                                       float* squares) {
+  const auto pairs = x.count / 2 * 2, fours = a.count / 4 * 4;
+  for (std::int64_t n = 0; n < pairs; n += 2) {
+    for (std::int64_t i = 0; i < fours; i += 4)
+      (i == 0 ? four_by_two<true> : four_by_two<false>)(a, i, x, n, features, out, squares);
+  }
+  for (std::int64_t n = 0; n < x.count; ++n) {
+    for (auto i = n < pairs ? fours : 0; i < a.count; ++i) out[n * a.count + i] = dot(a.row(i), x.row(n), features);
+    if (n >= pairs || fours == 0) squares[n] = dot(x.row(n), x.row(n), features);
+  }
 }
 
 }  // namespace avx2
 
-/// `plain::add_two_dots` by a function for four rows, with the squares and without.
-template <auto kWithSquares, auto kWithout>
-void add_two_dots_by_four(const RowsInMemory& a, const float* x0, const float* x1, std::int64_t features, float* out0,
-                          float* out1, float* squares) {
-  std::int64_t i = 0;
-  for (; i + 4 <= a.count; i += 4) (i == 0 ? kWithSquares : kWithout)(a, i, x0, x1, features, out0, out1, squares);
-  if (i == 0) {
-    squares[0] += avx2::dot(x0, x0, features);
-    squares[1] += avx2::dot(x1, x1, features);
-  }
-  for (; i < a.count; ++i) {
-    out0[i] += avx2::dot(a.row(i), x0, features);
-    out1[i] += avx2::dot(a.row(i), x1, features);
-  }
-}
-
-#endif
-
-#if defined(LORA_AVX512)
-
-#if !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds that in its own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-/// Sixteen numbers at a time, where each is used often enough for that to count: else memory is as fast with eight.
-namespace avx512 {
-
-/// Of four rows, from the i-th one on; with the squares or without.
-template <bool kSquares>
-LORA_AVX512 inline void add_four_by_two(const RowsInMemory& a, std::int64_t i, const float* x0, const float* x1,
-                                        std::int64_t features, float* out0, float* out1, float* squares) {
-  const float *a0 = a.row(i), *a1 = a.row(i + 1), *a2 = a.row(i + 2), *a3 = a.row(i + 3);
-  auto sum00 = _mm512_setzero_ps(), sum01 = sum00, sum02 = sum00, sum03 = sum00;
-  auto sum10 = sum00, sum11 = sum00, sum12 = sum00, sum13 = sum00, square0 = sum00, square1 = sum00;
-  std::int64_t k = 0;
-  for (; k + 16 <= features; k += 16) {
-    const auto some0 = _mm512_loadu_ps(x0 + k), some1 = _mm512_loadu_ps(x1 + k);
-    auto row = _mm512_loadu_ps(a0 + k);
-    sum00 = _mm512_fmadd_ps(some0, row, sum00);
-    sum10 = _mm512_fmadd_ps(some1, row, sum10);
-    row = _mm512_loadu_ps(a1 + k);
-    sum01 = _mm512_fmadd_ps(some0, row, sum01);
-    sum11 = _mm512_fmadd_ps(some1, row, sum11);
-    row = _mm512_loadu_ps(a2 + k);
-    sum02 = _mm512_fmadd_ps(some0, row, sum02);
-    sum12 = _mm512_fmadd_ps(some1, row, sum12);
-    row = _mm512_loadu_ps(a3 + k);
-    sum03 = _mm512_fmadd_ps(some0, row, sum03);
-    sum13 = _mm512_fmadd_ps(some1, row, sum13);
-    if constexpr (kSquares) {
-      square0 = _mm512_fmadd_ps(some0, some0, square0);
-      square1 = _mm512_fmadd_ps(some1, some1, square1);
-    }
-  }
-  out0[i] += _mm512_reduce_add_ps(sum00);
-  out0[i + 1] += _mm512_reduce_add_ps(sum01);
-  out0[i + 2] += _mm512_reduce_add_ps(sum02);
-  out0[i + 3] += _mm512_reduce_add_ps(sum03);
-  out1[i] += _mm512_reduce_add_ps(sum10);
-  out1[i + 1] += _mm512_reduce_add_ps(sum11);
-  out1[i + 2] += _mm512_reduce_add_ps(sum12);
-  out1[i + 3] += _mm512_reduce_add_ps(sum13);
-  if constexpr (kSquares) {
-    squares[0] += _mm512_reduce_add_ps(square0) + plain::dot(x0 + k, x0 + k, features - k);
-    squares[1] += _mm512_reduce_add_ps(square1) + plain::dot(x1 + k, x1 + k, features - k);
-  }
-  if (k == features) return;
-  plain::add_dots({a0 + k, a.stride, 4}, x0 + k, 1, features - k, out0 + i);
-  plain::add_dots({a0 + k, a.stride, 4}, x1 + k, 1, features - k, out1 + i);
-}
-
-}  // namespace avx512
-
-#if !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 #endif
 
 /// The functions of `plain`, or of those beside it that use what some processors have.
@@ -309,23 +246,16 @@ struct RowKernels {
   const char* name;
   decltype(&plain::add_dots) add_dots;
   decltype(&plain::add_rows) add_rows;
-  decltype(&plain::add_two_dots) add_two_dots;
+  decltype(&plain::dots_and_squares) dots_and_squares;
 };
 
 /// All that this processor can run, the fastest first.
 inline std::vector<RowKernels> runnable_row_kernels() {
   std::vector<RowKernels> kernels;
-#if defined(LORA_AVX512)
-  if (has_avx512())
-    kernels.push_back({"AVX-512", avx2::add_dots, avx2::add_rows,
-                       add_two_dots_by_four<avx512::add_four_by_two<true>, avx512::add_four_by_two<false>>});
-#endif
 #if defined(LORA_AVX2)
-  if (has_avx2())
-    kernels.push_back({"AVX2", avx2::add_dots, avx2::add_rows,
-                       add_two_dots_by_four<avx2::add_four_by_two<true>, avx2::add_four_by_two<false>>});
+  if (has_avx2()) kernels.push_back({"AVX2", avx2::add_dots, avx2::add_rows, avx2::dots_and_squares});
 #endif
-  kernels.push_back({"plain", plain::add_dots, plain::add_rows, plain::add_two_dots});
+  kernels.push_back({"plain", plain::add_dots, plain::add_rows, plain::dots_and_squares});
   return kernels;
 }
 

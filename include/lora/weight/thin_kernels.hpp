@@ -25,8 +25,14 @@ LORA_INLINE bool take_thin_kernels(bool taken);
 /// factor x^T (rank, N) in float, for x (N, k), in memory as its transpose.
 LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x);
 
-/// scale c x (rank, k) for c (rank, N) in float, x (N, k); in memory as `like` is, which has the result's shape.
-LORA_INLINE at::Tensor thin_sums(const at::Tensor& like, const at::Tensor& c, const at::Tensor& x, double scale);
+/// The same, and in `squares` (N) the sum of the squares of each row of x.
+LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x, const at::Tensor& squares);
+
+/// scale c x (rank, k) for c (rank, N) in float, x (N, k).
+LORA_INLINE at::Tensor thin_sums(const at::Tensor& c, const at::Tensor& x, double scale);
+
+/// Its transpose (k, rank), each row of which lies together.
+LORA_INLINE at::Tensor thin_sums_t(const at::Tensor& c, const at::Tensor& x, double scale);
 
 /// y += scale c^T factor for y (N, k), c (rank, N) in float, each number rounded once.
 LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Tensor& factor, double scale);
@@ -88,7 +94,7 @@ namespace avx512 {
 #define LORA_UNROLL _Pragma("GCC unroll 8")
 
 inline constexpr int kRanks = 4;  ///< rows of a factor at a time
-inline constexpr int kRowsOfDots = 6, kRowsOfSum = 4, kVectorsOfSum = 2, kVectorsOfSums = 4;
+inline constexpr int kRowsOfDots = 6, kRowsOfSquares = 4, kRowsOfSum = 4, kVectorsOfSum = 2, kVectorsOfSums = 4;
 inline constexpr std::int64_t kNumbers = 16;  ///< of a vector
 
 /// Of the numbers that are left those of one vector.
@@ -118,44 +124,76 @@ LORA_AVX512 inline void store(__mmask16 mask, __m512 numbers, c10::BFloat16* to)
 /// Has memory on its way that is to be read soon; what is none is no fault.
 template <class Number>
 void fetch(const Number* from) {
-  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1);
 }
 
-/// out[n * a.count + i] = <a_i, x_n> for the rows [first, last) of x. What is beyond the last row of either is that row
-/// once more.
+/// The four sums of the numbers of each.
+LORA_AVX512 inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const auto ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const auto cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const auto all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  const auto half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/// out[n * a.count + i] = <a_i, x_n> and, if asked for, squares[n] = <x_n, x_n> for kRows rows of x from the n-th one
+/// on, of which the last is the last - 1st, and kRanks of a. What is beyond the last row of either is that row once
+/// more.
+template <int kRows, bool kSquares, class Number>
+LORA_AVX512 void some_dots(const NumberRows<const float>& a, std::int64_t rank, const NumberRows<const Number>& x,
+                           std::int64_t n, std::int64_t last, float* out, float* squares) {
+  // With the squares it is the rows of a weight, of which a processor itself is ahead.
+  const auto ahead = !kSquares && rank == 0 && n + 2 * kRows <= last ? kRows * x.stride : 0;
+  const Number* x_rows[kRows];
+  const float* a_rows[kRanks];
+  __m512 sums[kRanks][kRows], of_squares[kRows];
+  LORA_UNROLL for (int j = 0; j < kRows; ++j) {
+    x_rows[j] = x.row(std::min(n + j, last - 1));
+    of_squares[j] = _mm512_setzero_ps();
+  }
+  LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+    a_rows[i] = a.row(std::min(rank + i, a.count - 1));
+    LORA_UNROLL for (int j = 0; j < kRows; ++j) sums[i][j] = _mm512_setzero_ps();
+  }
+  for (std::int64_t k = 0; k < a.width; k += kNumbers) {
+    const auto mask = of_vector(a.width - k);
+    __m512 some[kRows];
+    LORA_UNROLL for (int j = 0; j < kRows; ++j) some[j] = load(mask, x_rows[j] + k);
+    if (ahead != 0) {
+      LORA_UNROLL for (int j = 0; j < kRows; ++j) fetch(x_rows[j] + ahead + k);
+    }
+    LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
+      const auto of_factor = load(mask, a_rows[i] + k);
+      LORA_UNROLL for (int j = 0; j < kRows; ++j) sums[i][j] = _mm512_fmadd_ps(of_factor, some[j], sums[i][j]);
+    }
+    if constexpr (kSquares) {
+      LORA_UNROLL for (int j = 0; j < kRows; ++j) of_squares[j] = _mm512_fmadd_ps(some[j], some[j], of_squares[j]);
+    }
+  }
+  const auto ranks = static_cast<__mmask8>((1U << std::min<std::int64_t>(kRanks, a.count - rank)) - 1);
+  LORA_UNROLL for (int j = 0; j < kRows; ++j) {
+    if (n + j >= last) break;
+    const auto four = sums_of(sums[0][j], sums[1][j], sums[2][j], sums[3][j]);
+    _mm_mask_storeu_ps(out + (n + j) * a.count + rank, ranks, four);
+    if constexpr (kSquares) squares[n + j] = _mm512_reduce_add_ps(of_squares[j]);
+  }
+}
+
+/// Of the rows [first, last) of x; `squares` may be null.
 template <class Number>
 LORA_AVX512 void dots(const NumberRows<const float>& a, const NumberRows<const Number>& x, std::int64_t first,
-                      std::int64_t last, float* out) {
-  for (auto n = first; n < last; n += kRowsOfDots) {
-    const auto ahead = n + 2 * kRowsOfDots <= last ? kRowsOfDots * x.stride : 0;
-    const Number* x_rows[kRowsOfDots];
-    LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) x_rows[j] = x.row(std::min(n + j, last - 1));
-    for (std::int64_t rank = 0; rank < a.count; rank += kRanks) {
-      const float* a_rows[kRanks];
-      LORA_UNROLL for (int i = 0; i < kRanks; ++i) a_rows[i] = a.row(std::min(rank + i, a.count - 1));
-      __m512 sums[kRanks][kRowsOfDots];
-      LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
-        LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) sums[i][j] = _mm512_setzero_ps();
-      }
-      for (std::int64_t k = 0; k < a.width; k += kNumbers) {
-        const auto mask = of_vector(a.width - k);
-        __m512 some[kRowsOfDots];
-        LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) some[j] = load(mask, x_rows[j] + k);
-        if (rank == 0) {
-          LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) fetch(x_rows[j] + ahead + k);
-        }
-        LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
-          const auto of_factor = load(mask, a_rows[i] + k);
-          LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) sums[i][j] =
-              _mm512_fmadd_ps(of_factor, some[j], sums[i][j]);
-        }
-      }
-      LORA_UNROLL for (int j = 0; j < kRowsOfDots; ++j) {
-        LORA_UNROLL for (int i = 0; i < kRanks; ++i) {
-          if (n + j < last && rank + i < a.count) out[(n + j) * a.count + rank + i] = _mm512_reduce_add_ps(sums[i][j]);
-        }
-      }
+                      std::int64_t last, float* out, float* squares) {
+  if (squares != nullptr) {
+    for (auto n = first; n < last; n += kRowsOfSquares) {
+      some_dots<kRowsOfSquares, true>(a, 0, x, n, last, out, squares);
+      for (std::int64_t rank = kRanks; rank < a.count; rank += kRanks)
+        some_dots<kRowsOfSquares, false>(a, rank, x, n, last, out, squares);
     }
+    return;
+  }
+  for (auto n = first; n < last; n += kRowsOfDots) {
+    for (std::int64_t rank = 0; rank < a.count; rank += kRanks)
+      some_dots<kRowsOfDots, false>(a, rank, x, n, last, out, squares);
   }
 }
 
@@ -336,7 +374,7 @@ LORA_INLINE bool is_for_thin_kernels(const at::Tensor& factor, const at::Tensor&
   return factor.size(0) > 0 && factor.size(0) <= kMostRanks && is_plain(rows) && is_plain(factor);
 }
 
-LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x) {
+inline at::Tensor dots_by(const at::Tensor& factor, const at::Tensor& x, float* squares) {
   const auto together = rows_together(factor);
   const auto a = const_rows<float>(together);
   auto products = at::empty_strided({a.count, x.size(0)}, {1, a.count}, factor.options());
@@ -344,13 +382,21 @@ LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x) 
   with_number(x, [&](auto number) {
     const auto rows = const_rows<decltype(number)>(x);
     at::parallel_for(0, rows.count, thin_grain(rows.width),
-                     [&](std::int64_t first, std::int64_t last) { avx512::dots(a, rows, first, last, out); });
+                     [&](std::int64_t first, std::int64_t last) { avx512::dots(a, rows, first, last, out, squares); });
   });
   return products;
 }
 
-LORA_INLINE at::Tensor thin_sums(const at::Tensor& like, const at::Tensor& c, const at::Tensor& x, double scale) {
-  auto sums = at::zeros(like.sizes(), like.options());
+LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x) {
+  return dots_by(factor, x, /*squares=*/nullptr);
+}
+
+LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x, const at::Tensor& squares) {
+  return dots_by(factor, x, squares.mutable_data_ptr<float>());
+}
+
+LORA_INLINE at::Tensor thin_sums(const at::Tensor& c, const at::Tensor& x, double scale) {
+  auto sums = at::zeros({c.size(0), x.size(1)}, c.options());
   const auto out = mutable_rows<float>(sums);
   const auto of = coefficients(c);
   with_number(x, [&](auto number) {
@@ -359,9 +405,13 @@ LORA_INLINE at::Tensor thin_sums(const at::Tensor& like, const at::Tensor& c, co
       avx512::sums(of, rows, static_cast<float>(scale), first, last, out);
     });
   });
-  if (like.stride(1) == 1) return sums;
-  auto transposed = at::empty_strided(like.sizes(), {1, out.count}, like.options());
-  transpose(out.numbers, out.count, out.width, transposed.mutable_data_ptr<float>());
+  return sums;
+}
+
+LORA_INLINE at::Tensor thin_sums_t(const at::Tensor& c, const at::Tensor& x, double scale) {
+  const auto sums = thin_sums(c, x, scale);
+  auto transposed = at::empty({sums.size(1), sums.size(0)}, sums.options());
+  transpose(sums.const_data_ptr<float>(), sums.size(0), sums.size(1), transposed.mutable_data_ptr<float>());
   return transposed;
 }
 
@@ -382,8 +432,13 @@ LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Te
 LORA_INLINE bool take_thin_kernels(bool) { return false; }
 LORA_INLINE bool is_for_thin_kernels(const at::Tensor&, const at::Tensor&) { return false; }
 LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x) { return factor.mm(x.t()); }
-LORA_INLINE at::Tensor thin_sums(const at::Tensor&, const at::Tensor& c, const at::Tensor& x, double scale) {
-  return c.mm(x).mul_(scale);
+LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x, const at::Tensor& squares) {
+  squares.copy_(x.square().sum(1));
+  return factor.mm(x.t());
+}
+LORA_INLINE at::Tensor thin_sums(const at::Tensor& c, const at::Tensor& x, double scale) { return c.mm(x).mul_(scale); }
+LORA_INLINE at::Tensor thin_sums_t(const at::Tensor& c, const at::Tensor& x, double scale) {
+  return x.t().mm(c.t()).mul_(scale);
 }
 LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Tensor& factor, double scale) {
   y.addmm_(c.t(), factor, /*beta=*/1, scale);

@@ -18,9 +18,11 @@ namespace detail {
 /// a x^T (rank, N) for a (rank, k), x (N, k), in the type of a.
 LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& x);
 
-/// scale a x (rank, k) for a (rank, N), x (N, k), in the type of a, and any tensor of the result's shape and that type,
-/// as which it is in memory where that costs nothing.
+/// scale a x (rank, k) for a (rank, N), x (N, k), in the type of a, and any tensor of the result's shape and that type.
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale);
+
+/// Its transpose (k, rank) for a tensor `like` of that shape, as which it is in memory where that costs nothing.
+LORA_INLINE at::Tensor thin_mm_like_t(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale);
 
 /// sum += scale a^T b for a (rank, N), b (rank, n) of one type and a `sum` (N, n) that nobody else holds: where it is
 /// faster it is new memory afterwards. One in half precision is rounded once; a large one in bfloat16 on CUDA, where
@@ -91,9 +93,9 @@ inline std::vector<at::Tensor> as_halves(const at::Tensor& a, size_t count) {
   return halves;
 }
 
-/// Whether a is (rank, N), as the factors of the rows x (N, k) in sums of which `like` has the shape.
-inline bool are_coefficients(const at::Tensor& a, const at::Tensor& like, const at::Tensor& x) {
-  return a.scalar_type() == at::kFloat && a.is_cpu() && a.dim() == 2 && a.size(0) == like.size(0) && x.dim() == 2 &&
+/// Whether a is (rank, N), as factors of the rows x (N, k) in sums of them.
+inline bool are_coefficients(const at::Tensor& a, int64_t rank, const at::Tensor& x) {
+  return a.scalar_type() == at::kFloat && a.is_cpu() && a.dim() == 2 && a.size(0) == rank && x.dim() == 2 &&
          a.size(1) == x.size(0) && is_plain(a);
 }
 
@@ -150,10 +152,15 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& x) {
   return all;
 }
 
+/// Whether a x is that of one column and one row, which are computed here.
+inline bool is_of_one(const at::Tensor& factor, const at::Tensor& a, const at::Tensor& x) {
+  const bool is_one = a.size(1) == 1 && x.size(0) == 1;
+  return is_one && is_for_one_row(factor, a) && is_for_one_row(factor, x);
+}
+
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale) {
-  const bool is_of_one = a.size(1) == 1 && x.size(0) == 1 && a.size(0) == like.size(0) && x.size(1) == like.size(1);
-  if (is_of_one && is_for_one_row(like, a) && is_for_one_row(like, x)) return outer_product(like, a, x, scale);
-  if (are_coefficients(a, like, x) && is_for_thin_kernels(like, x)) return thin_sums(like, a, x, scale);
+  if (is_of_one(like, a, x)) return outer_product(a, x, scale);
+  if (are_coefficients(a, like.size(0), x) && is_for_thin_kernels(like, x)) return thin_sums(a, x, scale);
   const auto b = written_out(x, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
     const bool is_faster = is_for_onednn(a, b, {}, /*inputs=*/0) && is_regular(a.size(0)) && is_regular(b.size(0));
@@ -167,8 +174,15 @@ LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a,
   return sum;
 }
 
+LORA_INLINE at::Tensor thin_mm_like_t(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale) {
+  if (is_of_one(like, a, x)) return outer_product(x, a, scale);
+  const auto transposed = like.t();
+  if (are_coefficients(a, like.size(1), x) && is_for_thin_kernels(transposed, x)) return thin_sums_t(a, x, scale);
+  return thin_mm_like(transposed, a, x, scale).t();
+}
+
 LORA_INLINE void add_thin_mm(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, double scale) {
-  if (are_coefficients(a, b, sum) && is_for_thin_kernels(b, sum)) return add_thin(sum, a, b, scale);
+  if (are_coefficients(a, b.size(0), sum) && is_for_thin_kernels(b, sum)) return add_thin(sum, a, b, scale);
   const auto c = a.t();
   if (c.scalar_type() != sum.scalar_type()) {
     if (multiplies_halves(sum)) {  // c b but for the product of both second halves, 2^-16 of it
@@ -199,7 +213,7 @@ LORA_INLINE void add_thin_mm_(const at::Tensor& sum, const at::Tensor& a, const 
   const bool fits = a.size(1) == 1 && a.size(0) == b.size(0) && sum.size(1) == b.size(1);
   if (sum.size(0) == 1 && fits && is_for_one_row(b, a) && is_for_one_row(b, sum)) {
     add_product_with_one(sum, a, b, scale);
-  } else if (are_coefficients(a, b, sum) && is_for_thin_kernels(b, sum)) {
+  } else if (are_coefficients(a, b.size(0), sum) && is_for_thin_kernels(b, sum)) {
     add_thin(sum, a, b, scale);
   } else {
     sum.addmm_(a.t(), b, /*beta=*/1, scale);

@@ -40,9 +40,10 @@ LORA_INLINE at::Tensor updated_norms(const at::Tensor& product, const at::Tensor
 #include <lora/system/processor.hpp>
 #include <lora/weight/one_row.hpp>
 #include <lora/weight/row_kernels.hpp>
+#include <lora/weight/thin_kernels.hpp>
+#include <lora/weight/thin_product.hpp>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 
 namespace lora {
@@ -63,33 +64,33 @@ inline bool is_for_norms_by_rows(const at::Tensor& W, const at::Tensor& A, const
   return fits && A.size(0) <= kMostRanks && A.numel() <= kMostNumbers && has_avx2() && !torch::jit::tracer::isTracing();
 }
 
-inline at::Tensor norms_by_rows(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B, double scale) {
+/// W A^T (out, rank), and in `squares` (out) ||w||^2.
+inline at::Tensor products_and_squares(const at::Tensor& W, const at::Tensor& A, const at::Tensor& squares) {
   constexpr int64_t kNumbersOfThread = 1 << 14;
-  const auto rows = W.size(0), features = W.size(1), rank = A.size(0);
-  // s / 2 A A^T b, to which A w is added, so that the norm is one product with b.
-  const auto halves = B.mm(A.mm(A.t()).mul_(scale / 2));
-  auto norms = at::empty({rows}, W.options());
-  const auto *w = W.const_data_ptr<float>(), *b = B.const_data_ptr<float>(), *half = halves.const_data_ptr<float>();
+  if (is_for_thin_kernels(A, W)) return thin_dots(A, W, squares).t();
+  const auto features = W.size(1), rank = A.size(0);
+  auto products = at::empty({W.size(0), rank}, W.options());
   const RowsInMemory a{A.const_data_ptr<float>(), features, rank};
-  auto* out = norms.mutable_data_ptr<float>();
-  const auto& kernels = row_kernels();
-  const auto norm = [&, factor = static_cast<float>(2 * scale)](float square, const float* of, const float* sums) {
-    return std::sqrt(std::max(square + factor * plain::dot(of, sums, rank), 0.0F));
-  };
-  at::parallel_for(0, rows, std::max<int64_t>(1, kNumbersOfThread / std::max<int64_t>(features, 1)),
+  const auto* w = W.const_data_ptr<float>();
+  auto *out = products.mutable_data_ptr<float>(), *of_rows = squares.mutable_data_ptr<float>();
+  at::parallel_for(0, W.size(0), std::max<int64_t>(1, kNumbersOfThread / std::max<int64_t>(features, 1)),
                    [&](int64_t begin, int64_t end) {
-                     std::array<float, kMostRanks> sums, others;
-                     for (auto i = begin; i < end; i += 2) {
-                       const auto next = std::min(i + 1, end - 1);
-                       float squares[2] = {};
-                       std::copy_n(half + i * rank, rank, sums.begin());
-                       std::copy_n(half + next * rank, rank, others.begin());
-                       kernels.add_two_dots(a, w + i * features, w + next * features, features, sums.data(),
-                                            others.data(), squares);
-                       out[i] = norm(squares[0], b + i * rank, sums.data());
-                       out[next] = norm(squares[1], b + next * rank, others.data());
-                     }
+                     const RowsInMemory rows{w + begin * features, features, end - begin};
+                     row_kernels().dots_and_squares(a, rows, features, out + begin * rank, of_rows + begin);
                    });
+  return products;
+}
+
+inline at::Tensor norms_by_rows(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B, double scale) {
+  auto norms = at::empty({W.size(0)}, W.options());
+  const auto sums = products_and_squares(W, A, norms);
+  add_thin_mm_(sums, B.t(), thin_mm(A, A), scale / 2);  // so that what is beside ||w||^2 is one product with b
+  const auto rank = A.size(0);
+  const auto *b = B.const_data_ptr<float>(), *of_row = sums.const_data_ptr<float>();
+  auto* out = norms.mutable_data_ptr<float>();
+  const auto factor = static_cast<float>(2 * scale);
+  for (int64_t i = 0; i < norms.size(0); ++i, b += rank, of_row += rank)
+    out[i] = std::sqrt(std::max(out[i] + factor * plain::dot(b, of_row, rank), 0.0F));
   return norms;
 }
 
