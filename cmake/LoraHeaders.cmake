@@ -130,6 +130,7 @@ set(LORA_DETAIL_HEADERS
   system/files.hpp
   system/libtorch.hpp
   system/process_wide.hpp
+  system/parallel.hpp
   system/processor.hpp
   train/flat_buffer.hpp
   train/new_graph.hpp

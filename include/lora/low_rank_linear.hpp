@@ -212,7 +212,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     }
   }
 
-  /// dx[rows] += d(s G A)
+  /// dx[rows] += d(s G^T A)
   static void add_to_input(at::Tensor& dx, const Slice& slice, const at::Tensor& G, const at::Tensor& A,
                            DroppedInput& dropped) {
     const auto& [unused_A, unused_B, scale, at, mask, rows] = slice;

@@ -1,5 +1,5 @@
-// Skinny products of floats with halves, and those of one row, against the same in double. Other ones of one type are
-// in dense_product_test.cpp.
+// Skinny products of floats with floats or halves, and those of one row, against the same in double. Those by oneDNN
+// are in dense_product_test.cpp.
 #include "support/testing.hpp"
 
 #include <lora/weight/thin_product.hpp>
@@ -176,6 +176,9 @@ TEST_CASE("One row of another size is refused, and a negative view is what it st
     const auto x = random({1, features}, torch::kFloat);
     CHECK_THROWS(lora::detail::thin_mm(A, x));
     CHECK_THROWS(lora::detail::add_thin_mm_(x, random({4, 1}, torch::kFloat), B_t, 1));
+    const auto c = random({4, 1}, torch::kFloat);
+    CHECK_THROWS(lora::detail::thin_mm_like(A, c, x, 1));
+    CHECK_THROWS(lora::detail::thin_mm_like_t(A.t(), c, x, 1));
   }
   auto sum = random({1, 48}, torch::kFloat);
   CHECK_THROWS(lora::detail::add_thin_mm_(sum, random({5, 1}, torch::kFloat), B_t, 1));

@@ -1,5 +1,6 @@
 #include "support/testing.hpp"
 
+#include <lora/weight/thin_kernels.hpp>
 #include <lora/weight/updated_norms.hpp>
 
 TEST_CASE("The norms of the rows of W + s B A, without that") {
@@ -19,9 +20,12 @@ TEST_CASE("The norms of the rows of W + s B A, without that") {
         const auto exact = (W.to(torch::kDouble) - 1.5 * B.to(torch::kDouble).mm(A.to(torch::kDouble))).norm(2, 1);
         const bool in_one_pass = type == torch::kFloat && W.is_contiguous() && rank <= 64 && testing::device().is_cpu();
         CHECK(lora::detail::is_for_norms_by_rows(W, A, B) == (in_one_pass && lora::detail::has_avx2()));
-        const auto norms = lora::detail::updated_norms(W, A, B, -1.5);
-        CHECK(norms.scalar_type() == type);
-        CHECK(testing::distance(norms, exact) < (type == torch::kFloat ? 1e-4 : 1e-12) * exact.max().item<double>());
+        for (const bool by_thin_kernels : {false, true}) {
+          lora::detail::take_thin_kernels(by_thin_kernels);
+          const auto norms = lora::detail::updated_norms(W, A, B, -1.5);
+          CHECK(norms.scalar_type() == type);
+          CHECK(testing::distance(norms, exact) < (type == torch::kFloat ? 1e-4 : 1e-12) * exact.max().item<double>());
+        }
       }
     }
   }

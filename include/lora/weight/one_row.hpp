@@ -79,7 +79,7 @@ inline void add_product_with_one(const at::Tensor& sum, const at::Tensor& c, con
   add_row_product(m, c.const_data_ptr<float>(), static_cast<float>(scale), 0, m.outputs, sum.mutable_data_ptr<float>());
 }
 
-/// scale a b for a column a and a row b.
+/// scale times each number of a, for the rows, times each one of b, for the columns.
 inline at::Tensor outer_product(const at::Tensor& a, const at::Tensor& b, double scale) {
   const auto width = b.numel();
   auto product = at::empty({a.numel(), width}, a.options());

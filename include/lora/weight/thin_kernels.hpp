@@ -6,8 +6,8 @@
 #include <lora/version.hpp>
 
 // The products of thin_product.hpp on a CPU with AVX-512, sixteen numbers at a time. A library for large matrices reads
-// the few rows of a factor as if they were many, and half precision not at all: here the many rows are read once, in
-// the type they have, and multiplied as floats.
+// the few rows of a factor as if they were many, and does not multiply floats with halves: here the many rows are read
+// once, in the type they have, and multiplied as floats.
 
 namespace lora {
 inline namespace LORA_ABI {
@@ -25,7 +25,7 @@ LORA_INLINE bool take_thin_kernels(bool taken);
 /// factor x^T (rank, N) in float, for x (N, k), in memory as its transpose.
 LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x);
 
-/// The same, and in `squares` (N) the sum of the squares of each row of x.
+/// The same, and in `squares` (N), floats that lie together, the sum of the squares of each row of x.
 LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x, const at::Tensor& squares);
 
 /// scale c x (rank, k) for c (rank, N) in float, x (N, k).
@@ -43,12 +43,12 @@ LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Te
 
 #if LORA_BODIES
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/system/processor.hpp>
 #include <lora/weight/plain.hpp>
 
@@ -137,8 +137,8 @@ LORA_AVX512 inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 /// out[n * a.count + i] = <a_i, x_n> and, if asked for, squares[n] = <x_n, x_n> for kRows rows of x from the n-th one
-/// on, of which the last is the last - 1st, and kRanks of a. What is beyond the last row of either is that row once
-/// more.
+/// on, as far as they come before `last`, and kRanks of a. In the place of what is beyond the end of either its last
+/// row is read once more.
 template <int kRows, bool kSquares, class Number>
 LORA_AVX512 void some_dots(const NumberRows<const float>& a, std::int64_t rank, const NumberRows<const Number>& x,
                            std::int64_t n, std::int64_t last, float* out, float* squares) {
@@ -344,10 +344,14 @@ inline at::Tensor rows_together(const at::Tensor& factor) {
   return rows;
 }
 
-/// So many of `count` rows or columns, of so many numbers each, are work enough for a thread.
-inline std::int64_t thin_grain(std::int64_t numbers) {
-  constexpr std::int64_t kNumbersOfThread = 1 << 16, kLeast = 64;  // in columns, so much as are read at a time
-  return std::max(kLeast, kNumbersOfThread / numbers / kLeast * kLeast);
+/// So many rows of a width, or columns of some rows, are work for a thread.
+inline std::int64_t thin_grain(std::int64_t numbers_of_each, std::int64_t least) {
+  constexpr std::int64_t kNumbersEach = 1 << 16;
+  return std::max(least, kNumbersEach / numbers_of_each);
+}
+inline std::int64_t rows_for_thread(std::int64_t width) { return thin_grain(width, avx512::kRowsOfDots); }
+inline std::int64_t columns_for_thread(std::int64_t rows) {
+  return thin_grain(rows, avx512::kVectorsOfSums * avx512::kNumbers);
 }
 
 struct ThinKernels {
@@ -370,8 +374,9 @@ LORA_INLINE bool is_for_thin_kernels(const at::Tensor& factor, const at::Tensor&
   if (!ThinKernels::instance().are_taken || !rows.is_cpu() || !factor.is_cpu()) return false;
   if (rows.scalar_type() != at::kFloat && rows.scalar_type() != at::kBFloat16) return false;
   if (factor.scalar_type() != at::kFloat || rows.dim() != 2 || factor.dim() != 2) return false;
+  if (!is_plain(rows) || !is_plain(factor)) return false;
   if (rows.stride(1) != 1 || rows.size(0) < 2 || rows.size(1) != factor.size(1) || rows.numel() == 0) return false;
-  return factor.size(0) > 0 && factor.size(0) <= kMostRanks && is_plain(rows) && is_plain(factor);
+  return factor.size(0) > 0 && factor.size(0) <= kMostRanks;
 }
 
 inline at::Tensor dots_by(const at::Tensor& factor, const at::Tensor& x, float* squares) {
@@ -381,8 +386,8 @@ inline at::Tensor dots_by(const at::Tensor& factor, const at::Tensor& x, float* 
   auto* out = products.mutable_data_ptr<float>();
   with_number(x, [&](auto number) {
     const auto rows = const_rows<decltype(number)>(x);
-    at::parallel_for(0, rows.count, thin_grain(rows.width),
-                     [&](std::int64_t first, std::int64_t last) { avx512::dots(a, rows, first, last, out, squares); });
+    parallel_for(0, rows.count, rows_for_thread(rows.width),
+                 [&](std::int64_t first, std::int64_t last) { avx512::dots(a, rows, first, last, out, squares); });
   });
   return products;
 }
@@ -401,7 +406,7 @@ LORA_INLINE at::Tensor thin_sums(const at::Tensor& c, const at::Tensor& x, doubl
   const auto of = coefficients(c);
   with_number(x, [&](auto number) {
     const auto rows = const_rows<decltype(number)>(x);
-    at::parallel_for(0, rows.width, thin_grain(rows.count), [&](std::int64_t first, std::int64_t last) {
+    parallel_for(0, rows.width, columns_for_thread(rows.count), [&](std::int64_t first, std::int64_t last) {
       avx512::sums(of, rows, static_cast<float>(scale), first, last, out);
     });
   });
@@ -421,7 +426,7 @@ LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Te
   const auto of = coefficients(c);
   with_number(y, [&](auto number) {
     const auto rows = mutable_rows<decltype(number)>(y);
-    at::parallel_for(0, rows.count, thin_grain(rows.width), [&](std::int64_t first, std::int64_t last) {
+    parallel_for(0, rows.count, rows_for_thread(rows.width), [&](std::int64_t first, std::int64_t last) {
       avx512::add(rows, of, a, static_cast<float>(scale), first, last);
     });
   });

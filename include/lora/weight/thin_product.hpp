@@ -21,7 +21,7 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& x);
 /// scale a x (rank, k) for a (rank, N), x (N, k), in the type of a, and any tensor of the result's shape and that type.
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale);
 
-/// Its transpose (k, rank) for a tensor `like` of that shape, as which it is in memory where that costs nothing.
+/// Its transpose (k, rank) for a tensor `like` of that shape.
 LORA_INLINE at::Tensor thin_mm_like_t(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale);
 
 /// sum += scale a^T b for a (rank, N), b (rank, n) of one type and a `sum` (N, n) that nobody else holds: where it is
@@ -129,12 +129,6 @@ void for_each_block(const at::Tensor& large, int64_t rows, const Visit& visit) {
   for (int64_t first = 0; first < rows; first += size) visit(first, std::min(size, rows - first));
 }
 
-/// Whether a is (rank, N) for `rows` (N, k), in float.
-inline bool fits_coefficients(const at::Tensor& a, int64_t rank, const at::Tensor& rows) {
-  return a.scalar_type() == at::kFloat && a.is_cpu() && a.dim() == 2 && a.size(0) == rank && rows.dim() == 2 &&
-         a.size(1) == rows.size(0) && is_plain(a);
-}
-
 LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& x) {
   if (x.size(0) == 1 && a.size(1) == x.size(1) && is_for_one_row(a, x)) return product_with_one(a, x);
   if (is_for_thin_kernels(a, x)) return thin_dots(a, x);
@@ -152,14 +146,15 @@ LORA_INLINE at::Tensor thin_mm(const at::Tensor& a, const at::Tensor& x) {
   return all;
 }
 
-/// Whether a x is that of one column and one row, which are computed here.
-inline bool is_of_one(const at::Tensor& factor, const at::Tensor& a, const at::Tensor& x) {
+/// Whether a x is that of one column and one row, which are computed here; `factor` is (rank, k), or its transpose.
+inline bool is_of_one(const at::Tensor& factor, const at::Tensor& a, const at::Tensor& x, int64_t ranks) {
   const bool is_one = a.size(1) == 1 && x.size(0) == 1;
-  return is_one && is_for_one_row(factor, a) && is_for_one_row(factor, x);
+  const bool fits = a.size(0) == factor.size(ranks) && x.size(1) == factor.size(1 - ranks);
+  return is_one && fits && is_for_one_row(factor, a) && is_for_one_row(factor, x);
 }
 
 LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale) {
-  if (is_of_one(like, a, x)) return outer_product(a, x, scale);
+  if (is_of_one(like, a, x, /*ranks=*/0)) return outer_product(a, x, scale);
   if (are_coefficients(a, like.size(0), x) && is_for_thin_kernels(like, x)) return thin_sums(a, x, scale);
   const auto b = written_out(x, a.scalar_type());
   if (a.scalar_type() == b.scalar_type()) {
@@ -175,7 +170,7 @@ LORA_INLINE at::Tensor thin_mm_like(const at::Tensor& like, const at::Tensor& a,
 }
 
 LORA_INLINE at::Tensor thin_mm_like_t(const at::Tensor& like, const at::Tensor& a, const at::Tensor& x, double scale) {
-  if (is_of_one(like, a, x)) return outer_product(x, a, scale);
+  if (is_of_one(like, a, x, /*ranks=*/1)) return outer_product(x, a, scale);
   const auto transposed = like.t();
   if (are_coefficients(a, like.size(1), x) && is_for_thin_kernels(transposed, x)) return thin_sums_t(a, x, scale);
   return thin_mm_like(transposed, a, x, scale).t();

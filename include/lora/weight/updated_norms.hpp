@@ -29,7 +29,6 @@ LORA_INLINE at::Tensor updated_norms(const at::Tensor& product, const at::Tensor
 
 #if LORA_BODIES
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -37,6 +36,7 @@ LORA_INLINE at::Tensor updated_norms(const at::Tensor& product, const at::Tensor
 
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/system/processor.hpp>
 #include <lora/weight/one_row.hpp>
 #include <lora/weight/row_kernels.hpp>
@@ -50,12 +50,10 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
-inline constexpr int64_t kMostRanks = 64;
-
 /// Whether the norms are computed in one pass over W: all are numbers of float32 on a CPU, A fits a cache beside the
 /// rows of W, and nothing records operators.
 inline bool is_for_norms_by_rows(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B) {
-  constexpr int64_t kMostNumbers = 1 << 16;
+  constexpr int64_t kMostNumbers = 1 << 16, kMostRanks = 64;
   const auto is_matrix = [](const at::Tensor& matrix) {
     return matrix.dim() == 2 && is_plain_float(matrix) && matrix.is_contiguous();
   };
@@ -73,11 +71,11 @@ inline at::Tensor products_and_squares(const at::Tensor& W, const at::Tensor& A,
   const RowsInMemory a{A.const_data_ptr<float>(), features, rank};
   const auto* w = W.const_data_ptr<float>();
   auto *out = products.mutable_data_ptr<float>(), *of_rows = squares.mutable_data_ptr<float>();
-  at::parallel_for(0, W.size(0), std::max<int64_t>(1, kNumbersOfThread / std::max<int64_t>(features, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     const RowsInMemory rows{w + begin * features, features, end - begin};
-                     row_kernels().dots_and_squares(a, rows, features, out + begin * rank, of_rows + begin);
-                   });
+  parallel_for(0, W.size(0), std::max<int64_t>(1, kNumbersOfThread / std::max<int64_t>(features, 1)),
+               [&](int64_t begin, int64_t end) {
+                 const RowsInMemory rows{w + begin * features, features, end - begin};
+                 row_kernels().dots_and_squares(a, rows, features, out + begin * rank, of_rows + begin);
+               });
   return products;
 }
 
