@@ -79,11 +79,9 @@ void measure(const Case& one, int rounds, torch::Device device) {
     const auto time = warm_microseconds(frozen), written_out = warm_microseconds(by_hand);
     auto active = adapters.activate();
     double here = 0, frozen_here = 0;
-    const auto measure_here = [&] { here = warm_microseconds(adapted); };
-    if (round % 2 == 0)
-      measure_here();  // each finds the caches as often as the other as a library's products left them
-    frozen_here = warm_microseconds(frozen);
-    if (round % 2 != 0) measure_here();
+    // Each is as often as the other the one that finds the caches as LibTorch's products left them.
+    for (const bool is_frozen : {round % 2 != 0, round % 2 == 0})
+      (is_frozen ? frozen_here : here) = is_frozen ? warm_microseconds(frozen) : warm_microseconds(adapted);
     if (round < 0) continue;
     base.push_back(time);
     ours.push_back(here / time);

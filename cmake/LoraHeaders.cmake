@@ -129,8 +129,8 @@ set(LORA_DETAIL_HEADERS
   selection/text.hpp
   system/files.hpp
   system/libtorch.hpp
-  system/process_wide.hpp
   system/parallel.hpp
+  system/process_wide.hpp
   system/processor.hpp
   train/flat_buffer.hpp
   train/new_graph.hpp
@@ -157,6 +157,7 @@ set(LORA_DETAIL_HEADERS
   weight/row_kernels.hpp
   weight/slot.hpp
   weight/stamp.hpp
+  weight/thin_avx512.hpp
   weight/thin_kernels.hpp
   weight/thin_product.hpp
   weight/updated_norms.hpp

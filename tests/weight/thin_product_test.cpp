@@ -65,6 +65,8 @@ TEST_CASE("Products of floats with floats or halves are those of floats, and are
           CHECK(error(gradient, wide(c).mm(wide(x)) * -1.5) < 1e-5);
           const auto transposed = lora::detail::thin_mm_like_t(factor.t(), c, x, -1.5);
           CHECK(error(transposed, wide(x).t().mm(wide(c).t()) * -1.5) < 1e-5);
+          // As a parameter lies, so that autograd keeps it as its gradient, without a copy.
+          if (lora::detail::is_for_thin_kernels(factor, x)) CHECK(transposed.is_contiguous());
 
           const auto added = 0.75 * wide(c).t().mm(wide(factor)), exact = wide(x) + added;
           const auto bound = 1.01 * rounding * (rounds_twice ? exact.abs() + added.abs() : exact.abs());
@@ -82,8 +84,7 @@ TEST_CASE("Products of floats with floats or halves are those of floats, and are
   }
 }
 
-TEST_CASE(
-    "Kernels of ours compute thin products as they lie in memory, and what is not such a product nobody of them") {
+TEST_CASE("Kernels of ours compute thin products as they lie in memory, and nothing else") {
   const ThinKernels kernels(true);
   const bool are_here = kernels.are_there && testing::device().is_cpu();
   const auto A = random({8, 48}, torch::kFloat), x = random({20, 48}, torch::kFloat);

@@ -71,7 +71,6 @@ LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, c
 #if LORA_BODIES
 
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -82,6 +81,7 @@ LORA_INLINE at::Tensor onednn_plus(const at::Tensor& sum, const at::Tensor& x, c
 #include <ATen/ops/mm.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/system/processor.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/one_row.hpp>
@@ -191,7 +191,7 @@ inline at::Tensor row_mm(const at::Tensor& x, const at::Tensor& matrix, const at
   }
   const MatrixInMemory m(matrix);
   const auto grain = std::max<int64_t>(16, kNumbersOfThread / m.inputs);
-  at::parallel_for(0, m.outputs, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, m.outputs, grain, [&](int64_t first, int64_t last) {
     add_row_product(m, in.const_data_ptr<float>(), /*scale=*/1, first, last, to);
   });
   return y;

@@ -45,7 +45,6 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
 #if LORA_BODIES
 
 #include <ATen/ExpandUtils.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
@@ -56,6 +55,7 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
 #include <lora/weight/plain.hpp>
@@ -143,7 +143,7 @@ inline at::Tensor times_rows(const at::Tensor& x, const HeldRows& rows, const at
                      if (count == rows.columns) {
                        rows.weight->unpack(rows.first * rows.columns, rows.count * count, out);
                      } else {
-                       at::parallel_for(0, rows.count, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
+                       parallel_for(0, rows.count, /*grain_size=*/16, [&](int64_t begin, int64_t end) {
                          for (auto row = begin; row < end; ++row)
                            rows.weight->unpack((rows.first + row) * rows.columns + column, count, out + row * count);
                        });
@@ -244,14 +244,14 @@ LORA_INLINE at::Tensor quantized_entries(const at::Tensor& table, const at::Tens
   auto* out = entries.mutable_data_ptr<float>();
   const auto columns = rows.columns;
   constexpr int64_t kGrain = 1 << 15;  // numbers
-  at::parallel_for(0, wanted.numel(), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
-                   [&](int64_t begin, int64_t end) {
-                     for (auto i = begin; i < end; ++i) {
-                       TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < rows.count, "lora: index ", numbers[i],
-                                         " is looked up in a table of ", rows.count, " entries");
-                       rows.weight->unpack((rows.first + numbers[i]) * columns, columns, out + i * columns);
-                     }
-                   });
+  parallel_for(0, wanted.numel(), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
+               [&](int64_t begin, int64_t end) {
+                 for (auto i = begin; i < end; ++i) {
+                   TORCH_CHECK_INDEX(numbers[i] >= 0 && numbers[i] < rows.count, "lora: index ", numbers[i],
+                                     " is looked up in a table of ", rows.count, " entries");
+                   rows.weight->unpack((rows.first + numbers[i]) * columns, columns, out + i * columns);
+                 }
+               });
   return entries.to(table.scalar_type());
 }
 

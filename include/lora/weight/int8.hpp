@@ -72,13 +72,13 @@ class Int8Weight final : public QuantizedWeight {
 
 #if LORA_BODIES
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/weight/codec/input.hpp>
 #include <lora/weight/codec/kernels.hpp>
 
@@ -103,7 +103,7 @@ inline float int8_factor(float absmax) {
 inline bool quantize_rows(const CodecKernels& kernels, const float* numbers, int64_t rows, int64_t columns,
                           std::int8_t* codes, float* absmax) {
   std::atomic<bool> finite{true};
-  at::parallel_for(0, rows, std::max<int64_t>(1, kNumbersPerThread / columns), [&](int64_t from, int64_t to) {
+  parallel_for(0, rows, std::max<int64_t>(1, kNumbersPerThread / columns), [&](int64_t from, int64_t to) {
     for (auto row = from; row < to; ++row) {
       const auto most = finite_absmax(kernels, numbers + row * columns, columns);
       if (!most) {
@@ -172,7 +172,7 @@ class Int8Reader {
 
   /// The numbers [first, first + count).
   void unpack(int64_t first, int64_t count, float* numbers) const {
-    at::parallel_for(first, first + count, kNumbersPerThread, [&](int64_t from, int64_t to) {
+    parallel_for(first, first + count, kNumbersPerThread, [&](int64_t from, int64_t to) {
       while (from < to) {
         const auto row = from / columns_, size = std::min(to, (row + 1) * columns_) - from;
         kernels_.unpack8(codes_ + from, size, absmax_[row], numbers + (from - first));
@@ -184,7 +184,7 @@ class Int8Reader {
   /// The products of the rows [first, first + count) with x.
   void dot_rows(int64_t first, int64_t count, const float* x, float* y) const {
     const auto grain = std::max<int64_t>(1, kNumbersPerThread / columns_);
-    at::parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
+    parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
       for (auto row = from; row < to; ++row)
         y[row - first] = kernels_.dot8(codes_ + row * columns_, columns_, x) * absmax_[row] * kPerInt8;
     });

@@ -82,7 +82,6 @@ class LosslessWeight final : public QuantizedWeight {
 
 #if LORA_BODIES
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
@@ -90,6 +89,7 @@ class LosslessWeight final : public QuantizedWeight {
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/weight/codec/input.hpp>
 #include <lora/weight/codec/kernels.hpp>
 
@@ -139,7 +139,7 @@ class LosslessPacking {
   }
 
   LosslessTensor result() {
-    at::parallel_for(0, rows_, std::max<int64_t>(1, kNumbersPerThread / columns_), [&](int64_t from, int64_t to) {
+    parallel_for(0, rows_, std::max<int64_t>(1, kNumbersPerThread / columns_), [&](int64_t from, int64_t to) {
       std::vector<int64_t> far;
       for (auto row = from; row < to; ++row) pack(row, far);
       const std::lock_guard lock(mutex_);
@@ -200,7 +200,7 @@ class LosslessReader {
 
   /// The numbers [first, first + count).
   void unpack(int64_t first, int64_t count, float* numbers) const {
-    at::parallel_for(first, first + count, kNumbersPerThread, [&](int64_t from, int64_t to) {
+    parallel_for(first, first + count, kNumbersPerThread, [&](int64_t from, int64_t to) {
       for (auto place = from; place < to;) {
         const auto row = place / columns_, size = std::min(to, (row + 1) * columns_) - place;
         kernels_.unpack12(row_of(row), place - row * columns_, size, numbers + (place - first));
@@ -213,7 +213,7 @@ class LosslessReader {
   /// The products of the rows [first, first + count) with x.
   void dot_rows(int64_t first, int64_t count, const float* x, float* y) const {
     const auto grain = std::max<int64_t>(1, kNumbersPerThread / columns_);
-    at::parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
+    parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
       for (auto row = from; row < to; ++row) y[row - first] = kernels_.dot12(row_of(row), columns_, x);
       each_far(from * columns_, to * columns_, [&](int64_t place, float number) {
         const auto row = place / columns_;

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/bucketize.h>
 #include <ATen/ops/cat.h>
@@ -9,6 +8,7 @@
 #include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/codec/input.hpp>
 #include <lora/weight/codec/kernels.hpp>
@@ -41,7 +41,7 @@ inline bool quantize_blocks(const CodecKernels& kernels, const FourBitCode& code
                             int64_t block_size, std::uint8_t* codes, float* absmax) {
   std::atomic<bool> finite{true};
   const auto blocks = (count + block_size - 1) / block_size;
-  at::parallel_for(0, blocks, std::max<int64_t>(1, kNumbersPerThread / block_size), [&](int64_t from, int64_t to) {
+  parallel_for(0, blocks, std::max<int64_t>(1, kNumbersPerThread / block_size), [&](int64_t from, int64_t to) {
     for (auto block = from; block < to; ++block) {
       const auto first = block * block_size, size = std::min(block_size, count - first);
       const auto most = finite_absmax(kernels, numbers + first, size);

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 
+#include <lora/system/parallel.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/codec/four_bit_packing.hpp>
 #include <lora/weight/codec/kernels.hpp>
@@ -81,7 +81,7 @@ class FourBitReader {
   /// The numbers [first, first + count).
   void unpack(int64_t first, int64_t count, float* numbers) const {
     const auto end = first + count;
-    at::parallel_for(first, end, kNumbersPerThread, [&](int64_t from, int64_t to) {
+    parallel_for(first, end, kNumbersPerThread, [&](int64_t from, int64_t to) {
       ScaleWindow scales(kernels_, scales_, blocks_until(to));
       for_parts(from, to, scales, [&](const float* scale, int64_t part_from, int64_t part_to) {
         kernels_.unpack4(codes_, values_, block_bits_, scale, part_from, part_to, numbers + (part_from - first));
@@ -97,7 +97,7 @@ class FourBitReader {
     float* const odd = even + (columns + 1) / 2;
     for (int64_t j = 0; j < columns; ++j) (j % 2 == 0 ? even : odd)[j / 2] = x[j];
     const auto grain = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, columns));
-    at::parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
+    parallel_for(first, first + count, grain, [&](int64_t from, int64_t to) {
       ScaleWindow scales(kernels_, scales_, blocks_until(to * columns));
       for (auto row = from; row < to; ++row) {
         float sum = 0;
