@@ -26,8 +26,9 @@ void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain, cons
   auto numbers = at::empty({parts}, at::kByte);  // its places are the numbers of the parts
   const auto* base = static_cast<const char*>(numbers.data_ptr());
   auto loop = at::TensorIterator::nullary_op(numbers);
+  // In the form for two dimensions, of which this has one: GCC warns of what LibTorch makes of the other form.
   loop.for_each(
-      [&](char** places, const std::int64_t* /*strides*/, std::int64_t count) {
+      [&](char** places, const std::int64_t* /*strides*/, std::int64_t count, std::int64_t /*one*/) {
         for (auto part = places[0] - base; count > 0; --count, ++part) {
           const auto first = begin + part * size;
           if (first < end) work(first, std::min(first + size, end));
