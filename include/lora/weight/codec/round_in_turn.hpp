@@ -31,7 +31,7 @@ inline at::Tensor inverse_root(const at::Tensor& moments) {
     const auto [factor, info] = at::linalg_cholesky_ex(turned + one * (mean * share));
     if (info.item<int>() == 0) return at::linalg_solve_triangular(factor.flip({0, 1}), one, /*upper=*/true);
   }
-  TORCH_CHECK(false, "lora: the moments of inputs ", moments.sizes(), " have no inverse");
+  C10_THROW_ERROR(Error, c10::str("lora: the moments of inputs ", moments.sizes(), " have no inverse"));
 }
 
 /// Makes of the numbers (out) that an input multiplies what they are rounded to.
