@@ -65,6 +65,7 @@ install_packages() {
   have bible || ! needs bible-kjv || missing="$missing bible-kjv"
   have clang-format || ! needs clang-format || missing="$missing clang-format"
   ! needs clang || find_clang || missing="$missing clang libclang-rt-dev"
+  have gperftools/tcmalloc.h || optional="$optional libgoogle-perftools-dev"
   have gnuplot || optional="$optional gnuplot-nox"
   if ! find_python; then
     have python3 || missing="$missing python3"
@@ -74,7 +75,8 @@ install_packages() {
   if [ "$(id -u)" -eq 0 ] && have apt-get; then
     missing=$missing$optional
   elif [ -n "$optional" ]; then
-    say "Not installed, and only needed for the tests (catch2) or pictures (gnuplot-nox):$optional"
+    say "Not installed, and only needed for the tests (catch2), pictures (gnuplot-nox) or to take less memory" \
+        "(libgoogle-perftools-dev):$optional"
   fi
   [ -n "$missing" ] || return 0
   [ "$(id -u)" -eq 0 ] || fail "These Debian packages are missing, and installing them takes root: apt-get install$missing"

@@ -39,17 +39,26 @@ class JsonRules {
   std::vector<std::set<std::string>> keys_;  // of the objects that are open
 };
 
+/// The parser takes a zero byte for the end of the text and would not see what follows it.
+inline void check_no_zero_byte(const std::filesystem::path& path, std::string_view text) {
+  if (text.find('\0') != text.npos) throw CheckpointError(path, "is not valid JSON: it contains a zero byte");
+}
+
+/// What the parser found is a syntax error, or a number that fits no type.
+[[noreturn]] inline void throw_not_json(const std::filesystem::path& path, const nlohmann::json::exception& error) {
+  const std::string what = error.what();  // "[json.exception.parse_error.101] parse error at ..."
+  throw CheckpointError(path, "is not valid JSON: ", what.substr(what.find(' ') + 1));
+}
+
 /// Parses `text`, which stands in the file `path`; `rules` sees every event of the parser. Errors: CheckpointError,
 /// with the place of a syntax error.
 template <class Json, class Rules>
 Json parse_json(const std::filesystem::path& path, std::string_view text, Rules rules) {
-  // The parser takes a zero byte for the end of the text and would not see what follows it.
-  if (text.find('\0') != text.npos) throw CheckpointError(path, "is not valid JSON: it contains a zero byte");
+  check_no_zero_byte(path, text);
   try {
     return Json::parse(text, rules);
-  } catch (const nlohmann::json::exception& error) {  // a syntax error, or a number that fits no type
-    const std::string what = error.what();            // "[json.exception.parse_error.101] parse error at ..."
-    throw CheckpointError(path, "is not valid JSON: ", what.substr(what.find(' ') + 1));
+  } catch (const nlohmann::json::exception& error) {
+    throw_not_json(path, error);
   }
 }
 

@@ -432,7 +432,8 @@ class PeftTensorReader {
   void copy(at::Tensor& target, const at::Tensor& source) const {
     const auto type = options_.keep_dtype() ? source.scalar_type() : options_.dtype().value_or(target.scalar_type());
     if (type != target.scalar_type() && target.is_floating_point()) target.set_data(target.detach().to(type));
-    target.copy_(source.numel() == target.numel() ? source.reshape(target.sizes()) : source);
+    const bool is_reshaped = source.sizes() != target.sizes() && source.numel() == target.numel();
+    target.copy_(is_reshaped ? source.reshape(target.sizes()) : source);
   }
 
   void refuse() const {

@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <map>
-#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -25,124 +25,156 @@ namespace detail {
 struct SafetensorsEntry {
   std::string dtype;
   std::vector<uint64_t> shape;
-  uint64_t begin, end;
+  std::vector<uint64_t> data_offsets;  // begin and end
 };
 
-/// Takes the entries of a header one by one while it is parsed; every rule of the format that one of them breaks is a
-/// CheckpointError.
+/// Takes the entries of a header from the events of the parser, so that no value is made for what is only looked at;
+/// every rule of the format that an entry breaks is a CheckpointError.
 ///
 /// What is valid is decided by the Python package, and not by the description of the format where that is stricter:
 /// white space may come first, __metadata__ may be null, of several tensors with one name the last one counts, other
-/// fields are allowed, an entry may be a list of dtype, shape and data_offsets, and a dtype an object.
-class SafetensorsEntryReader {
+/// fields are allowed, an entry may be a list of dtype, shape and data_offsets, and a dtype an object, {"F32": null}.
+class SafetensorsEntryReader final : public nlohmann::json_sax<nlohmann::json> {
  public:
-  using Json = nlohmann::json;
-
+  /// `path` is the name of the file for errors.
   explicit SafetensorsEntryReader(const std::filesystem::path& path) : path_(path) {}
 
   std::map<std::string, SafetensorsEntry> entries;
   std::map<std::string, std::string> metadata;
 
-  /// One event of the parser. False forgets the value, which is not needed any more.
-  bool operator()(int depth, Json::parse_event_t event, const Json& value) {
-    using Event = Json::parse_event_t;
-    const bool is_start = event == Event::object_start || event == Event::array_start;
-    check(!is_start || depth < kMaxDepth, "JSON nested more than ", kMaxDepth, " deep");
-    if (event == Event::key) see_key(depth, value.get_ref<const std::string&>());
-    const bool is_entry = depth == 1 && !is_start && event != Event::key;
-    if (is_entry) take(value);
-    return !is_entry;
+  /// `text` is the whole header, an object.
+  void read(std::string_view text) {
+    check_no_zero_byte(path_, text);
+    nlohmann::json::sax_parse(text, this);
+  }
+
+  bool null() override { return see("null", "null"); }
+  bool boolean(bool value) override { return see("boolean", value ? "true" : "false"); }
+  bool number_integer(number_integer_t value) override { return see("number", std::to_string(value)); }
+  bool number_float(number_float_t, const std::string& written) override { return see("number", written); }
+  bool number_unsigned(number_unsigned_t value) override {
+    if (depth_ != 3 || !is_list_of_numbers(field_)) return see("number", std::to_string(value));
+    (field_ == kShape ? entry_.shape : entry_.data_offsets).push_back(value);
+    return true;
+  }
+  bool string(std::string& value) override {
+    see("string", value);
+    if (depth_ == 2 && is_metadata_) metadata[key_] = value;
+    if (depth_ == 2 && !is_metadata_ && field_ == kType) entry_.dtype = value;
+    return true;
+  }
+  bool binary(binary_t&) override { return true; }  // JSON has none
+
+  bool start_object(size_t) override { return start("object"); }
+  bool start_array(size_t) override { return start("array"); }
+  bool end_object() override { return end(); }
+  bool end_array() override { return end(); }
+
+  bool key(std::string& key) override {
+    if (depth_ == 1) {
+      name_ = key;
+      is_metadata_ = key == "__metadata__";
+      check(!is_metadata_ || !std::exchange(has_metadata_, true), "__metadata__ appears twice");
+    } else if (depth_ == 2) {
+      key_ = key;
+      field_ = static_cast<size_t>(std::find(kFields.begin(), kFields.end(), key) - kFields.begin());
+      if (!is_metadata_ && field_ != kOther) check_entry(!has_[field_], ": the key \"", key, "\" appears twice");
+      has_[field_] = true;
+    } else if (depth_ == 3 && field_ == kType) {
+      check_entry(!has_wrapped_type_ || key != entry_.dtype, ": the key \"", key, "\" appears twice");
+      check_entry(!std::exchange(has_wrapped_type_, true), ": dtype has to be a string, but is object");
+      entry_.dtype = key;
+    }
+    return true;
+  }
+
+  bool parse_error(size_t, const std::string&, const nlohmann::json::exception& error) override {
+    throw_not_json(path_, error);
   }
 
  private:
   static constexpr int kMaxDepth = 127;
   static constexpr std::array<std::string_view, 3> kFields = {"dtype", "shape", "data_offsets"};
+  static constexpr size_t kType = 0, kShape = 1, kOffsets = 2, kOther = kFields.size();
+
+  static bool is_list_of_numbers(size_t field) { return field == kShape || field == kOffsets; }
 
   template <typename... Reason>
   void check(bool holds, const Reason&... reason) const {
     if (!holds) throw CheckpointError(path_, reason...);
   }
+  template <typename... Reason>
+  void check_entry(bool holds, const Reason&... reason) const {
+    if (!holds) throw CheckpointError(path_, "tensor \"", name_, "\"", reason...);
+  }
 
-  /// Refuses keys that come twice where one of them would have to be ignored.
-  void see_key(int depth, const std::string& key) {
-    if (depth == 1) {
-      name_ = key;
-      field_ = kFields[0];  // that of the first object in a list
-      fields_.clear();
-      check(key != "__metadata__" || !std::exchange(has_metadata_, true), "__metadata__ appears twice");
+  /// A value that begins, and how an error shows it. Refuses it where something else has to be.
+  bool see(std::string_view type, std::string_view shown) {
+    if (depth_ == 2 && is_list_) field_ = std::min(items_++, kOther);
+    if (is_metadata_) {
+      check(depth_ != 1 || type == "object" || type == "null", "__metadata__ has to be an object, but is ", type);
+      check(depth_ != 2 || type == "string", "__metadata__ has to hold strings, but \"", key_, "\" is ", type);
+    } else if (depth_ == 1) {
+      check_entry(type == "object" || type == "array", " has to be an object, but is ", type);
+    } else if (depth_ <= 3 && field_ == kType) {
+      const bool is_type = depth_ == 2 ? type == "string" || type == "object" : type == "null";
+      check_entry(is_type, ": dtype has to be a string, but is ", depth_ == 2 ? type : "object");
+    } else if (depth_ <= 3 && is_list_of_numbers(field_)) {
+      check_entry(depth_ == 2 && type == "array", ": ", kFields[field_],
+                  " has to be a list of numbers from 0 to 2^64 - 1, but ", depth_ == 2 ? "is " : "holds ", shown);
     }
-    if (depth == 2) field_ = key;
-    const bool is_field = depth == 2 && std::find(kFields.begin(), kFields.end(), key) != kFields.end();
-    const bool is_type = depth == 3 && field_ == kFields[0];
-    if (name_ == "__metadata__" || (!is_field && !is_type)) return;
-    check(fields_.insert(key).second, "tensor \"", name_, "\": the key \"", key, "\" appears twice");
+    return true;
   }
 
-  void take(const Json& value) {
-    if (name_ == "__metadata__") {
-      read_metadata(value);
-    } else {
-      entries.insert_or_assign(name_, read_entry(value));
+  bool start(std::string_view type) {
+    check(depth_ < kMaxDepth, "JSON nested more than ", kMaxDepth, " deep");
+    if (depth_ > 0) see(type, type);
+    if (depth_ == 1) {
+      is_list_ = type == "array";
+      items_ = 0;
+      field_ = kOther;
+      has_ = {};
+      has_wrapped_type_ = false;
+      entry_ = {};
     }
+    ++depth_;
+    return true;
   }
 
-  void read_metadata(const Json& value) {
-    if (value.is_null()) return;
-    check(value.is_object(), "__metadata__ has to be an object, but is ", value.type_name());
-    for (const auto& [key, text] : value.items()) {
-      check(text.is_string(), "__metadata__ has to hold strings, but \"", key, "\" is ", text.type_name());
-      metadata[key] = text.get<std::string>();
-    }
+  bool end() {
+    --depth_;
+    if (depth_ == 1 && !is_metadata_) take_entry();
+    return true;
   }
 
-  SafetensorsEntry read_entry(const Json& entry) const {
-    check(entry.is_object() || entry.is_array(), "tensor \"", name_, "\" has to be an object, but is ",
-          entry.type_name());
-    check(entry.is_object() || entry.size() == kFields.size(), "tensor \"", name_, "\" has to be a list of ",
-          kFields.size(), ", but is one of ", entry.size());
-    const auto offsets = read_numbers(entry, 2);
-    check(offsets.size() == 2, "tensor \"", name_, "\": data_offsets has to hold 2 numbers, but holds ",
-          offsets.size());
-    return {read_type(entry), read_numbers(entry, 1), offsets[0], offsets[1]};
-  }
-
-  const Json& field(const Json& entry, size_t number) const {
-    if (entry.is_array()) return entry[number];
-    const auto found = entry.find(kFields[number]);
-    check(found != entry.end(), "tensor \"", name_, "\" has no ", kFields[number]);
-    return *found;
-  }
-
-  /// "F32", or {"F32": null}.
-  std::string read_type(const Json& entry) const {
-    const auto& dtype = field(entry, 0);
-    const bool is_wrapped = dtype.is_object() && dtype.size() == 1 && dtype.front().is_null();
-    check(dtype.is_string() || is_wrapped, "tensor \"", name_, "\": dtype has to be a string, but is ",
-          dtype.type_name());
-    const auto name = is_wrapped ? dtype.begin().key() : dtype.get<std::string>();
-    const auto& types = kSafetensorsTypes;
+  void take_entry() {
+    check_entry(!is_list_ || items_ == kFields.size(), " has to be a list of ", kFields.size(), ", but is one of ",
+                items_);
+    for (size_t field = 0; field < kFields.size(); ++field)
+      check_entry(is_list_ || has_[field], " has no ", kFields[field]);
+    const auto offsets = entry_.data_offsets.size();
+    check_entry(offsets == 2, ": data_offsets has to hold 2 numbers, but holds ", offsets);
+    const auto is_it = [&](const auto& type) { return entry_.dtype == type.name; };
     const auto& others = kSafetensorsOtherTypes;
-    const auto is_it = [&](const auto& type) { return name == type.name; };
-    const bool is_known =
-        std::any_of(types.begin(), types.end(), is_it) || std::find(others.begin(), others.end(), name) != others.end();
-    if (!is_known) throw CheckpointError(path_, "tensor \"", name_, "\" has the unknown dtype ", dtype.dump());
-    return name;
-  }
-
-  std::vector<uint64_t> read_numbers(const Json& entry, size_t number) const {
-    const auto& list = field(entry, number);
-    const auto is_number = [](const auto& item) { return item.is_number_unsigned(); };
-    if (!list.is_array() || !std::all_of(list.begin(), list.end(), is_number))
-      throw CheckpointError(path_, "tensor \"", name_, "\": ", kFields[number],
-                            " has to be a list of numbers from 0 to 2^64 - 1, but is ", list.dump().substr(0, 80));
-    return list.get<std::vector<uint64_t>>();
+    const bool is_known = std::any_of(kSafetensorsTypes.begin(), kSafetensorsTypes.end(), is_it) ||
+                          std::find(others.begin(), others.end(), entry_.dtype) != others.end();
+    if (!is_known) check_entry(false, " has the unknown dtype ", nlohmann::json(entry_.dtype).dump());
+    entries.insert_or_assign(name_, std::move(entry_));
   }
 
   const std::filesystem::path& path_;
-  std::string name_;              // of the entry that is being parsed
-  std::string field_;             // that is being parsed in it
-  std::set<std::string> fields_;  // those that may come once, and did
-  bool has_metadata_ = false;
+  int depth_ = 0;              // of the objects and lists that are open
+  bool has_metadata_ = false;  // was there
+  // The name that was seen last, what its value is, and where in it the parser is:
+  std::string name_;
+  bool is_metadata_ = false;
+  bool is_list_ = false;
+  size_t items_ = 0;  // of a list, so far
+  std::string key_;
+  size_t field_ = kOther;
+  std::array<bool, kOther + 1> has_ = {};
+  bool has_wrapped_type_ = false;
+  SafetensorsEntry entry_;
 };
 
 }  // namespace detail

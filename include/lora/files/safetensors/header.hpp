@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
-#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -33,7 +32,7 @@ class SafetensorsHeaderReader {
     const auto first = text.find_first_not_of(" \t\r\n");
     check(first != text.npos && text[first] == '{', "the header has to start with '{'");
     SafetensorsEntryReader reader(path_);
-    parse_json<nlohmann::json>(path_, text, std::ref(reader));
+    reader.read(text);
     SafetensorsHeader header{{}, std::move(reader.metadata)};
     for (const auto& [name, entry] : reader.entries) header.tensors.push_back(stored_tensor(name, entry));
     check_layout(header.tensors, static_cast<int64_t>(file.size()) - data);
@@ -60,7 +59,8 @@ class SafetensorsHeaderReader {
 
   /// Checks that offsets, shape and type agree, and turns a shape in values into one in elements.
   StoredTensor stored_tensor(const std::string& name, const SafetensorsEntry& entry) const {
-    const auto& [dtype, values, begin, end] = entry;
+    const auto& [dtype, values, offsets] = entry;
+    const auto begin = offsets[0], end = offsets[1];
     const auto* type = find_safetensors_type([&dtype = dtype](const auto& other) { return dtype == other.name; });
     check(type != nullptr, "tensor \"", name, "\" is ", dtype, ", which LibTorch does not have");
     const auto shown = c10::ArrayRef<uint64_t>(values);
