@@ -1,5 +1,6 @@
-# The target lora::tcmalloc: malloc by tcmalloc where the machine has it, and else nothing, for programs that train
-# or serve a whole model. Tensors of many sizes that come and go leave holes in the heap of glibc: a tenth of what a process takes.
+# The target lora::tcmalloc: malloc by tcmalloc where the machine has it, and else nothing, for programs that train or
+# serve a whole model. Tensors of many sizes that come and go leave holes in the heap of glibc: a tenth of what a process
+# takes.
 if(NOT TARGET lora::tcmalloc)
   add_library(lora::tcmalloc INTERFACE IMPORTED GLOBAL)
   find_library(LORA_TCMALLOC NAMES tcmalloc_minimal libtcmalloc_minimal.so.4)
