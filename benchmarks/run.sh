@@ -14,5 +14,5 @@ prepare_model
 prepare_text
 prepare_jinja
 configure
-build 5 layer rows finetune_gpt print_logits load_adapter
+build 3 layer rows finetune_gpt print_logits load_adapter
 exec "$python" benchmarks/table.py --programs "$build/programs" --model "$model" --text "$text" "$@"

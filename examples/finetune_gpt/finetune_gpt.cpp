@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <lora/lora.hpp>
 #include <lora/train/checkpointing.hpp>
 
