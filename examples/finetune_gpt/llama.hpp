@@ -9,6 +9,33 @@
 
 namespace gpt {
 
+namespace detail {
+
+/// n = s x with s = 1 / sqrt(mean(x^2) + epsilon), the mean over the last dimension, in float whatever the type of x.
+/// Keeps n and s for backward, in which there are four passes where LibTorch would make nine. For g = dL/dn,
+///
+///   dx = s (g - n mean(g n))
+class Normalize : public torch::autograd::Function<Normalize> {
+ public:
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x, double epsilon) {
+    const auto in_float = x.to(torch::kFloat);
+    const auto scale = torch::rsqrt(in_float.pow(2).mean(-1, /*keepdim=*/true) + epsilon);
+    const auto normalized = (in_float * scale).to(x.scalar_type());
+    context->save_for_backward({normalized, scale});
+    return normalized;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& gradients) {
+    const auto kept = context->get_saved_variables();
+    const auto n = kept[0].to(torch::kFloat), g = gradients[0].to(torch::kFloat);
+    const auto mean = (g * n).mean(-1, /*keepdim=*/true);
+    return {torch::addcmul(g, n, mean, -1).mul_(kept[1]).to(kept[0].scalar_type()), torch::Tensor()};
+  }
+};
+
+}  // namespace detail
+
 /// y = weight * x / sqrt(mean(x^2) + epsilon), the mean over the last dimension in float whatever the type of x.
 class RMSNormImpl : public torch::nn::Module {
  public:
@@ -17,9 +44,7 @@ class RMSNormImpl : public torch::nn::Module {
 
   torch::Tensor forward(const torch::Tensor& x) {
     if (!x.is_cpu()) return at::rms_norm(x, weight.sizes(), weight, epsilon_);  // one call in place of seven
-    const auto in_float = x.to(torch::kFloat);
-    const auto mean_square = in_float.pow(2).mean(-1, /*keepdim=*/true);
-    return weight * (in_float * torch::rsqrt(mean_square + epsilon_)).to(x.scalar_type());
+    return weight * detail::Normalize::apply(x, epsilon_);                      // an adapter has to see the weight
   }
 
   torch::Tensor weight;
