@@ -121,7 +121,8 @@ class SafetensorsEntryReader final : public nlohmann::json_sax<nlohmann::json> {
       check_entry(is_type, ": dtype has to be a string, but is ", depth_ == 2 ? type : "object");
     } else if (depth_ <= 3 && is_list_of_numbers(field_)) {
       check_entry(depth_ == 2 && type == "array", ": ", kFields[field_],
-                  " has to be a list of numbers from 0 to 2^64 - 1, but ", depth_ == 2 ? "is " : "holds ", shown);
+                  " has to be a list of numbers from 0 to 2^64 - 1, but ", depth_ == 2 ? "is " : "holds ",
+                  shown.substr(0, 80));
     }
     return true;
   }
