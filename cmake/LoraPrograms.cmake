@@ -11,19 +11,22 @@ function(lora_precompile name library)
   target_precompile_headers(${name} PRIVATE <torch/torch.h>)
 endfunction()
 
-# What programs share; the tests have their own. With so many of them, the library is compiled once for all.
+# With so many programs, the library is compiled once for all.
 lora_precompile(lora_precompiled lora::compiled $<$<CONFIG:Release>:-O2>)
-set(LORA_PRECOMPILED lora_precompiled)
 set(LORA_PROGRAM_FOLDER "${CMAKE_CURRENT_BINARY_DIR}/programs")
 
-# lora_add_program(NAME SOURCE... [LIBRARIES TARGET...])
+# lora_add_program(NAME SOURCE... [LIKE TARGET] [LIBRARIES TARGET...]): LIKE a target of lora_precompile, which is
+# lora_precompiled unless it is said.
 function(lora_add_program name)
-  cmake_parse_arguments(PARSE_ARGV 1 program "" "" LIBRARIES)
+  cmake_parse_arguments(PARSE_ARGV 1 program "" "LIKE" LIBRARIES)
+  if(NOT program_LIKE)
+    set(program_LIKE lora_precompiled)
+  endif()
   add_executable(${name} ${program_UNPARSED_ARGUMENTS})
-  get_target_property(library ${LORA_PRECOMPILED} LINK_LIBRARIES)
+  get_target_property(library ${program_LIKE} LINK_LIBRARIES)
   target_link_libraries(${name} PRIVATE ${library} ${program_LIBRARIES})
-  get_target_property(options ${LORA_PRECOMPILED} COMPILE_OPTIONS)
+  get_target_property(options ${program_LIKE} COMPILE_OPTIONS)
   target_compile_options(${name} PRIVATE ${options})
-  target_precompile_headers(${name} REUSE_FROM ${LORA_PRECOMPILED})
+  target_precompile_headers(${name} REUSE_FROM ${program_LIKE})
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${LORA_PROGRAM_FOLDER}")
 endfunction()

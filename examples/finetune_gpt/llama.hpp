@@ -12,7 +12,7 @@ namespace gpt {
 namespace detail {
 
 /// n = s x with s = 1 / sqrt(mean(x^2) + epsilon), the mean over the last dimension, in float whatever the type of x.
-/// Keeps n and s for backward, in which there are four passes where LibTorch would make nine. For g = dL/dn,
+/// Keeps n and s for backward, where LibTorch would keep x and differentiate each operator. For g = dL/dn,
 ///
 ///   dx = s (g - n mean(g n))
 class Normalize : public torch::autograd::Function<Normalize> {

@@ -164,8 +164,8 @@ class SafetensorsEntryReader final : public nlohmann::json_sax<nlohmann::json> {
   }
 
   const std::filesystem::path& path_;
-  int depth_ = 0;              // of the objects and lists that are open
-  bool has_metadata_ = false;  // was there
+  int depth_ = 0;  // how many objects and lists are open: 1 beside names, 2 beside fields, 3 inside of a field
+  bool has_metadata_ = false;
   // The name that was seen last, what its value is, and where in it the parser is:
   std::string name_;
   bool is_metadata_ = false;
