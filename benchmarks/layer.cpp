@@ -2,13 +2,14 @@
 // computes it? For each case all are measured in turns, many times; printed are the medians of the ratios to LibTorch's
 // frozen layer of the same round. In a scope the frozen layer may be faster than LibTorch's.
 //
-//   layer [ROUNDS [DEVICE]]      200, cpu: one thread of it
+//   layer [ROUNDS [DEVICE [ONLY]]]      200, cpu (one thread of it), all cases; or those whose name contains ONLY
 #include <torch/torch.h>
 
 #include <lora/lora.hpp>
 
 #include <fmt/format.h>
 
+#include <cstdio>
 #include <functional>
 #include <string>
 #include <vector>
@@ -26,6 +27,12 @@ struct Case {
   bool is_dora = false;
   torch::ScalarType type = torch::kFloat;  // of the layer; adapters are in float
 };
+
+std::string name_of(const Case& one) {
+  const auto dropout = one.dropout > 0 ? fmt::format(", dropout {}", one.dropout) : one.is_dora ? ", DoRA" : "";
+  return fmt::format("{}, {} rows, {} -> {}, r={}{}{}", one.is_step ? "step" : "forward", one.rows, one.in, one.out,
+                     one.rank, dropout, one.type == torch::kFloat ? "" : ", bfloat16");
+}
 
 /// Of the second of two calls: the first one finds caches as others left them.
 double warm_microseconds(const std::function<void()>& work) {
@@ -88,12 +95,9 @@ void measure(const Case& one, int rounds, torch::Device device) {
     in_scope.push_back(frozen_here / time);
     theirs.push_back(written_out / time);
   }
-  const double mine = median(ours), other = median(theirs);
-  const auto dropout = one.dropout > 0 ? fmt::format(", dropout {}", one.dropout) : one.is_dora ? ", DoRA" : "";
-  const auto* type = one.type == torch::kFloat ? "" : ", bfloat16";
-  fmt::print("| {}, {} rows, {} -> {}, r={}{}{} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |\n",
-             one.is_step ? "step" : "forward", one.rows, one.in, one.out, one.rank, dropout, type, median(base), mine,
-             median(in_scope), other);
+  fmt::print("| {} | {:.1f} | {:.3f} | {:.3f} | {:.3f} |\n", name_of(one), median(base), median(ours), median(in_scope),
+             median(theirs));
+  std::fflush(stdout);
 }
 
 }  // namespace
@@ -101,6 +105,7 @@ void measure(const Case& one, int rounds, torch::Device device) {
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::stoi(arguments[1]) : 200;
   const torch::Device device(count > 2 ? arguments[2] : "cpu");
+  const std::string only = count > 3 ? arguments[3] : "";
   torch::set_num_threads(1);
   fmt::print("| case | frozen, us | ours | frozen in a scope | written out |\n|---|---|---|---|---|\n");
   std::vector<Case> cases{{64, 768, 768, 8, true},
@@ -123,5 +128,7 @@ int main(int count, char** arguments) {
     }
     cases.push_back({8192, 4096, 4096, 16, false, 0, false, torch::kBFloat16});
   }
-  for (const auto& one : cases) measure(one, rounds, device);
+  for (const auto& one : cases) {
+    if (name_of(one).find(only) != std::string::npos) measure(one, rounds, device);
+  }
 }

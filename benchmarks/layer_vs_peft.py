@@ -1,6 +1,6 @@
 """What does an adapter cost beside the frozen layer, here and in peft?
 
-python layer_vs_peft.py [--programs DIR] [--rounds N] [--turns N] [--device cpu|cuda]
+python layer_vs_peft.py [--programs DIR] [--rounds N] [--turns N] [--device cpu|cuda] [--only PART]
 
 The cases are those of the programs `layer` (one adapter: steps of training and forward passes) and `rows` (a batch whose
 rows have different adapters). Processes of both take turns, on one thread; each measures its frozen layer and the
@@ -102,12 +102,12 @@ def in_peft(case, rounds, device):
     return mixed(kind, int(rows), int(positions), int(count), order, rounds)
 
 
-def ours(programs, rounds, device):
+def ours(programs, rounds, device, only):
     """Of each case the ratios to LibTorch's frozen layer, as the programs print them: of the adapted layer, and of the
     frozen layer in a scope, which `rows`, a program for a CPU, does not measure."""
     found = {}
     for program in ("layer", "rows") if device == "cpu" else ("layer",):
-        command = [str(programs / program), str(rounds), *([device] if device != "cpu" else [])]
+        command = [str(programs / program), str(rounds), *([device] if program == "layer" else []), only]
         text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         for line in text.splitlines()[2:]:
             cells = [cell.strip() for cell in line.split("|")]
@@ -123,10 +123,10 @@ def compare(programs, rounds, turns, device="cpu", only=""):
     torch.set_num_threads(1)
     here, there = {}, {}
     for _ in range(turns):
-        for case, value in ours(programs, rounds, device).items():
+        for case, value in ours(programs, rounds, device, only).items():
             here.setdefault(case, []).append(value)
         for case in here:
-            if only in case and (value := in_peft(case, rounds, device)) is not None:
+            if (value := in_peft(case, rounds, device)) is not None:
                 there.setdefault(case, []).append(value)
     return here, there
 
@@ -137,7 +137,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=100, help="measurements of a case in a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="of peft, only the cases that contain this")
+    parser.add_argument("--only", default="", help="only the cases whose name contains this")
     arguments = parser.parse_args()
 
     import torch

@@ -2,13 +2,14 @@
 // are measured in turns, many times; printed are the medians of the ratios of a round. Rows are sorted by their
 // adapters or take turns.
 //
-//   rows [ROUNDS]      300
+//   rows [ROUNDS [ONLY]]      300, all cases; or those whose name contains ONLY
 #include <torch/torch.h>
 
 #include <lora/lora.hpp>
 
 #include <fmt/format.h>
 
+#include <cstdio>
 #include <functional>
 #include <string>
 #include <vector>
@@ -28,6 +29,11 @@ struct Case {
   bool is_sorted = true;
   bool is_step = false;
 };
+
+std::string name_of(const Case& one) {
+  return fmt::format("{}, {} rows of {}, {} adapters, {}", one.is_step ? "step" : "forward", one.rows, one.positions,
+                     one.adapters, one.is_sorted ? "sorted" : "in turns");
+}
 
 Names names_of(const Case& one) {
   Names names;
@@ -72,9 +78,7 @@ void measure(const Case& one, int rounds) {
     ratios.push_back(adapted / time);
     activations.push_back(whole - adapted);
   }
-  fmt::print("| {}, {} rows of {}, {} adapters, {} | {:.0f} | {:.3f} | {:.1f} |\n", one.is_step ? "step" : "forward",
-             one.rows, one.positions, one.adapters, one.is_sorted ? "sorted" : "in turns", median(base), median(ratios),
-             median(activations));
+  fmt::print("| {} | {:.0f} | {:.3f} | {:.1f} |\n", name_of(one), median(base), median(ratios), median(activations));
   std::fflush(stdout);
 }
 
@@ -82,6 +86,7 @@ void measure(const Case& one, int rounds) {
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::stoi(arguments[1]) : 300;
+  const std::string only = count > 2 ? arguments[2] : "";
   torch::set_num_threads(1);
   fmt::print("| case | frozen, us | over the frozen layer | activation, us |\n|---|---|---|---|\n");
   for (const auto& one : {Case{512, 1, 1},
@@ -93,6 +98,7 @@ int main(int count, char** arguments) {
                           {32, 1, 32},
                           {32, 1, 8, false},
                           {16, 32, 16, true, true},
-                          {16, 1, 16, true, true}})
-    measure(one, rounds);
+                          {16, 1, 16, true, true}}) {
+    if (name_of(one).find(only) != std::string::npos) measure(one, rounds);
+  }
 }

@@ -45,7 +45,6 @@ LORA_INLINE void add_thin(const at::Tensor& y, const at::Tensor& c, const at::Te
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 
 #include <lora/system/parallel.hpp>
@@ -116,7 +115,6 @@ LORA_INLINE bool take_thin_kernels(bool taken) {
 }
 
 LORA_INLINE bool is_for_thin_kernels(const at::Tensor& factor, const at::Tensor& rows) {
-  constexpr std::int64_t kMostRanks = 64;
   if (!ThinKernels::instance().are_taken || !rows.is_cpu() || !factor.is_cpu()) return false;
   if (rows.scalar_type() != at::kFloat && rows.scalar_type() != at::kBFloat16) return false;
   if (factor.scalar_type() != at::kFloat || rows.dim() != 2 || factor.dim() != 2) return false;
@@ -147,7 +145,7 @@ LORA_INLINE at::Tensor thin_dots(const at::Tensor& factor, const at::Tensor& x, 
 }
 
 LORA_INLINE at::Tensor thin_sums(const at::Tensor& c, const at::Tensor& x, double scale) {
-  auto sums = at::zeros({c.size(0), x.size(1)}, c.options());
+  auto sums = at::empty({c.size(0), x.size(1)}, c.options());
   const auto out = mutable_rows<float>(sums);
   const auto of = coefficients(c);
   with_number(x, [&](auto number) {
