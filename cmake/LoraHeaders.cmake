@@ -145,6 +145,7 @@ set(LORA_DETAIL_HEADERS
   weight/codec/round_in_turn.hpp
   weight/codec/statistics.hpp
   weight/dense_product.hpp
+  weight/finite.hpp
   weight/frozen_product.hpp
   weight/key.hpp
   weight/merged_weights.hpp

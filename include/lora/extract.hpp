@@ -63,9 +63,9 @@ LORA_INLINE Adapters extract(torch::nn::Module& base, torch::nn::Module& finetun
 #if LORA_BODIES
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/isfinite.h>
 
 #include <lora/adapter/factors.hpp>
+#include <lora/weight/finite.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -179,7 +179,7 @@ class Extraction {
   }
 
   static void check_finite(const std::string& name, const at::Tensor& tensor) {
-    TORCH_CHECK(!tensor.is_floating_point() || at::isfinite(tensor).all().item<bool>(), "lora::extract: \"", name,
+    TORCH_CHECK(!tensor.is_floating_point() || detail::is_finite(tensor), "lora::extract: \"", name,
                 "\" is not finite (NaN or infinity) in one of the two models");
   }
 

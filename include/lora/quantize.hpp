@@ -76,13 +76,13 @@ LORA_INLINE void dequantize(torch::nn::Module& model);
 #if LORA_BODIES
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/isfinite.h>
 
 #include <lora/adapter/held_weights.hpp>
 #include <lora/adapter/input_observer.hpp>
 #include <lora/intercept/kernels.hpp>
 #include <lora/model/module_model.hpp>
 #include <lora/selection/selection.hpp>
+#include <lora/weight/finite.hpp>
 #include <lora/weight/placeholder.hpp>
 #include <lora/weight/rounding_error.hpp>
 
@@ -145,8 +145,8 @@ inline std::vector<std::optional<SeenInputs>> calibrate(const std::vector<std::s
   auto seen = observe_inputs(sites, passes);
   for (size_t i = 0; i < sites.size(); ++i) {
     if (!seen[i]) report.uncalibrated.push_back(sites[i]->name());
-    TORCH_CHECK_VALUE(!seen[i] || at::isfinite(seen[i]->moments).all().item<bool>(),
-                      "lora::quantize: in the passes of ", "the calibration the inputs of ", sites[i]->name(),
+    TORCH_CHECK_VALUE(!seen[i] || detail::is_finite(seen[i]->moments), "lora::quantize: in the passes of ",
+                      "the calibration the inputs of ", sites[i]->name(),
                       " are not finite, or too large to be squared");
   }
   TORCH_CHECK_VALUE(report.uncalibrated.size() < sites.size(),

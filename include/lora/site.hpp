@@ -128,8 +128,17 @@ class Site {
     if (is_told_apart()) place_.slot->check_replaceable(name());
   }
 
-  /// Puts `values`, which `merged` computed, into the model. Takes no memory, so that it cannot fail half way.
-  void merge(at::Tensor values, std::vector<MergedMethod> methods);
+  /// What merging needs, computed before any weight is changed.
+  struct Prepared {
+    at::Tensor numbers;  ///< W'; or what W is, where the updates are added in its own memory
+    bool adds_in_place;
+  };
+
+  /// Throws when an update or W' is not finite, or may not be; changes nothing.
+  Prepared prepared(const std::vector<MergedMethod>& methods) const;
+
+  /// Merges what was prepared. Takes no memory to speak of, so that it cannot fail half way.
+  void merge(Prepared prepared, std::vector<MergedMethod> methods);
 
   /// Whether the model still holds what `merge` put there.
   bool can_unmerge() const;
@@ -173,10 +182,15 @@ class Site {
 
   static std::shared_ptr<const detail::MergedWeight> entry_of(const at::Tensor& weight, const at::Tensor& former);
 
+  /// The updates as terms that only add products of a type to the weight, as it lies; none where one is more than that.
+  std::vector<Term> added_terms(const at::Tensor& weight, at::ScalarType type,
+                                const std::vector<MergedMethod>& methods) const;
+
   /// W + the sum of the updates, in float at least; what replaces W, as it is.
   at::Tensor sum(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const;
 
-  void check_finite(const at::Tensor& tensor, const std::string& what) const;
+  /// Throws and says why a merged weight is not finite.
+  [[noreturn]] void refuse_not_finite(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const;
 
   template <class Write>
   void count_own_writes(const at::Tensor& tensor, const Write& write) {
@@ -186,6 +200,9 @@ class Site {
   }
 
   static void write(const at::Tensor& tensor, const at::Tensor& values);
+
+  /// Adds the products of terms to the values of a weight, bit by bit as `sum` does.
+  static void add(const at::Tensor& weight, const std::vector<Term>& terms);
 
   /// Gives each of two tensors the values of the other, a piece at a time.
   static void exchange(const at::Tensor& a, const at::Tensor& b);
@@ -206,14 +223,14 @@ class Site {
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/isfinite.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <lora/weight/finite.hpp>
 #include <lora/weight/key.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 namespace lora {
@@ -275,8 +292,7 @@ LORA_INLINE void Site::check_quantizable() const {
   TORCH_CHECK(view_->shape().out > 0 && at::isFloatingType(weight.scalar_type()), "lora::quantize: ", name(),
               " has no matrix of floating point to hold in few bits: its type is ", weight.scalar_type(),
               ", its shape ", weight.sizes());
-  const auto largest = at::linalg_vector_norm(weight, std::numeric_limits<double>::infinity());
-  TORCH_CHECK(weight.numel() == 0 || at::isfinite(largest).item<bool>(), "lora::quantize: ", name(),
+  TORCH_CHECK(detail::is_finite(weight), "lora::quantize: ", name(),
               " has numbers that are not finite (NaN or infinity), which no code stands for; nothing was changed");
 }
 
@@ -290,33 +306,55 @@ LORA_INLINE at::Tensor Site::merged(const at::Tensor& weight, const std::vector<
   at::NoGradGuard no_grad;
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto result = sum(weight, methods).to(weight.scalar_type());
-  check_finite(result, "the merged weight does not fit into its type, or the weight itself is not finite");
+  if (!detail::is_finite(result)) refuse_not_finite(weight, methods);
   return result;
 }
 
-LORA_INLINE void Site::merge(at::Tensor values, std::vector<MergedMethod> methods) {
+LORA_INLINE Site::Prepared Site::prepared(const std::vector<MergedMethod>& methods) const {
+  const detail::BelowInterception below;
+  at::NoGradGuard no_grad;
+  const auto weight = place_.slot->read().detach();
+  if (is_told_apart() || detail::is_quantized(weight)) return {merged(weight, methods), false};
+  // Of the largest magnitudes it is known of most updates that nothing is beyond its type.
+  const auto terms = added_terms(weight, weight.scalar_type(), methods);
+  auto largest = terms.empty() ? std::numeric_limits<double>::infinity() : detail::largest_magnitude(weight);
+  for (const auto& term : terms)
+    largest += std::abs(term.scale) * static_cast<double>(term.A.size(0)) * detail::largest_magnitude(term.A) *
+               detail::largest_magnitude(term.B);
+  const auto most = weight.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
+                                                        : double{std::numeric_limits<float>::max()};
+  if (largest < most / 2) return {weight.clone(), true};
+  return {merged(weight, methods), false};
+}
+
+LORA_INLINE void Site::merge(Prepared prepared, std::vector<MergedMethod> methods) {
   const detail::BelowInterception below;
   at::NoGradGuard no_grad;
   ++merges_;
   const auto weight = place_.slot->read();
+  const auto& numbers = prepared.numbers;
   if (is_told_apart()) {
     auto former = place_.slot->handles();
-    auto entry = entry_of(values, former.member);
-    place_.slot->set({values, values});
-    merged_ = Merged{std::move(former),  values,          detail::Stamp(values), /*is_apart=*/true,
+    auto entry = entry_of(numbers, former.member);
+    place_.slot->set({numbers, numbers});
+    merged_ = Merged{std::move(former),  numbers,         detail::Stamp(numbers), /*is_apart=*/true,
                      std::move(methods), std::move(entry)};
     return;
   }
   if (detail::is_quantized(weight)) {
     const auto former = weight.detach();  // which counts the writes to the weight, too
-    count_own_writes(weight, [&] { detail::exchange_data(weight, values); });
+    count_own_writes(weight, [&] { detail::exchange_data(weight, numbers); });
     merged_ = Merged{{former, former},        weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods),
                      entry_of(weight, former)};
     return;
   }
-  count_own_writes(weight, [&] { exchange(weight.detach(), values); });
-  merged_ = Merged{{values, values},        weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods),
-                   entry_of(weight, values)};
+  count_own_writes(weight, [&] {
+    const auto values = weight.detach();
+    prepared.adds_in_place ? add(values, added_terms(values, values.scalar_type(), methods))
+                           : exchange(values, numbers);
+  });
+  merged_ = Merged{{numbers, numbers},       weight, detail::Stamp(weight), /*is_apart=*/false, std::move(methods),
+                   entry_of(weight, numbers)};
 }
 
 LORA_INLINE bool Site::can_unmerge() const {
@@ -387,17 +425,47 @@ LORA_INLINE std::shared_ptr<Site> Site::at(std::shared_ptr<detail::WeightSlot> s
 LORA_INLINE at::Tensor Site::sum(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const {
   if (methods.size() == 1 && methods.front().method->replaces() && methods.front().weight == 1) {
     auto value = methods.front().method->replacement(weight);
-    check_finite(value, "what was trained in its place is not finite (NaN or infinity)");
     return value.is_alias_of(methods.front().method->tensors().front().tensor->detach()) ? value.clone() : value;
   }
   auto sum = detail::dequantized(weight).to(adapter_dtype(weight.scalar_type()));
+  const auto terms = added_terms(weight, sum.scalar_type(), methods);
+  for (const auto& term : terms) sum = term.moved(sum);
+  if (!terms.empty()) return sum;
   const auto base = this->base(weight);
   for (const auto& [adapter, method, factor] : methods) {
     const auto delta = method->delta(base);
-    check_finite(delta, "the update of adapter \"" + adapter + "\" is not finite (NaN or infinity)");
     sum = sum + view_->weight(factor == 1 ? delta : delta * factor);
   }
   return sum.is_same(weight) ? sum.clone() : sum;
+}
+
+LORA_INLINE std::vector<Term> Site::added_terms(const at::Tensor& weight, at::ScalarType type,
+                                                const std::vector<MergedMethod>& methods) const {
+  std::vector<Term> terms;
+  if (!view_->is_plain() || weight.dim() != 2) return terms;
+  const auto base = this->base(weight);
+  for (const auto& [adapter, method, factor] : methods) {
+    if (method->replaces() || !method->has_term()) return {};
+    auto term = method->term(base);
+    if (term.scales_weight() || term.A.dim() != 2 || adapter_dtype(term.dtype()) != type) return {};
+    term.scale *= factor;
+    terms.push_back(std::move(term));
+  }
+  return terms;
+}
+
+LORA_INLINE void Site::refuse_not_finite(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const {
+  const auto base = this->base(weight);
+  std::string what = "the merged weight does not fit into its type, or the weight itself is not finite";
+  for (const auto& [adapter, method, unused_factor] : methods) {
+    if (method->replaces()) {
+      if (detail::is_finite(method->replacement(weight))) continue;
+      what = "what was trained in its place is not finite (NaN or infinity)";
+    } else if (!detail::is_finite(method->delta(base))) {
+      what = "the update of adapter \"" + adapter + "\" is not finite (NaN or infinity)";
+    }
+  }
+  TORCH_CHECK(false, "lora::merge: ", name(), ": ", what, "; nothing was merged");
 }
 
 LORA_INLINE std::shared_ptr<const detail::MergedWeight> Site::entry_of(const at::Tensor& weight,
@@ -405,13 +473,16 @@ LORA_INLINE std::shared_ptr<const detail::MergedWeight> Site::entry_of(const at:
   return std::make_shared<const detail::MergedWeight>(weight, detail::is_quantized(former));
 }
 
-LORA_INLINE void Site::check_finite(const at::Tensor& tensor, const std::string& what) const {
-  TORCH_CHECK(at::isfinite(tensor).all().item<bool>(), "lora::merge: ", name(), ": ", what, "; nothing was merged");
-}
-
 LORA_INLINE void Site::write(const at::Tensor& tensor, const at::Tensor& values) {
   c10::InferenceMode mode(tensor.is_inference());
   tensor.detach().copy_(values);
+}
+
+LORA_INLINE void Site::add(const at::Tensor& weight, const std::vector<Term>& terms) {
+  c10::InferenceMode mode(weight.is_inference());
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto type = weight.scalar_type();
+  for (const auto& term : terms) weight.addmm_(term.B.to(type), term.A.to(type), /*beta=*/1, term.scale);
 }
 
 LORA_INLINE void Site::exchange(const at::Tensor& a, const at::Tensor& b) {

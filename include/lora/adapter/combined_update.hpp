@@ -2,7 +2,6 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
@@ -11,6 +10,7 @@
 #include <lora/adapter/factors.hpp>
 #include <lora/adapter/pruning.hpp>
 #include <lora/version.hpp>
+#include <lora/weight/finite.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -113,8 +113,8 @@ class UpdateCombiner {
   }
 
   static void check_finite(const Site& site, const Combined::Share& share, const at::Tensor& tensor) {
-    TORCH_CHECK(at::isfinite(tensor).all().item<bool>(), "lora::combine: the update of adapter \"", share.adapter,
-                "\" to ", site.name(), " is not finite (NaN or infinity)");
+    TORCH_CHECK(is_finite(tensor), "lora::combine: the update of adapter \"", share.adapter, "\" to ", site.name(),
+                " is not finite (NaN or infinity)");
   }
 
   /// Which entries of a layer's matrix are ones of its weight, as 0 and 1: of fused projections some are not.

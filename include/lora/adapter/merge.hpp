@@ -95,9 +95,9 @@ LORA_INLINE void merge(const std::vector<Merging>& all) {
   const BelowInterception below;
   check_places(all);
   for (const auto& one : all) check_leaves_scopes(*one.site);
-  std::vector<at::Tensor> merged;
-  for (const auto& [site, methods] : all) merged.push_back(site->merged(site->weight(), methods));
-  for (size_t i = 0; i < all.size(); ++i) all[i].site->merge(std::move(merged[i]), all[i].methods);
+  std::vector<Site::Prepared> prepared;
+  for (const auto& [site, methods] : all) prepared.push_back(site->prepared(methods));
+  for (size_t i = 0; i < all.size(); ++i) all[i].site->merge(std::move(prepared[i]), all[i].methods);
 }
 
 LORA_INLINE void unmerge(const std::vector<std::shared_ptr<Site>>& sites) {
@@ -113,7 +113,7 @@ LORA_INLINE void unmerge(const std::vector<std::shared_ptr<Site>>& sites) {
 /// Merges one site for good: done for one after the other, no second copy of all weights is held.
 inline void merge_for_good(const Merging& one) {
   const BelowInterception below;
-  one.site->merge(one.site->merged(one.site->weight(), one.methods), one.methods);
+  one.site->merge(one.site->prepared(one.methods), one.methods);
   one.site->keep_merged();
 }
 

@@ -84,7 +84,6 @@ class LosslessWeight final : public QuantizedWeight {
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -92,6 +91,7 @@ class LosslessWeight final : public QuantizedWeight {
 #include <lora/system/parallel.hpp>
 #include <lora/weight/codec/input.hpp>
 #include <lora/weight/codec/kernels.hpp>
+#include <lora/weight/finite.hpp>
 
 #include <algorithm>
 #include <cstring>
@@ -309,7 +309,7 @@ LORA_INLINE LosslessTensor pack_lossless(const at::Tensor& weight) {
     const auto* first = numbers.const_data_ptr<float>();
     const bool are_floats = here.scalar_type() != at::kDouble || numbers.eq(here).all().item<bool>();
     if (!are_floats || !std::all_of(first, first + numbers.numel(), detail::is_bfloat16)) {
-      if (!at::isfinite(numbers).all().item<bool>()) detail::refuse_not_finite(who, weight);
+      if (!detail::is_finite(numbers)) detail::refuse_not_finite(who, weight);
       detail::refuse_not_bfloat16(who, here);
     }
     packed = detail::LosslessPacking<float>(numbers).result();

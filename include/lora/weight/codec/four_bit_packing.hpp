@@ -14,6 +14,7 @@
 #include <lora/weight/codec/kernels.hpp>
 #include <lora/weight/codec/round_in_turn.hpp>
 #include <lora/weight/codec/statistics.hpp>
+#include <lora/weight/finite.hpp>
 #include <lora/weight/four_bit_tensor.hpp>
 #include <lora/weight/seen_inputs.hpp>
 
@@ -162,8 +163,8 @@ inline void round_for_inputs(const char* who, FourBitTensor& packed, const at::T
                   moments.scalar_type() == at::kFloat && moments.device() == weight.device(),
               who, ": the weight ", weight.sizes(), " with inputs in dimension ", seen.dim,
               " needs their moments as a matrix of Float on its device, as wide as that");
-  TORCH_CHECK_VALUE(at::isfinite(moments).all().item<bool>(), who, ": the moments of the inputs of a weight ",
-                    weight.sizes(), " are not finite");
+  TORCH_CHECK_VALUE(is_finite(moments), who, ": the moments of the inputs of a weight ", weight.sizes(),
+                    " are not finite");
   const FourBitValues values(code_of(packed.type), weight.device());
   const auto by_input = [&](const at::Tensor& matrix) { return (seen.dim == 0 ? matrix : matrix.t()).contiguous(); };
   const auto of_blocks = scales_of(packed).repeat_interleave(packed.block_size).narrow(0, 0, packed.numel());
