@@ -8,7 +8,8 @@ the Python of build/venv.
 
 The default run (100 steps of 4x128 tokens, rank 8, alpha 16, q_proj and v_proj) with finetune_gpt, then in peft, each
 in a process of its own, from the same initial tensors, batches and learning rates. Prints the losses side by side, and
-the median time of a step and the peak memory, on a CPU of both processes and else on the device, as ratios. The
+the median time of a step and the peak memory, on a CPU of both processes and else on the device, as ratios; of a Llama
+on a CPU also what the step's products with frozen weights take alone, by the program `products`. The
 adapter that finetune_gpt wrote is then read by peft, which has to give, on a CPU, the logits that are given here. Exits
 with 1 when a loss is more than 0.02 away from peft's, or a logit more than 3e-4, a hundred-thousandth of the largest.
 
@@ -152,6 +153,22 @@ def same_logits(options, out):
     return subprocess.run(command).returncode == 0
 
 
+def products_alone(options):
+    """Seconds of a step's products with frozen weights, LibTorch's and those of a scope."""
+    config = json.loads((options.model / "config.json").read_text())
+    if config["model_type"] != "llama" or options.device != "cpu":
+        return None
+    width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    head = config.get("head_dim") or width // config["num_attention_heads"]
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    shapes = [(queries, width, 1), (keys, width, 2), (width, queries, 1), (inner, width, 2), (width, inner, 1)]
+    weights = [f"{out}x{into}:{count * layers}" for out, into, count in shapes]
+    command = [options.programs / "products", options.tokens_per_step, options.threads, 5, *weights]
+    command = [str(part) for part in [*command, f"{config['vocab_size']}x{width}:1"]]
+    text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [float(seconds) for seconds in re.findall(r"([0-9.]+) s", text)]
+
+
 def main():
     parser = finetune_options(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -160,7 +177,7 @@ def main():
     options = parser.parse_args()
     options.tokens_per_step = 4 * 128  # the defaults of finetune_gpt
     require("examples/finetune_gpt/run.sh", options.programs / "finetune_gpt", options.model, options.text)
-    require("tests/run.sh", options.programs / "print_logits")
+    require("tests/run.sh", options.programs / "print_logits", options.programs / "products")
 
     with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as temporary:
         out = options.out or Path(temporary)
@@ -169,10 +186,14 @@ def main():
             options.model = in_bfloat16(options.model, out / "in_bfloat16")
         ours, peft, agree = measure(options, out)
         agree = same_logits(options, out) and agree
+        alone = products_alone(options)
     where = f"threads: {options.threads}" if options.device == "cpu" else options.device
     print(f"\n{'':<28} {'here':>9} {'':<4} {'peft':>9} {'':<4} {'ratio':>7}   ({where})")
     print(table_row("median time of a step", ours[0], peft[0], "s"))
     print(table_row("peak memory", ours[1] / GIBIBYTE, peft[1] / GIBIBYTE, "GiB"))
+    if alone:
+        for name, seconds in zip(("LibTorch's", "a scope's"), alone, strict=True):
+            print(f"of {name + ' products alone':<25} {seconds:>9.3f} s {'':>16} {ours[0] / seconds:>7.3f}")
     return int(not agree)
 
 
