@@ -110,6 +110,7 @@ set(LORA_DETAIL_HEADERS
   layers/norm_limit.hpp
   adapter/fingerprint.hpp
   dropout.hpp
+  dropout_avx512.hpp
   low_rank_linear.hpp
   model/frozen_parameters.hpp
   model/index.hpp

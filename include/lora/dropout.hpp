@@ -11,6 +11,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <lora/dropout_avx512.hpp>
+#include <lora/system/parallel.hpp>
+#include <lora/system/processor.hpp>
 #include <lora/version.hpp>
 
 #include <algorithm>
@@ -70,7 +73,7 @@ class DropoutMask {
     if (!from.is_cpu())
       return at::native_dropout_backward(from, places.defined() ? places : this->places(from), factor);
     auto into = at::empty_like(from);
-    for_each(from, into, factor, [](auto& to, auto value) { to = value; });
+    for_each</*kAdds=*/false>(from, into, factor);
     return into;
   }
 
@@ -79,7 +82,7 @@ class DropoutMask {
     if (!x.is_cpu() || x.scalar_type() != into.scalar_type()) {
       into.add_(of(x, factor, places));
     } else {
-      for_each(x, into, factor, [](auto& to, auto value) { to += value; });
+      for_each</*kAdds=*/true>(x, into, factor);
     }
   }
 
@@ -90,36 +93,55 @@ class DropoutMask {
 
   using Bits = std::array<uint16_t, kBlock>;
 
-  /// Calls `put(into[i], factor * from[i] or zero)` for every element.
-  template <class Put>
-  void for_each(const at::Tensor& from, const at::Tensor& into, double factor, const Put& put) const {
+  /// into[i] = factor * from[i] or zero for every element, or, if kAdds, that more than it was.
+  template <bool kAdds>
+  void for_each(const at::Tensor& from, const at::Tensor& into, double factor) const {
+    constexpr int64_t kBlocksOfThread = 128;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "lora::dropout", [&] {
       const auto* source = from.const_data_ptr<scalar_t>();
       auto* target = into.mutable_data_ptr<scalar_t>();
       const auto size = from.numel();
-      Bits bits;
-      int64_t first = 0;
-      for (; first + kBlock <= size; first += kBlock) {
-        fill(bits, first);
-        constexpr std::integral_constant<int64_t, kBlock> count;  // that the compiler knows
-        put_block(source + first, target + first, count, bits.data(), factor, put);
-      }
-      fill(bits, first);
-      put_block(source + first, target + first, size - first, bits.data(), factor, put);
+      parallel_for(0, (size + kBlock - 1) / kBlock, kBlocksOfThread, [&](int64_t first, int64_t last) {
+        put_range<kAdds>(source, target, first * kBlock, std::min(last * kBlock, size), factor);
+      });
     });
+  }
+
+  /// The elements [first, last), where `first` is a multiple of the block.
+  template <bool kAdds, class T>
+  void put_range(const T* source, T* target, int64_t first, int64_t last, double factor) const {
+#if defined(LORA_AVX512)
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, c10::BFloat16>) {
+      if (has_avx512() && acts())
+        return avx512::drop<kAdds>(seed_, kept_, source, target, first, last, static_cast<float>(factor));
+    }
+#endif
+    Bits bits;
+    for (; first + kBlock <= last; first += kBlock) {
+      fill(bits, first);
+      constexpr std::integral_constant<int64_t, kBlock> count;  // that the compiler knows
+      put_block<kAdds>(source + first, target + first, count, bits.data(), factor);
+    }
+    fill(bits, first);
+    put_block<kAdds>(source + first, target + first, last - first, bits.data(), factor);
   }
 
   /// The same for a block. The compiler knows that these are apart only where they come as arguments; then -O2 makes
   /// vectors of it.
-  template <class T, class Count, class Put>
+  template <bool kAdds, class T, class Count>
   void put_block(const T* __restrict values, T* __restrict results, Count count, const uint16_t* __restrict bits,
-                 double factor, const Put& put) const {
+                 double factor) const {
     using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const auto one = static_cast<Wide>(factor);
     const auto kept = kept_;
     for (int64_t i = 0; i < count; ++i) {
       const auto by = uint32_t{bits[i]} < kept ? one : Wide(0);
-      put(results[i], static_cast<T>(static_cast<Wide>(values[i]) * by));
+      const auto value = static_cast<T>(static_cast<Wide>(values[i]) * by);
+      if constexpr (kAdds) {
+        results[i] += value;
+      } else {
+        results[i] = value;
+      }
     }
   }
 

@@ -12,7 +12,7 @@ set(lines
   "files/bitsandbytes.hpp"
   "selection/text.hpp selection/expression.hpp selection/patterns.hpp"
   "method/"
-  "batch_rows.hpp dropout.hpp low_rank_linear.hpp functional.hpp site.hpp"
+  "batch_rows.hpp dropout_avx512.hpp dropout.hpp low_rank_linear.hpp functional.hpp site.hpp"
   "layers/"
   "model/"
   "config.hpp"
