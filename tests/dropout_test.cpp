@@ -45,6 +45,28 @@ TEST_CASE("A mask keeps what is expected, in every type, and scales it so that t
   CHECK(torch::equal(sum, x + mask.of(x) + mask.of(x) / 2));
 }
 
+TEST_CASE("A mask keeps the same elements of all types, up to the last one, and writes nothing behind it") {
+  const DropoutMask mask(GENERATE(0.1, 0.7));
+  const auto type = GENERATE(torch::kFloat, torch::kBFloat16, torch::kHalf);
+  torch::manual_seed(0);
+  for (const int64_t size : {0, 1, 15, 16, 17, 31, 33, 255, 256, 257, 300, 70000}) {
+    INFO(type << " " << size);
+    const auto x = torch::randn({size}, testing::on_device(torch::kFloat)).to(type);
+    if (x.is_cpu()) {  // other devices have a generator of their own
+      const auto wide = x.to(torch::kDouble);
+      CHECK(torch::equal(mask.of(x), mask.of(wide).to(type)));
+      const auto before = torch::randn({size + 40}, torch::kFloat).to(type);
+      auto sum = before.clone();
+      mask.add(x, sum.narrow(0, 0, size), 0.5);
+      const auto exact = before.narrow(0, 0, size).to(torch::kDouble) + mask.of(wide, 0.5);
+      const double rounding = type == torch::kFloat ? 1e-6 : type == torch::kHalf ? 2e-3 : 2e-2;
+      if (size > 0)
+        CHECK((sum.narrow(0, 0, size).to(torch::kDouble) - exact).abs().max().item<double>() < 4 * rounding);
+      CHECK(torch::equal(sum.narrow(0, size, 40), before.narrow(0, size, 40)));
+    }
+  }
+}
+
 TEST_CASE("A mask keeps something, however little that is") {
   const DropoutMask mask(0.9999999);
   CHECK(mask.scale() == 65536);
