@@ -1,7 +1,6 @@
 // How long does it take to merge adapters into a model, to take them out again, and to go over to others? A model with
-// the 60 query and value projections of SmolLM2-135M (576 -> 576 and 192), rank 8. Before the first merge the weights
-// as they are are to be kept, which takes fresh memory; printed are the medians of what comes after, and that the
-// tensors stayed the same and have the same bits after unmerging.
+// the 60 query and value projections of SmolLM2-135M (576 -> 576 and 192), rank 8; what the weights were is kept.
+// Printed are the medians, and whether the weights are the same tensors all the time and have the same bits afterwards.
 //
 //   merge [ROUNDS]      100
 #include <torch/torch.h>

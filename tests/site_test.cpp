@@ -6,7 +6,9 @@
 
 #include <torch/nn/modules/linear.h>
 
+#include <array>
 #include <functional>
+#include <limits>
 
 namespace {
 
@@ -57,6 +59,61 @@ TEST_CASE("The updates that are merged add up, each with its weight") {
   CHECK(torch::equal(f.site->pristine(), f.before));
   f.site->unmerge();
   CHECK(torch::equal(f.layer->weight, f.before));
+}
+
+TEST_CASE("A weight has the same bits whether updates are added in its memory or beside it") {
+  const auto type = GENERATE(torch::kFloat, torch::kDouble);
+  torch::manual_seed(0);
+  const auto options = torch::TensorOptions(testing::device()).dtype(type);
+  for (const auto& [out, in, rank] : {std::array<int64_t, 3>{5, 3, 2}, {64, 48, 8}, {192, 576, 8}, {33, 1, 4}}) {
+    INFO(type << " " << out << " " << in << " " << rank);
+    torch::nn::Linear member(torch::nn::LinearOptions(in, out).bias(false));
+    member->to(testing::device(), type);
+    lora::Place place{"here", "here", "Linear",
+                      std::make_shared<lora::detail::MemberSlot>(*member, member->weight, "weight", false)};
+    auto site = std::make_shared<lora::Site>(std::move(place), lora::MatrixView::plain({out, in}));
+    std::vector<lora::MergedMethod> methods;
+    for (const double alpha : {3.0, -16.0})
+      methods.push_back({"a", low_rank(torch::randn({rank, in}), torch::randn({out, rank}), alpha), 0.75});
+    for (auto& [name, method, weight] : methods) {
+      for (const auto& parameter : method->tensors()) parameter.tensor->set_data(parameter.tensor->to(options));
+    }
+    const auto beside = site->merged(member->weight.detach(), methods);
+    CHECK(site->prepared(methods).adds_in_place);
+    lora::detail::merge({{site, methods}});
+    CHECK(torch::equal(member->weight, beside));
+    CHECK(testing::distance(beside, site->pristine()) > 0.1);
+    site->unmerge();
+
+    // So large that only W' tells whether it fits, which it does.
+    member->weight.detach().fill_(type == torch::kFloat ? 3e38 : 1.7e308);
+    const auto large = member->weight.detach().clone();
+    CHECK_FALSE(site->prepared(methods).adds_in_place);
+    lora::detail::merge({{site, methods}});
+    CHECK(torch::equal(site->pristine(), large));
+    site->unmerge();
+    CHECK(torch::equal(member->weight, large));
+  }
+}
+
+TEST_CASE("An update that overflows is refused with what is the matter, and nothing is merged") {
+  Fixture f, other;
+  const auto infinity = std::numeric_limits<float>::infinity();
+  const auto [value, weight, text] = GENERATE_REF(table<float, float, const char*>({
+      {infinity, 0.0F, "the update of adapter \"b\" is not finite"},
+      {2e37F, 0.0F, "the update of adapter \"b\" is not finite"},  // thirty times that is not
+      {1e37F, 3e38F, "the merged weight does not fit into its type"},
+      {1.0F, infinity, "or the weight itself is not finite"},
+  }));
+  f.layer->weight.detach()[1][1] = weight;
+  f.before = f.layer->weight.detach().clone();
+  f.b.method->tensors().front().tensor->detach().copy_(torch::tensor({{0.0F, value}}));
+  const auto error = testing::error_of([&] { lora::detail::merge({{other.site, {other.a}}, {f.site, {f.a, f.b}}}); });
+  CHECK_THAT(error, testing::contains(text));
+  CHECK(torch::equal(f.layer->weight, f.before));
+  CHECK(torch::equal(other.layer->weight, other.before));
+  CHECK_FALSE(f.site->is_merged());
+  CHECK_FALSE(other.site->is_merged());
 }
 
 TEST_CASE("Merging writes into the tensor that everybody holds; only one that is shared is told apart") {

@@ -134,7 +134,10 @@ class Site {
     bool adds_in_place;
   };
 
-  /// Throws when an update or W' is not finite, or may not be; changes nothing.
+  /// Throws when an update or W' is not finite; changes nothing.
+  void check_finite(const std::vector<MergedMethod>& methods) const;
+
+  /// Throws then, too; changes nothing.
   Prepared prepared(const std::vector<MergedMethod>& methods) const;
 
   /// Merges what was prepared. Takes no memory to speak of, so that it cannot fail half way.
@@ -181,6 +184,10 @@ class Site {
   };
 
   static std::shared_ptr<const detail::MergedWeight> entry_of(const at::Tensor& weight, const at::Tensor& former);
+
+  /// Whether the updates can be added in the weight's own memory, and are so small that W' is finite without a look at
+  /// it.
+  bool is_sure_to_fit(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const;
 
   /// The updates as terms that only add products of a type to the weight, as it lies; none where one is more than that.
   std::vector<Term> added_terms(const at::Tensor& weight, at::ScalarType type,
@@ -310,21 +317,31 @@ LORA_INLINE at::Tensor Site::merged(const at::Tensor& weight, const std::vector<
   return result;
 }
 
-LORA_INLINE Site::Prepared Site::prepared(const std::vector<MergedMethod>& methods) const {
-  const detail::BelowInterception below;
-  at::NoGradGuard no_grad;
-  const auto weight = place_.slot->read().detach();
-  if (is_told_apart() || detail::is_quantized(weight)) return {merged(weight, methods), false};
-  // Of the largest magnitudes it is known of most updates that nothing is beyond its type.
+LORA_INLINE bool Site::is_sure_to_fit(const at::Tensor& weight, const std::vector<MergedMethod>& methods) const {
+  if (is_told_apart() || detail::is_quantized(weight)) return false;
   const auto terms = added_terms(weight, weight.scalar_type(), methods);
-  auto largest = terms.empty() ? std::numeric_limits<double>::infinity() : detail::largest_magnitude(weight);
+  if (terms.empty()) return false;
+  auto largest = detail::largest_magnitude(weight);
   for (const auto& term : terms)
     largest += std::abs(term.scale) * static_cast<double>(term.A.size(0)) * detail::largest_magnitude(term.A) *
                detail::largest_magnitude(term.B);
-  const auto most = weight.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
-                                                        : double{std::numeric_limits<float>::max()};
-  if (largest < most / 2) return {weight.clone(), true};
-  return {merged(weight, methods), false};
+  const bool is_double = weight.scalar_type() == at::kDouble;
+  const double most = is_double ? std::numeric_limits<double>::max() : double{std::numeric_limits<float>::max()};
+  return largest < most / 2;  // false for what is no number
+}
+
+LORA_INLINE void Site::check_finite(const std::vector<MergedMethod>& methods) const {
+  const detail::BelowInterception below;
+  at::NoGradGuard no_grad;
+  if (const auto weight = this->weight().detach(); !is_sure_to_fit(weight, methods)) merged(weight, methods);
+}
+
+LORA_INLINE Site::Prepared Site::prepared(const std::vector<MergedMethod>& methods) const {
+  const detail::BelowInterception below;
+  at::NoGradGuard no_grad;
+  const auto weight = this->weight().detach();
+  if (is_sure_to_fit(weight, methods)) return {weight.clone(), /*adds_in_place=*/true};
+  return {merged(weight, methods), /*adds_in_place=*/false};
 }
 
 LORA_INLINE void Site::merge(Prepared prepared, std::vector<MergedMethod> methods) {
@@ -441,6 +458,7 @@ LORA_INLINE at::Tensor Site::sum(const at::Tensor& weight, const std::vector<Mer
 
 LORA_INLINE std::vector<Term> Site::added_terms(const at::Tensor& weight, at::ScalarType type,
                                                 const std::vector<MergedMethod>& methods) const {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   std::vector<Term> terms;
   if (!view_->is_plain() || weight.dim() != 2) return terms;
   const auto base = this->base(weight);

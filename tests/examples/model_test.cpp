@@ -47,7 +47,7 @@ TEST_CASE("cached passes give the logits of one pass over the whole text") {
   const auto ids = random_ids(2, 150);
   const auto whole = model->forward(ids);
   REQUIRE(whole.sizes() == torch::IntArrayRef({2, 150, 31}));
-  REQUIRE(whole.abs().max().item<double>() > 0.1);
+  REQUIRE(whole.abs().max().item<double>() > 0.5);
 
   // A long start, single tokens across the growth of the buffers, and several tokens on top of a filled cache.
   gpt::KeyValueCache cache;

@@ -79,10 +79,10 @@ inline void check_places(const std::vector<Merging>& all) {
   }
 }
 
-/// Throws when an update or a merged weight is not finite. They are computed for it, and again when they are merged: so
-/// one of them is in memory at a time.
+/// Throws when an update or a merged weight is not finite. Where W' has to be computed for it, one is in memory at a
+/// time.
 inline void check_updates(const std::vector<Merging>& all) {
-  for (const auto& [site, methods] : all) site->merged(site->weight(), methods);
+  for (const auto& [site, methods] : all) site->check_finite(methods);
 }
 
 /// Throws inside of a scope that adapts a weight which is held in few bits: it gets other memory when it is merged or

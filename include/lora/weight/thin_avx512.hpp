@@ -178,6 +178,9 @@ class CoefficientsOfRows {
     }
   }
 
+  CoefficientsOfRows(const CoefficientsOfRows&) = delete;
+  CoefficientsOfRows& operator=(const CoefficientsOfRows&) = delete;
+
   /// Of the n-th of the rows.
   const float* row(std::int64_t n) const { return numbers_ + n * stride_; }
 
