@@ -53,13 +53,14 @@ namespace detail {
 /// Whether the norms are computed in one pass over W: all are numbers of float32 on a CPU, A fits a cache beside the
 /// rows of W, and nothing records operators.
 inline bool is_for_norms_by_rows(const at::Tensor& W, const at::Tensor& A, const at::Tensor& B) {
-  constexpr int64_t kMostNumbers = 1 << 16, kMostRanks = 64;
+  constexpr int64_t kMostNumbers = 1 << 16, kLargestRank = 64;
   const auto is_matrix = [](const at::Tensor& matrix) {
     return matrix.dim() == 2 && is_plain_float(matrix) && matrix.is_contiguous();
   };
   if (!is_matrix(W) || !is_matrix(A) || !is_matrix(B)) return false;
   const bool fits = A.size(1) == W.size(1) && B.size(0) == W.size(0) && B.size(1) == A.size(0);
-  return fits && A.size(0) <= kMostRanks && A.numel() <= kMostNumbers && has_avx2() && !torch::jit::tracer::isTracing();
+  return fits && A.size(0) <= kLargestRank && A.numel() <= kMostNumbers && has_avx2() &&
+         !torch::jit::tracer::isTracing();
 }
 
 /// W A^T (out, rank), and in `squares` (out) ||w||^2.
