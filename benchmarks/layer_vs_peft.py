@@ -18,7 +18,9 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEP = re.compile(r"(step|forward), (\d+) rows, (\d+) -> (\d+), r=(\d+)(?:, dropout ([\d.]+))?(, DoRA)?(, bfloat16)?$")
+STEP = re.compile(
+    r"(step|forward), (\d+) rows, (\d+) -> (\d+), r=(\d+)(?:, dropout ([\d.]+))?(, DoRA)?(, bfloat16)?(?:, (\d+) layers)?$"
+)
 ROWS = re.compile(r"(step|forward), (\d+) rows of (\d+), (\d+) adapters, (sorted|in turns)$")
 
 
@@ -44,38 +46,48 @@ def ratio(frozen, adapted, rounds, device="cpu"):
     return statistics.median(ratios)
 
 
-def adapted_layer(width_in, width_out, dtype=None, count=1, **options):
+def adapted_layers(width_in, width_out, dtype=None, layers=1, count=1, **options):
+    """Layers that have one input, as a model whose outputs are theirs; with so many adapters."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(target_modules=["0"], lora_alpha=16, init_lora_weights=False, **options)
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(width_in, width_out, dtype=dtype)), config, adapter_name="adapter 0")
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all = torch.nn.ModuleList(torch.nn.Linear(width_in, width_out, dtype=dtype) for _ in range(layers))
+
+        def forward(self, x):
+            return [layer(x) for layer in self.all]
+
+    config = LoraConfig(target_modules=r"all\.\d+", lora_alpha=16, init_lora_weights=False, **options)
+    model = get_peft_model(Layers(), config, adapter_name="adapter 0")
     for i in range(1, count):
         model.add_adapter(f"adapter {i}", config)
     return model
 
 
-def single(kind, rows, width_in, width_out, rank, dropout, dora, half, rounds, device):
+def single(kind, rows, width_in, width_out, rank, dropout, dora, half, layers, rounds, device):
     import torch
 
     is_step = kind == "step"
     dtype = torch.bfloat16 if half else torch.float
-    model = adapted_layer(width_in, width_out, dtype, r=rank, lora_dropout=dropout, use_dora=dora)
+    model = adapted_layers(width_in, width_out, dtype, layers, r=rank, lora_dropout=dropout, use_dora=dora)
     model = model.train(is_step).to(device)
-    plain = torch.nn.Linear(width_in, width_out, device=device, dtype=dtype).requires_grad_(False)
+    sizes = dict(in_features=width_in, out_features=width_out)
+    frozen = [torch.nn.Linear(**sizes, device=device, dtype=dtype).requires_grad_(False) for _ in range(layers)]
     x = torch.randn(rows, width_in, device=device, dtype=dtype, requires_grad=is_step)
-    gradient = torch.randn(rows, width_out, device=device, dtype=dtype)
+    gradients = [torch.randn(rows, width_out, device=device, dtype=dtype) for _ in range(layers)]
 
-    def run(layer):
-        y = layer(x)
+    def run(forward):
+        outputs = forward(x)
         if is_step:
-            y.backward(gradient)
+            torch.autograd.backward(outputs, gradients)
         x.grad = None
         for parameter in model.parameters():
             parameter.grad = None
 
     with torch.set_grad_enabled(is_step):
-        return ratio(lambda: run(plain), lambda: run(model), rounds, device)
+        return ratio(lambda: run(lambda x: [layer(x) for layer in frozen]), lambda: run(model), rounds, device)
 
 
 def mixed(kind, rows, positions, count, order, rounds):
@@ -83,7 +95,7 @@ def mixed(kind, rows, positions, count, order, rounds):
 
     if kind == "step":
         return None  # peft computes such batches without gradients only
-    model = adapted_layer(768, 768, count=count, r=8).eval()
+    model = adapted_layers(768, 768, count=count, r=8).eval()
     plain = torch.nn.Linear(768, 768)
     names = [f"adapter {row * count // rows if order == 'sorted' else row % count}" for row in range(rows)]
     x = torch.randn(rows, positions, 768)
@@ -95,9 +107,9 @@ def mixed(kind, rows, positions, count, order, rounds):
 
 def in_peft(case, rounds, device):
     if match := STEP.match(case):
-        kind, rows, width_in, width_out, rank, dropout, dora, half = match.groups()
+        kind, rows, width_in, width_out, rank, dropout, dora, half, layers = match.groups()
         sizes = int(rows), int(width_in), int(width_out), int(rank)
-        return single(kind, *sizes, float(dropout or 0), bool(dora), bool(half), rounds, device)
+        return single(kind, *sizes, float(dropout or 0), bool(dora), bool(half), int(layers or 1), rounds, device)
     kind, rows, positions, count, order = ROWS.match(case).groups()
     return mixed(kind, int(rows), int(positions), int(count), order, rounds)
 
