@@ -128,8 +128,10 @@ set(LORA_DETAIL_HEADERS
   selection/patterns.hpp
   selection/selection.hpp
   selection/text.hpp
+  shared_input.hpp
   system/files.hpp
   system/libtorch.hpp
+  system/node.hpp
   system/parallel.hpp
   system/process_wide.hpp
   system/processor.hpp

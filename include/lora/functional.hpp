@@ -14,6 +14,10 @@
 namespace lora {
 inline namespace LORA_ABI {
 
+namespace detail {
+class Followers;
+}
+
 /// One update that acts on an operand.
 struct Update {
   const AnyMethod* method;
@@ -23,6 +27,8 @@ struct Update {
   double weight = 1;       ///< a factor for the update as a whole
   int64_t at = 0;          ///< the first output of the product that is its own, where the operand holds several weights
   detail::RowsOfUpdate rows = {};  ///< on which rows of the batch it acts; all, where nothing is said
+  /// Which layers' products are known to follow with the same input; null where nothing is to be known of that.
+  std::shared_ptr<detail::Followers> followers = nullptr;
 };
 
 using Updates = c10::SmallVector<Update, 4>;
@@ -53,6 +59,7 @@ LORA_INLINE at::Tensor adapted_product(const Product& product, c10::ArrayRef<Upd
 
 #include <lora/dropout.hpp>
 #include <lora/low_rank_linear.hpp>
+#include <lora/shared_input.hpp>
 #include <lora/weight/plain.hpp>
 
 #include <algorithm>
@@ -161,7 +168,8 @@ using Terms = c10::SmallVector<Term, 2>;
 /// little, so there the products are taken apart.
 class FusedProduct {
  public:
-  FusedProduct(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms) : product_(product) {
+  FusedProduct(const Product& product, c10::ArrayRef<Update> updates, const Terms& terms)
+      : product_(product), followers_(updates.size() == 1 ? updates.front().followers : nullptr) {
     const bool multiplies = product.form == Product::Form::kRows || product.form == Product::Form::kColumns;
     if (!multiplies || !is_plain(product.x) || !is_plain(product.operand)) return;
     if (!at::isFloatingType(product.x.scalar_type())) return;
@@ -184,17 +192,44 @@ class FusedProduct {
 
   bool is_possible() const { return !slices_.empty(); }
 
-  at::Tensor result() const {
+  at::Tensor result() {
     const auto& x = product_.x;
-    if (x.dim() == 2) return LowRankLinear::compute(product_, x, slices_, gain_);
-    const auto rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);  // also where there is no input
-    const auto y = LowRankLinear::compute(product_, x.reshape({rows, x.size(-1)}), slices_, gain_);
+    const auto shared = shared_input();
+    const auto y = LowRankLinear::compute(product_, shared ? shared->x() : matrix(), slices_, gain_);
+    if (x.dim() == 2) return y;
     at::DimVector sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = y.size(1);
     return y.view(sizes);
   }
 
  private:
+  /// x as (N, in).
+  at::Tensor matrix() const {
+    const auto& x = product_.x;
+    if (x.dim() == 2) return x;
+    const auto rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);  // also where there is no input
+    return x.reshape({rows, x.size(-1)});
+  }
+
+  /// What the slices have in common with each other, or with other products; then they have their S from it.
+  std::shared_ptr<const SharedInput> shared_input() {
+    if ((slices_.size() == 1 && !followers_) || !SharedInput::is_worth_it(product_.x)) return nullptr;
+    std::vector<at::Tensor> factors;
+    for (const auto& slice : slices_) {
+      if (slice.mask.acts() || !slice.rows.are_all() || slice.A.is_inference()) return nullptr;
+      factors.push_back(slice.A);
+    }
+    const auto as_matrix = [&] { return matrix(); };
+    auto shared = slices_.size() == 1 ? ProductRun::of_thread().next(product_.x, factors.front(), followers_, as_matrix)
+                                      : SharedInput::make(matrix(), factors);
+    if (!shared) return nullptr;
+    for (auto& slice : slices_) {
+      slice.S = shared->projected(slice.A);
+      if (!slice.is_projected()) return nullptr;
+    }
+    return shared;
+  }
+
   bool can_add(const Update& update, const Term& term) const {
     if (Dropout(update).acts() && !DropoutMask::is_for(product_.x)) return false;
     if (!update.method->has_term() || update.base->shape().is_lookup) return false;
@@ -242,6 +277,7 @@ class FusedProduct {
   }
 
   const Product& product_;
+  std::shared_ptr<Followers> followers_;
   LowRankLinear::Slices slices_;
   at::Tensor gain_;
 };
@@ -472,11 +508,11 @@ LORA_INLINE at::Tensor adapted_product(const Product& product, c10::ArrayRef<Upd
     for (const auto& update : updates)
       terms.push_back(update.method->has_term() ? update.method->term(*update.base) : Term());
     const auto add_up = [](const Product& own, c10::ArrayRef<Update> acting, const detail::Terms& of_these) {
-      const detail::FusedProduct fused(own, acting, of_these);
+      detail::FusedProduct fused(own, acting, of_these);
       return fused.is_possible() ? fused.result() : detail::ProductSum(own, acting, of_these).result();
     };
     if (in_rows == nullptr) return add_up(product, updates, terms);
-    const detail::FusedProduct fused(product, updates, terms);
+    detail::FusedProduct fused(product, updates, terms);
     if (fused.is_possible()) return fused.result();
     return apart([&](const Product& own, const Updates& acting, size_t group) {
       return add_up(own, acting, detail::of_group(terms, updates, group));

@@ -12,6 +12,7 @@
 #include <lora/batch_rows.hpp>
 #include <lora/dropout.hpp>
 #include <lora/method/term.hpp>
+#include <lora/shared_input.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
 #include <lora/weight/optional.hpp>
@@ -41,6 +42,9 @@ namespace detail {
 /// A gain (out) scales the product and its one update, y = gain * (x M^T + s (x A^T) B^T) + b. Then g in the above, but
 /// for db, is g * gain, and dgain = sum over N of g * (x M^T + s (x A^T) B^T), which is kept.
 ///
+/// Where S_i is given, since x is a shared input, it is an operand in the place of A_i: then dS_i = s_i G_i, x gets the
+/// gradient g M alone, and that in the sum of all products with this input.
+///
 /// What is kept for backward is S_i (rank_i, N_i) beside the operands; of dropout, the seed. Updates are added in
 /// place, and scales are folded into the products.
 class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
@@ -49,10 +53,15 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
  public:
   struct Slice {
     at::Tensor A, B;
-    double scale;      ///< with that of its dropout
-    int64_t at;        ///< the first output that it acts on
-    DropoutMask mask;  ///< of its rows of x; one and the same for the parts of an update
-    Entries rows;      ///< of x that it acts on
+    double scale;       ///< with that of its dropout
+    int64_t at;         ///< the first output that it acts on
+    DropoutMask mask;   ///< of its rows of x; one and the same for the parts of an update
+    Entries rows;       ///< of x that it acts on
+    at::Tensor S = {};  ///< given for a shared input, with all rows and without dropout
+
+    bool is_projected() const { return S.defined(); }
+    /// The operand by which it depends on x, or on A.
+    const at::Tensor& factor() const { return is_projected() ? S : A; }
   };
   using Slices = std::vector<Slice>;
 
@@ -60,10 +69,10 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   static at::Tensor compute(const Product& product, const at::Tensor& x, Slices slices, const at::Tensor& gain = {}) {
     const auto needs_gradient = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
     bool needs_any = needs_gradient(x) || needs_gradient(product.bias) || needs_gradient(gain);
-    for (const auto& slice : slices) needs_any = needs_any || needs_gradient(slice.A) || needs_gradient(slice.B);
+    for (const auto& slice : slices) needs_any = needs_any || needs_gradient(slice.factor()) || needs_gradient(slice.B);
     if (!needs_any || !at::GradMode::is_enabled()) return add_all(product, x, slices, gain, /*kept=*/nullptr);
     Tensors factors;
-    for (const auto& slice : slices) factors.insert(factors.end(), {slice.A, slice.B});
+    for (const auto& slice : slices) factors.insert(factors.end(), {slice.factor(), slice.B});
     if (gain.defined()) factors.push_back(gain);
     const auto plan = c10::make_intrusive<Plan>(product, std::move(slices));
     return apply(x, optional(product.bias), at::TensorList(factors), product, plan);
@@ -78,7 +87,10 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     kept.insert(kept.end(), factors.begin(), factors.end());
     const bool has_gain = factors.size() > 2 * plan->slices.size();
     auto y = add_all(product, x, plan->slices, has_gain ? factors.back() : at::Tensor(), &kept);
-    for (auto& slice : plan->slices) slice.A = slice.B = at::Tensor();  // from here on they are among what is kept
+    for (auto& slice : plan->slices) {  // from here on they are among what is kept
+      plan->is_projected.push_back(slice.is_projected());
+      slice.A = slice.B = slice.S = at::Tensor();
+    }
     context->save_for_backward(std::move(kept));
     context->saved_data["plan"] = c10::IValue::make_capsule(plan);
     return y;
@@ -113,15 +125,23 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       }
       g = g * gain;
     }
-    if (wants_x) dx = matrix_product(g, matrix);
+    const bool is_shared = plan.is_projected.front();  // of one input all are
+    const bool adds_to_shared = wants_x && is_shared && !is_differentiated && is_plain(g);
+    if (wants_x && !(adds_to_shared && SharedInputNode::add(g, matrix))) dx = matrix_product(g, matrix);
     DroppedInput dropped(x);
     for (size_t i = 0; i < count; ++i) {
-      const auto& [unused_A, unused_B, scale, at, mask, rows] = plan.slices[i];
-      const auto &A = kept[2 + 2 * i], &B = kept[3 + 2 * i];
+      const auto& [unused_A, unused_B, scale, at, mask, rows, unused_S] = plan.slices[i];
+      const auto &A = kept[2 + 2 * i], &B = kept[3 + 2 * i];  // or S in the place of A
       const auto own = rows.of(columns(g, at, B.size(0)));
       auto &dA = all[2 + 2 * i], &dB = all[3 + 2 * i];
       if (is_differentiated) {
         const auto type = B.scalar_type();
+        if (is_shared) {
+          const auto g_i = in_type(own, type);
+          dA = g_i.mm(B).t() * scale;
+          dB = g_i.t().mm(A.t()) * scale;
+          continue;
+        }
         const auto x_i = in_type(mask.acts() ? kept_of(rows.of(x), mask) : rows.of(x), type);
         const auto g_i = in_type(own, type);
         const auto G = g_i.mm(B) * scale;
@@ -133,11 +153,13 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       const auto B_t = B.t();
       const auto g_i = written_out_for(B_t, own);
       const auto G = thin_mm(B_t, g_i);
-      if (wants_x) add_to_input(dx, plan.slices[i], G, A, dropped);
-      if (context->needs_input_grad(first + 2 * i)) dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
+      if (is_shared) dA = G * scale;
+      if (wants_x && !is_shared) add_to_input(dx, plan.slices[i], G, A, dropped);
+      if (!is_shared && context->needs_input_grad(first + 2 * i))
+        dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
       if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like_t(B, kept[2 + factors + i], g_i, scale);
     }
-    if (wants_x) dx = in_type(dx, x.scalar_type());
+    if (dx.defined()) dx = in_type(dx, x.scalar_type());
     return all;
   }
 
@@ -149,6 +171,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
           is_transposed(product.form == Product::Form::kColumns) {}
 
     Slices slices;
+    std::vector<bool> is_projected;
     bool has_bias, is_transposed;
   };
 
@@ -215,7 +238,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   /// dx[rows] += d(s G^T A)
   static void add_to_input(at::Tensor& dx, const Slice& slice, const at::Tensor& G, const at::Tensor& A,
                            DroppedInput& dropped) {
-    const auto& [unused_A, unused_B, scale, at, mask, rows] = slice;
+    const auto& [unused_A, unused_B, scale, at, mask, rows, unused_S] = slice;
     if (!mask.acts()) return add_product(dx, rows, G, A, scale);
     const auto added = at::mm(G.t(), A);
     const auto& places = dropped.places(mask, added);
@@ -226,7 +249,8 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   /// x M^T + s (x A^T) B^T once more, for derivatives of derivatives.
   static at::Tensor moved_product(const Plan& plan, const Tensors& kept, const at::Tensor& matrix) {
     const auto &x = kept[0], &A = kept[2], &B = kept[3];
-    return matrix_product(x, matrix.t()) + x.mm(A.t()).mm(B.t()) * plan.slices.front().scale;
+    const auto projected = plan.is_projected.front() ? A.t() : x.mm(A.t());
+    return matrix_product(x, matrix.t()) + projected.mm(B.t()) * plan.slices.front().scale;
   }
 
   /// y; and at the end of `kept`, if that is given, every S_i, and what a gain scales.
@@ -236,7 +260,7 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
     auto y = product.run(x, product.operand, gain.defined() ? at::Tensor() : product.bias);
     DroppedInput dropped(x);
     for (const auto& slice : slices) {
-      const auto S = thin_mm(slice.A, dropped.by(slice.mask, slice.rows));
+      const auto S = slice.is_projected() ? slice.S : thin_mm(slice.A, dropped.by(slice.mask, slice.rows));
       if (y.size(1) == slice.B.size(0)) {
         add_product(y, slice.rows, S, slice.B.t(), slice.scale);
       } else {

@@ -12,6 +12,7 @@
 #include <lora/intercept/copies.hpp>
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
+#include <lora/shared_input.hpp>
 #include <lora/system/libtorch.hpp>
 #include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
@@ -185,6 +186,7 @@ class ScopeGuard {
   explicit ScopeGuard(std::shared_ptr<const Scope> scope) : scope_(std::move(scope)) { ActiveScopes::add(scope_); }
 
   ~ScopeGuard() {
+    ProductRun::of_thread().end();
     if (std::this_thread::get_id() == scope_->home) {
       ActiveScopes::remove(scope_.get());
       return;
@@ -311,6 +313,7 @@ inline Updates find_updates(const at::Tensor& operand, Use use, const char* oper
       const bool is_merged = active.site->is_merged() && active.site->is_in(acting.method.get());
       if (is_merged) continue;
       updates.push_back({acting.method.get(), &active.base, part, training, acting.weight});
+      updates.back().followers = active.followers;
       if (const auto* rows = scope.set->rows())
         updates.back().rows = {rows, acting.group, active.row_axis, &active.site->name()};
     }

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <lora/functional.hpp>
+#include <lora/shared_input.hpp>
 #include <lora/site.hpp>
 #include <lora/version.hpp>
 
@@ -60,6 +61,7 @@ struct ActiveSite {
   const c10::StorageImpl* storage;
   Weak address;  // keeps it from being another's, and not the memory from being freed
   std::vector<Acting> methods;
+  std::shared_ptr<Followers> followers = std::make_shared<Followers>();
 };
 
 /// Weights by the memory they lie in, since operators see views of them.

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <lora/adapter/activation.hpp>
+#include <lora/shared_input.hpp>
 #include <lora/train/new_graph.hpp>
 #include <lora/train/run_state.hpp>
 #include <lora/version.hpp>
@@ -79,14 +80,17 @@ class Checkpoint : public torch::autograd::Node {
     const NewGraph graph;
     auto roots = roots_of((*again)(inputs));
     const auto sink = make_node<Sink>();
-    Exits exits;
+    // Their order may be another one: products that are computed one by one at first may be computed together later.
+    Exits all(exits_), exits;
     std::vector<std::pair<torch::autograd::Edge*, torch::autograd::Edge>> led;
     graph.for_each_exit(roots, [&](torch::autograd::Edge& edge) {
       led.emplace_back(&edge, edge);
-      edge = torch::autograd::Edge(sink, exits.place(edge));
+      exits.place(edge);
+      edge = torch::autograd::Edge(sink, all.place(edge));
     });
-    check_same(roots.size() == gradients.size() && exits.edges() == exits_);
-    for (const auto& edge : exits.edges()) sink->add(edge.function->input_metadata(edge.input_nr));
+    const bool are_as_many = exits.edges().size() == exits_.size() && all.edges().size() == exits_.size();
+    check_same(roots.size() == gradients.size() && are_as_many);
+    for (const auto& edge : exits_) sink->add(edge.function->input_metadata(edge.input_nr));
     auto found = gradients_at(sink, roots, gradients);
     for (auto& [edge, before] : led) *edge = before;  // for a second derivative, whose graph goes through these nodes
     return found;
@@ -101,6 +105,7 @@ class Checkpoint : public torch::autograd::Node {
 
     Tensors first(const Tensors& inputs) const {
       const WithoutCastCache no_cache;
+      const OwnProductRun own_run;  // backward finds the products of the function alone
       return carried_(inputs);
     }
     Tensors operator()(const Tensors& inputs) const {

@@ -4,14 +4,16 @@
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <lora/shared_input.hpp>
+#include <lora/system/node.hpp>
 #include <lora/version.hpp>
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <type_traits>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 namespace lora {
@@ -27,18 +29,24 @@ class NewGraph {
   /// at a leaf. The order is the same for the same graph. `visit` may write another edge there.
   template <class Visit>
   void for_each_exit(Edges& roots, const Visit& visit) const {
-    std::unordered_set<const torch::autograd::Node*> seen;
-    std::vector<Edges*> open{&roots};
+    std::unordered_set<const torch::autograd::Edge*> seen;
+    std::vector<std::pair<torch::autograd::Edge*, size_t>> open;
+    const auto follow = [&](Edges& edges, size_t first, size_t count) {
+      if (count > 0 && seen.insert(&edges[first]).second) open.emplace_back(&edges[first], count);
+    };
+    follow(roots, 0, roots.size());
     while (!open.empty()) {
-      auto& edges = *open.back();
+      const auto [first, count] = open.back();
       open.pop_back();
-      for (auto& edge : edges) {
-        auto* node = edge.function.get();
+      for (auto* edge = first; edge != first + count; ++edge) {
+        auto* node = edge->function.get();
         if (node == nullptr) continue;
         if (!is_new(*node)) {
-          visit(edge);
-        } else if (seen.insert(node).second) {
-          open.push_back(&node->next_edges());
+          visit(*edge);
+        } else if (dynamic_cast<const SharedInputNode*>(node) != nullptr) {  // of its factors only those that are used
+          for (const size_t own : {size_t{0}, size_t{edge->input_nr}}) follow(node->next_edges(), own, 1);
+        } else {
+          follow(node->next_edges(), 0, node->next_edges().size());
         }
       }
     }
@@ -59,6 +67,12 @@ class Exits {
  public:
   using Edge = torch::autograd::Edge;
 
+  Exits() = default;
+  /// Those have theirs already.
+  explicit Exits(const torch::autograd::edge_list& edges) {
+    for (const auto& edge : edges) place(edge);
+  }
+
   uint32_t place(const Edge& edge) {
     const auto [found, is_new] = places_.emplace(edge, static_cast<uint32_t>(edges_.size()));
     if (is_new) edges_.push_back(edge);
@@ -70,18 +84,6 @@ class Exits {
   torch::autograd::edge_list edges_;
   std::unordered_map<Edge, uint32_t> places_;
 };
-
-/// How LibTorch holds nodes: by std::shared_ptr, since 2.13 by a pointer of its own.
-using NodePointer = decltype(torch::autograd::Edge::function);
-
-template <class Kind, class Pointer = NodePointer>
-auto make_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return std::make_shared<Kind>();
-  } else {
-    return c10::make_intrusive<Kind>();
-  }
-}
 
 /// Where gradients arrive that are wanted.
 struct Sink : torch::autograd::Node {

@@ -22,6 +22,10 @@ LORA_INLINE at::Tensor quantized_mm_value(const at::Tensor& x, const at::Tensor&
 /// no gradient.
 LORA_INLINE at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix);
 
+/// sum + x M for such a product and a `sum` (N, n) of its type that nobody else holds, without a gradient: in its
+/// memory, unless new memory is faster.
+LORA_INLINE at::Tensor plus_matrix_product(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& matrix);
+
 /// Throws where a weight that has its numbers would not multiply with such an input, either.
 LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand);
 
@@ -197,6 +201,13 @@ class FrozenMm : public torch::autograd::Function<FrozenMm> {
 
 LORA_INLINE at::Tensor matrix_product(const at::Tensor& x, const at::Tensor& matrix) {
   return is_computed_here(x, matrix, {}, /*inputs=*/0) ? FrozenMm::compute(x, matrix) : x.mm(matrix);
+}
+
+LORA_INLINE at::Tensor plus_matrix_product(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& matrix) {
+  const bool is_held = is_quantized(matrix);
+  if (!is_held && is_for_onednn(x, matrix, {}, /*inputs=*/0) && is_regular(x.size(0)))
+    return onednn_plus(sum, x, matrix);
+  return is_held || is_faster_here(x, matrix, {}, 0) ? sum.add_(matrix_product(x, matrix)) : sum.addmm_(x, matrix);
 }
 
 LORA_INLINE void check_type(const at::Tensor& x, const at::Tensor& operand) {

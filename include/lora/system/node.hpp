@@ -1,0 +1,28 @@
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+
+#include <lora/version.hpp>
+
+#include <memory>
+#include <type_traits>
+
+namespace lora {
+inline namespace LORA_ABI {
+namespace detail {
+
+/// How LibTorch holds nodes: by std::shared_ptr, since 2.13 by a pointer of its own.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+template <class Kind, class Pointer = NodePointer>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<Kind>();
+  } else {
+    return c10::make_intrusive<Kind>();
+  }
+}
+
+}  // namespace detail
+}  // namespace LORA_ABI
+}  // namespace lora
