@@ -172,6 +172,15 @@ TEST_CASE("Whatever part of a shared input's graph is asked for, its gradients a
       {"one output", [&](const Tensors& y) { return grad(y[1].sin().sum(), leaves); }},
       {"an output without an adapter", [&](const Tensors& y) { return grad(y[2].sin().sum(), leaves); }},
       {"x alone", [&](const Tensors& y) { return grad(Layers::loss_of(y), {layers.x}); }},
+      {"each output by a pass of its own",
+       [&](const Tensors& y) {
+         Tensors all;
+         for (const size_t i : {0, 1, 3}) {
+           const auto some = grad(y[i].sin().sum(), leaves);
+           all.insert(all.end(), some.begin(), some.end());
+         }
+         return all;
+       }},
       {"one factor", [&](const Tensors& y) { return grad(Layers::loss_of(y), {leaves[2]}); }},
       {"twice in one graph",
        [&](const Tensors& y) {
@@ -222,6 +231,41 @@ TEST_CASE("A second pass through a shared input that was let go says so") {
   const auto loss = Layers::loss_of(layers.outputs());
   loss.backward();
   CHECK_THROWS_WITH(loss.backward(), testing::contains("a second time"));
+}
+
+TEST_CASE("Layers with one input have steps of training each for itself") {
+  const auto losses = [] {
+    Layers layers;
+    layers.x = layers.x.detach();
+    auto active = layers.adapters->activate();
+    std::vector<double> all;
+    for (int step = 0; step < 4; ++step) {
+      for (const size_t i : {0, 1, 3}) {
+        const auto loss = layers.layer(i).forward(layers.x).square().sum();
+        loss.backward();
+        all.push_back(loss.item<double>());
+        for (const auto& tensor : layers.adapters->parameters()) {
+          if (tensor.grad().defined()) tensor.detach().sub_(tensor.grad() * 1e-3);
+          tensor.mutable_grad() = Tensor();
+        }
+      }
+      const auto first = layers.layer(0).forward(layers.x).square().sum(),
+                 second = layers.layer(1).forward(layers.x).square().sum();
+      first.backward();
+      const auto parameters = layers.adapters->named_parameters();
+      for (const auto& item : parameters) {
+        if (item.key().find("0.") == 0) item.value().detach().mul_(0.9);
+      }
+      second.backward();  // which does not need what was written to
+      all.push_back(second.item<double>());
+    }
+    return all;
+  };
+  const auto wanted = losses();
+  const SharesAll shares_all;
+  const auto found = losses();
+  REQUIRE(found.size() == wanted.size());
+  for (size_t i = 0; i < found.size(); ++i) CHECK(std::abs(found[i] - wanted[i]) < 1e-10);
 }
 
 TEST_CASE("What is expected to follow and does not, or is not what it was, is not shared") {

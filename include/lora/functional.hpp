@@ -213,20 +213,26 @@ class FusedProduct {
 
   /// What the slices have in common with each other, or with other products; then they have their S from it.
   std::shared_ptr<const SharedInput> shared_input() {
-    if ((slices_.size() == 1 && !followers_) || !SharedInput::is_worth_it(product_.x)) return nullptr;
+    if (slices_.size() == 1 && !followers_) return nullptr;
+    if (!SharedInput::is_worth_it(product_.x)) {
+      ProductRun::of_thread().end();
+      return nullptr;
+    }
     std::vector<at::Tensor> factors;
     for (const auto& slice : slices_) {
       if (slice.mask.acts() || !slice.rows.are_all() || slice.A.is_inference()) return nullptr;
+      if (!slice.A.is_leaf()) return nullptr;  // it is another one each time, and its graph is not to be held
       factors.push_back(slice.A);
     }
     const auto as_matrix = [&] { return matrix(); };
     auto shared = slices_.size() == 1 ? ProductRun::of_thread().next(product_.x, factors.front(), followers_, as_matrix)
                                       : SharedInput::make(matrix(), factors);
     if (!shared) return nullptr;
-    for (auto& slice : slices_) {
-      slice.S = shared->projected(slice.A);
-      if (!slice.is_projected()) return nullptr;
-    }
+    std::vector<at::Tensor> projected;
+    for (const auto& factor : factors) projected.push_back(shared->projected(factor));
+    const auto is_defined = [](const at::Tensor& S) { return S.defined(); };
+    if (!std::all_of(projected.begin(), projected.end(), is_defined)) return nullptr;
+    for (size_t i = 0; i < slices_.size(); ++i) slices_[i].S = projected[i];
     return shared;
   }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -57,6 +58,7 @@ class SharedInputNode : public torch::autograd::Node {
       node->factors_.emplace_back(factor, /*is_output=*/false);
     }
     node->all_ = std::move(all);
+    node->open_.assign(factors.size(), Use::kNone);
     node->set_next_edges(std::move(edges));
     return node;
   }
@@ -70,6 +72,7 @@ class SharedInputNode : public torch::autograd::Node {
     if (!running || task < 0 || running->num_outputs() == 0) return false;
     auto* node = dynamic_cast<SharedInputNode*>(running->next_edge(0).function.get());
     if (node == nullptr || running->input_metadata(0).stream() != node->input_metadata(0).stream()) return false;
+    if (!node->task_should_compute_output(0)) return true;  // the factors alone are asked for
     const auto sum = node->take(task);
     node->put(task, sum.defined() ? plus_matrix_product(sum, g, matrix) : matrix_product(g, matrix));
     return true;
@@ -77,12 +80,22 @@ class SharedInputNode : public torch::autograd::Node {
 
   std::string name() const override { return "lora::SharedInput"; }
 
+  /// Notes that somebody has S_i from now on. False where it is too late for that.
+  bool hand_out(size_t i) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!all_.defined()) return false;
+    open_[i] = Use::kOpen;
+    return true;
+  }
+
+  /// What autograd calls after a pass that keeps nothing. Losses of products may have a pass each, so the last one lets
+  /// go.
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (std::find(open_.begin(), open_.end(), Use::kOpen) != open_.end()) return;
     x_.reset_data();
     for (auto& factor : factors_) factor.reset_data();
     all_.reset();
-    sums_.clear();
   }
 
  protected:
@@ -92,15 +105,14 @@ class SharedInputNode : public torch::autograd::Node {
     auto& g = gradients[0];
     auto dx = sum.defined() && g.defined() ? sum + g : sum.defined() ? sum : g;
     const bool owns_dx = sum.defined();  // what came from elsewhere others may hold, too
-    const auto [x, factors, all] = saved();
-    Tensors results(1 + factors.size()), given, acting;
+    Tensors results(gradients.size()), given;
     std::vector<size_t> places;
-    for (size_t i = 0; i < factors.size(); ++i) {
-      if (!gradients[1 + i].defined()) continue;
-      given.push_back(gradients[1 + i]);
-      acting.push_back(factors[i]);
-      places.push_back(1 + i);
+    for (size_t i = 1; i < gradients.size(); ++i) {
+      if (!gradients[i].defined()) continue;
+      given.push_back(gradients[i]);
+      places.push_back(i);
     }
+    const auto [x, acting, all] = saved(places);
     const auto wants = [&](size_t i) { return task_should_compute_output(i); };
     if (given.empty()) {
       results[0] = dx;
@@ -114,7 +126,7 @@ class SharedInputNode : public torch::autograd::Node {
       results[0] = dx;
     } else {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      const auto together = given.size() == factors.size() ? all : at::cat(acting);
+      const auto together = 1 + given.size() == gradients.size() ? all : at::cat(acting);
       const auto G = given.size() == 1 ? given.front() : at::cat(given);
       if (wants(0)) results[0] = plus(dx, owns_dx, G, together, x);
       if (std::any_of(places.begin(), places.end(), wants)) {
@@ -130,9 +142,11 @@ class SharedInputNode : public torch::autograd::Node {
   }
 
  private:
+  enum class Use : uint8_t { kNone, kOpen, kPassed };
+
   struct Saved {
     at::Tensor x;
-    Tensors factors;
+    Tensors factors;  // at the places that are asked for: others may have been written to
     at::Tensor all;
   };
 
@@ -149,11 +163,15 @@ class SharedInputNode : public torch::autograd::Node {
     return sum;
   }
 
-  Saved saved() {
+  Saved saved(const std::vector<size_t>& places) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Saved all{x_.unpack(), {}, all_};
-    for (const auto& factor : factors_) all.factors.push_back(factor.unpack());
-    return all;
+    if (places.empty()) return {};
+    Saved some{x_.unpack(), {}, all_};
+    for (const auto place : places) {
+      some.factors.push_back(factors_[place - 1].unpack());
+      open_[place - 1] = Use::kPassed;
+    }
+    return some;
   }
 
   /// The sum of a pass, which is not kept here any more.
@@ -173,6 +191,7 @@ class SharedInputNode : public torch::autograd::Node {
   torch::autograd::SavedVariable x_;
   std::vector<torch::autograd::SavedVariable> factors_;
   at::Tensor all_;
+  std::vector<Use> open_;
   std::mutex mutex_;
   std::vector<std::pair<int64_t, at::Tensor>> sums_;  // of passes that are under way
 };
@@ -180,7 +199,7 @@ class SharedInputNode : public torch::autograd::Node {
 /// An input x (N, in) with the products S_i = A_i x^T of some factors, computed at once.
 class SharedInput {
  public:
-  /// Whether x is so large that passes over it are what counts, and tells when it is written to.
+  /// Whether x is so large that passes over it are what counts, and tells when it is written to by an operator.
   static bool is_worth_it(const at::Tensor& x) { return x.numel() >= least_numbers() && !x.is_inference(); }
 
   /// From so many numbers on; for tests.
@@ -193,7 +212,7 @@ class SharedInput {
   static std::shared_ptr<const SharedInput> make(const at::Tensor& x, const std::vector<at::Tensor>& factors) {
     const auto& first = factors.front();
     const auto fits = [&](const at::Tensor& factor) {
-      return factor.is_leaf() && !factor.is_inference() && factor.dim() == 2 && factor.size(1) == x.size(1) &&
+      return !factor.is_inference() && factor.dim() == 2 && factor.size(1) == x.size(1) &&
              factor.scalar_type() == first.scalar_type() && factor.device() == x.device() && is_plain(factor);
     };
     if (!std::all_of(factors.begin(), factors.end(), fits)) return nullptr;
@@ -205,8 +224,11 @@ class SharedInput {
 
   /// S of this factor; undefined where it is none of these, or was changed since.
   at::Tensor projected(const at::Tensor& factor) const {
-    for (const auto& part : parts_) {
-      if (part.factor.is_same(factor) && part.is_current()) return part.projected;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const auto& part = parts_[i];
+      if (!part.factor.is_same(factor) || !part.is_current()) continue;
+      const bool is_open = !node_ || static_cast<SharedInputNode*>(node_.get())->hand_out(i);
+      return is_open ? part.projected : at::Tensor();
     }
     return {};
   }
@@ -223,7 +245,6 @@ class SharedInput {
   SharedInput(const at::Tensor& x, const std::vector<at::Tensor>& factors) : x_(x) {
     const auto needs_gradient = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
     const bool needs_any = x.requires_grad() || std::any_of(factors.begin(), factors.end(), needs_gradient);
-    NodePointer node;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const auto all = at::cat(factors);
@@ -233,18 +254,19 @@ class SharedInput {
         parts_.push_back({factor, projected.narrow(0, row, factor.size(0)), factor._version(), factor.requires_grad()});
         row += factor.size(0);
       }
-      if (needs_any && at::GradMode::is_enabled()) node = SharedInputNode::make(x, factors, all);
+      if (needs_any && at::GradMode::is_enabled()) node_ = SharedInputNode::make(x, factors, all);
     }
-    if (!node) return;
+    if (!node_) return;
     if (x.requires_grad()) {
       x_ = x.detach();
-      torch::autograd::set_history(x_, node);
+      torch::autograd::set_history(x_, node_);
     } else {
-      node->add_input_metadata(x);
+      node_->add_input_metadata(x);
     }
-    for (auto& part : parts_) torch::autograd::set_history(part.projected, node);
+    for (auto& part : parts_) torch::autograd::set_history(part.projected, node_);
   }
 
+  NodePointer node_;
   at::Tensor x_;
   std::vector<Part> parts_;
 };
@@ -310,27 +332,48 @@ class ProductRun {
   using Strong = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
   using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 
+  /// What else has to be as it was for a tensor to be the same input.
+  struct Seen {
+    Seen() = default;
+    explicit Seen(const at::Tensor& x)
+        : version(x._version()),
+          data(x.unsafeGetTensorImpl()->data()),
+          is_recorded(at::GradMode::is_enabled()),
+          needs_gradient(x.requires_grad()) {
+      if (is_recorded) leads_to = x.grad_fn().get();
+      const c10::impl::VirtualGuardImpl guard(x.device().type());
+      stream = guard.getStream(x.device()).id();
+    }
+
+    bool operator==(const Seen& other) const {
+      return version == other.version && data == other.data && is_recorded == other.is_recorded &&
+             needs_gradient == other.needs_gradient && leads_to == other.leads_to && stream == other.stream;
+    }
+
+    int64_t version = -1;
+    const void* data = nullptr;
+    bool is_recorded = false, needs_gradient = false;
+    const torch::autograd::Node* leads_to = nullptr;
+    c10::StreamId stream = 0;
+  };
+
   bool has_seen(const at::Tensor& factor) const {
     return std::any_of(seen_.begin(), seen_.end(), [&](const at::Tensor& seen) { return seen.is_same(factor); });
   }
 
   bool is_of_run(const at::Tensor& x) const {
-    return first_ && input_._unsafe_get_target() == x.unsafeGetTensorImpl() && version_ == x._version() &&
-           is_recorded_ == at::GradMode::is_enabled() && needs_gradient_ == x.requires_grad();
+    return first_ && input_._unsafe_get_target() == x.unsafeGetTensorImpl() && seen_as_ == Seen(x);
   }
 
   void begin(const at::Tensor& x, const std::shared_ptr<Followers>& followers) {
     first_ = followers;
     input_ = Weak(x.getIntrusivePtr());
-    version_ = x._version();
-    is_recorded_ = at::GradMode::is_enabled();
-    needs_gradient_ = x.requires_grad();
+    seen_as_ = Seen(x);
   }
 
   std::shared_ptr<Followers> first_;
   Weak input_{Strong()};
-  int64_t version_ = 0;
-  bool is_recorded_ = false, needs_gradient_ = false;
+  Seen seen_as_;
   std::vector<at::Tensor> seen_;
   std::shared_ptr<const SharedInput> shared_;
   size_t left_ = 0;

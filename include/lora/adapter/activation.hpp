@@ -20,6 +20,17 @@ namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
 
+/// At its end no product of the thread is expected to follow those before.
+struct ProductRunEnd {
+  ProductRunEnd() = default;
+  ~ProductRunEnd() { end(); }
+  ProductRunEnd(const ProductRunEnd&) = delete;
+  ProductRunEnd& operator=(const ProductRunEnd&) = delete;
+
+ private:
+  LORA_INLINE static void end();
+};
+
 /// What `carry` returns: copied, moved and called as the function it wraps.
 template <class Function>
 class Carried {
@@ -43,6 +54,7 @@ class Carried {
     at::ThreadLocalStateGuard state;
     torch::jit::GraphOptimizerEnabledGuard optimizer;
     CarriedHere is_here;
+    ProductRunEnd run;
   };
 
   at::ThreadLocalState state_;
@@ -130,6 +142,10 @@ std::vector<std::string> names_of(const Scope& scope, const Is& is) {
   return names;
 }
 
+}  // namespace detail
+
+namespace detail {
+LORA_INLINE void ProductRunEnd::end() { ProductRun::of_thread().end(); }
 }  // namespace detail
 
 LORA_INLINE Activation::Activation(Activation&&) noexcept = default;
