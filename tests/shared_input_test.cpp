@@ -116,13 +116,13 @@ TEST_CASE("Products with one input share it from the second time on, with the sa
   };
   const std::vector<Case> cases{
       {"float64", torch::kDouble, 1e-12},
-      {"float32", torch::kFloat, 1e-4},
-      {"bfloat16 with adapters in float", torch::kBFloat16, 2},
+      {"float32", torch::kFloat, 1e-6},
+      {"bfloat16 with adapters in float", torch::kBFloat16, 0.02},
       {"x without a gradient", torch::kDouble, 1e-12, [](Layers& l) { l.x = l.x.detach(); }},
       {"x as a matrix", torch::kDouble, 1e-12, [](Layers& l) { l.x = l.x.detach()[0].requires_grad_(); }},
       {"x that was computed", torch::kDouble, 1e-12, [](Layers& l) { l.x = (l.x.detach() * 1).requires_grad_(); }},
       {"DoRA", torch::kDouble, 1e-12, [](Layers&) {}, lora::LoRAConfig(2).method(lora::DoRA())},
-      {"weights in eight bits", torch::kFloat, 1e-3, [](Layers& l) { lora::quantize(*l.all, lora::Int8()); }},
+      {"weights in eight bits", torch::kFloat, 1e-6, [](Layers& l) { lora::quantize(*l.all, lora::Int8()); }},
   };
   for (const auto& one : cases) {
     INFO(one.name);
@@ -135,7 +135,11 @@ TEST_CASE("Products with one input share it from the second time on, with the sa
     for (int time = 0; time < 2; ++time) {
       const auto together = layers.outputs();
       CHECK(shared_in(together) == 1);
-      CHECK(distance(layers.trace(together), wanted) < one.tolerance);
+      const auto found = layers.trace(together);
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        INFO(i);
+        CHECK(distance(found[i], wanted[i]) < one.tolerance * std::max(1.0, wanted[i].abs().max().item<double>()));
+      }
     }
   }
 }
@@ -316,8 +320,8 @@ TEST_CASE("What is expected to follow and does not, or is not what it was, is no
       const torch::NoGradGuard no_grad;
       x.mul_(2);
     }
-    const auto wanted = of(x.detach().clone(), {1});
-    CHECK(distance(of(x, {1}), wanted) < 1e-12);
+    const auto found = of(x, {1});  // before anything that would end the run
+    CHECK(distance(found, of(x.detach().clone(), {1})) < 1e-12);
     CHECK_THROWS_WITH(Layers::loss_of(first).backward(), testing::contains("modified by an inplace operation"));
   }
   SECTION("a factor that is written to in between") {
@@ -328,10 +332,8 @@ TEST_CASE("What is expected to follow and does not, or is not what it was, is no
       const torch::NoGradGuard no_grad;
       layers.adapters->named_parameters()["1.lora_A"].mul_(2);
     }
-    const auto wanted = of(x.detach().clone(), {1});
-    const auto x2 = copy();
-    of(x2, {0});
-    CHECK(distance(of(x2, {1}), wanted) < 1e-12);
+    const auto found = of(x, {1});
+    CHECK(distance(found, of(x.detach().clone(), {1})) < 1e-12);
   }
   SECTION("with and without gradients") {
     learn();
@@ -339,8 +341,11 @@ TEST_CASE("What is expected to follow and does not, or is not what it was, is no
     of(x, {0});
     {
       const torch::NoGradGuard no_grad;
-      CHECK(distance(of(x, {1}), plain({1})) < 1e-12);
+      const auto found = of(x, {1});
+      CHECK(!found.front().requires_grad());
+      CHECK(distance(found, plain({1})) < 1e-12);
     }
+    of(x, {0});
     CHECK(of(x, {1}).front().requires_grad());
   }
   SECTION("an input in inference mode") {
@@ -355,7 +360,22 @@ TEST_CASE("What is expected to follow and does not, or is not what it was, is no
     const auto x = copy();
     of(x, {0});
     auto other = layers.adapters->activate();
-    CHECK(distance(of(x, {1}), plain({1})) < 1e-12);
+    const auto found = of(x, {1});
+    CHECK(distance(found, plain({1})) < 1e-12);
+  }
+  SECTION("an input of other memory, and one that leads elsewhere") {
+    learn();
+    auto x = copy().detach().requires_grad_();
+    of(x, {0});
+    x.set_data(x.detach() * 2);
+    const auto found = of(x, {1});
+    CHECK(distance(found, of(x.detach().clone(), {1})) < 1e-12);
+    auto computed = copy();
+    of(computed, {0});
+    computed.detach_().requires_grad_();
+    const auto y = of(computed, {1}).front();
+    CHECK(torch::autograd::grad({y.sum()}, {layers.x}, {}, false, false, /*allow_unused=*/true).front().defined() ==
+          false);
   }
   SECTION("dropout") {
     Layers drops(torch::kDouble, lora::LoRAConfig(2).dropout(0.5));
