@@ -142,10 +142,8 @@ std::vector<std::string> names_of(const Scope& scope, const Is& is) {
   return names;
 }
 
-}  // namespace detail
-
-namespace detail {
 LORA_INLINE void ProductRunEnd::end() { ProductRun::of_thread().end(); }
+
 }  // namespace detail
 
 LORA_INLINE Activation::Activation(Activation&&) noexcept = default;
