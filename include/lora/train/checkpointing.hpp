@@ -238,9 +238,9 @@ auto call_with(Run& run, const Checkpoint::Tensors& inputs, std::index_sequence<
 ///
 /// Shapes: any number of tensors -> a tensor, or a std::vector, std::tuple or std::pair of tensors. Values and
 /// gradients are bit by bit those of `run(inputs...)` (where adapted layers in a scope share their input, up to
-/// rounding), at the price of one more forward pass; of all activations inside, those of one checkpoint exist at a time,
-/// beside the inputs of all. Gradients reach the inputs and everything else that `run` uses: parameters, and tensors it
-/// captured. Where nothing requires one, and with gradient mode off, it just runs.
+/// rounding), at the price of one more forward pass; of all activations inside, those of one checkpoint exist at a
+/// time, beside the inputs of all. Gradients reach the inputs and everything else that `run` uses: parameters, and
+/// tensors it captured. Where nothing requires one, and with gradient mode off, it just runs.
 ///
 /// In backward the function has what it had first: the random numbers (of the CPU and of the inputs' devices; the
 /// generators are then again where they were), autocast and the scopes of adapters, also where these have ended and on
