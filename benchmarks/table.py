@@ -57,7 +57,8 @@ def layers(options):
 
 def fine_tuning(options):
     rows, agree = [], True
-    for name, rest in RUNS.items():
+    runs = list(RUNS.items())
+    for name, rest in runs[1:2] if options.short else runs:
         options.rest = rest
         here, peft = [], []
         for _ in range(options.turns):

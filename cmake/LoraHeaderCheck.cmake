@@ -1,10 +1,11 @@
-# The target lora_headers: the public headers as translation units of their own, which shows that each stands alone and
-# that none has a warning for those who include it without -isystem. Templates warn where they are used, so one unit more
-# uses those of the layers.
+# The target lora_headers: the public headers as translation units of their own, which shows that each stands alone, and
+# all of them as one more, which shows that none has a warning for those who include it without -isystem. Templates warn
+# where they are used, so another unit uses those of the layers.
 #
 # Headers of which a program with lora::compiled sees the declarations only are compiled once more, as it sees them.
 #
-# Nearly all of that time goes into LibTorch, so nothing is compiled that shows nothing new:
+# Each takes a compiler 15 to 50 seconds, so the test `headers` asks for the target lora_entry_headers only: those that users
+# begin with, in one form. Nearly all of that time goes into LibTorch, so nothing is compiled that shows nothing new:
 # - <torch/nn/module.h> comes precompiled where the compiler sees it before anything of lora in any case: the header, or
 #   the first header of lora that it includes, includes it first.
 # - A header that another one includes before all else is compiled alone there.
@@ -37,47 +38,66 @@ function(lora_leading_includes header external first)
   set(${first} "${began_with}" PARENT_SCOPE)
 endfunction()
 
-set(lora_header_units)
-set(lora_header_units_of_modules)
-set(lora_header_units_of_compiled)
-set(lora_compiled_elsewhere)
-foreach(path IN LISTS LORA_PUBLIC_HEADERS)
-  file(STRINGS "${path}" code REGEX "^[^/#]")
-  file(RELATIVE_PATH header "${PROJECT_SOURCE_DIR}/include/lora" "${path}")
-  if(NOT code AND NOT header STREQUAL "version.hpp")
-    continue()
-  endif()
-  file(STRINGS "${path}" bodies REGEX "^#if LORA_BODIES")
-  if(bodies)
-    list(APPEND lora_header_units_of_compiled "${header}")
-  endif()
-  lora_leading_includes("${header}" external first)
-  list(APPEND lora_compiled_elsewhere ${first})
-  set(of_modules ${external})
-  list(FILTER of_modules INCLUDE REGEX
-       "^torch/nn/(module|cloneable|modules/(activation|conv|embedding|linear|rnn|container/(modulelist|sequential)))\\.h$")
-  if(of_modules)
-    list(APPEND lora_header_units_of_modules "${header}")
-  else()
-    list(APPEND lora_header_units "${header}")
-  endif()
-endforeach()
-
-add_custom_target(lora_headers)
-list(REMOVE_ITEM lora_header_units "" ${lora_compiled_elsewhere})
-list(REMOVE_ITEM lora_header_units_of_modules "" ${lora_compiled_elsewhere})
-foreach(kind units units_of_modules units_of_compiled)
-  list(TRANSFORM lora_header_${kind} PREPEND "${CMAKE_CURRENT_BINARY_DIR}/header_${kind}/" OUTPUT_VARIABLE units)
-  list(TRANSFORM units APPEND .cpp)
-  foreach(header unit IN ZIP_LISTS lora_header_${kind} units)
-    file(CONFIGURE OUTPUT "${unit}" CONTENT "#include <lora/${header}>\n")
+# lora_add_header_check(TARGET BOTH_FORMS ON|OFF HEADERS HEADER...): OFF leaves out the bodies of those with declarations.
+function(lora_add_header_check target)
+  cmake_parse_arguments(PARSE_ARGV 1 check "" BOTH_FORMS HEADERS)
+  set(units)
+  set(units_of_modules)
+  set(units_of_compiled)
+  set(compiled_elsewhere)
+  foreach(header IN LISTS check_HEADERS)
+    set(path "${PROJECT_SOURCE_DIR}/include/lora/${header}")
+    file(STRINGS "${path}" code REGEX "^[^/#]")
+    if(NOT code AND NOT header STREQUAL "version.hpp")
+      continue()
+    endif()
+    file(STRINGS "${path}" bodies REGEX "^#if LORA_BODIES")
+    if(bodies)
+      list(APPEND units_of_compiled "${header}")
+      if(NOT check_BOTH_FORMS)
+        continue()
+      endif()
+    endif()
+    lora_leading_includes("${header}" external first)
+    list(APPEND compiled_elsewhere ${first})
+    set(of_modules ${external})
+    list(FILTER of_modules INCLUDE REGEX
+         "^torch/nn/(module|cloneable|modules/(activation|conv|embedding|linear|rnn|container/(modulelist|sequential)))\\.h$")
+    if(of_modules)
+      list(APPEND units_of_modules "${header}")
+    else()
+      list(APPEND units "${header}")
+    endif()
   endforeach()
-  add_library(lora_header_${kind} OBJECT EXCLUDE_FROM_ALL ${units})
-  target_link_libraries(lora_header_${kind} PRIVATE lora::lora)
-  target_compile_options(lora_header_${kind} PRIVATE $<$<CONFIG:Release>:-O0>
-    -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror)
-  add_dependencies(lora_headers lora_header_${kind})
-endforeach()
-target_compile_definitions(lora_header_units_of_compiled PRIVATE LORA_COMPILED)
-target_sources(lora_header_units_of_modules PRIVATE packaging/templates.cpp)
-target_precompile_headers(lora_header_units_of_modules PRIVATE <torch/nn/module.h>)
+  list(REMOVE_ITEM units "" ${compiled_elsewhere})
+  list(REMOVE_ITEM units_of_modules "" ${compiled_elsewhere})
+
+  add_custom_target(${target})
+  foreach(kind units units_of_modules units_of_compiled)
+    set(folder "${CMAKE_CURRENT_BINARY_DIR}/${target}_${kind}")
+    set(files)
+    foreach(header IN LISTS ${kind})
+      list(APPEND files "${folder}/${header}.cpp")
+      file(CONFIGURE OUTPUT "${folder}/${header}.cpp" CONTENT "#include <lora/${header}>\n")
+    endforeach()
+    add_library(${target}_${kind} OBJECT EXCLUDE_FROM_ALL ${files})
+    target_link_libraries(${target}_${kind} PRIVATE lora::lora)
+    target_compile_options(${target}_${kind} PRIVATE $<$<CONFIG:Release>:-O0>
+      -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror)
+    add_dependencies(${target} ${target}_${kind})
+  endforeach()
+  target_compile_definitions(${target}_units_of_compiled PRIVATE LORA_COMPILED)
+  target_sources(${target}_units PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/every_header.cpp")
+  target_sources(${target}_units_of_compiled PRIVATE "${CMAKE_CURRENT_BINARY_DIR}/every_header.cpp")
+  target_sources(${target}_units_of_modules PRIVATE packaging/templates.cpp)
+  target_precompile_headers(${target}_units_of_modules PRIVATE <torch/nn/module.h>)
+endfunction()
+
+set(lora_headers ${LORA_PUBLIC_HEADERS})
+list(TRANSFORM lora_headers REPLACE "^.*/include/lora/" "")
+list(JOIN lora_headers ">\n#include <lora/" includes)
+file(CONFIGURE OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/every_header.cpp" CONTENT "#include <lora/${includes}>\n")
+lora_add_header_check(lora_headers BOTH_FORMS ON HEADERS ${lora_headers})
+
+list(FILTER lora_headers INCLUDE REGEX "^((modules|train)/)?[^/]+$")
+lora_add_header_check(lora_entry_headers BOTH_FORMS OFF HEADERS ${lora_headers})

@@ -1,5 +1,6 @@
 // A whole program that uses lora; the projects beside it build it, each in its own way.
-#include <lora/lora.hpp>
+#include <lora/modules/linear.hpp>
+#include <lora/version.hpp>
 
 #include <cstdio>
 
