@@ -122,6 +122,7 @@ set(LORA_DETAIL_HEADERS
   peft/schema.hpp
   peft/tables.hpp
   peft/tensors.hpp
+  product_run.hpp
   selection/candidate.hpp
   selection/expression.hpp
   selection/full.hpp

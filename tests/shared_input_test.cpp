@@ -345,8 +345,15 @@ TEST_CASE("What is expected to follow and does not, or is not what it was, is no
       CHECK(!found.front().requires_grad());
       CHECK(distance(found, plain({1})) < 1e-12);
     }
-    of(x, {0});
-    CHECK(of(x, {1}).front().requires_grad());
+    learn();
+    {
+      const torch::NoGradGuard no_grad;
+      of(layers.x, {0});
+    }
+    const auto factor = layers.adapters->named_parameters()["1.lora_A"];
+    const auto gradient = torch::autograd::grad({of(layers.x, {1}).front().sum()}, {factor}).front();
+    const auto apart = torch::autograd::grad({of(layers.x.detach().clone(), {1}).front().sum()}, {factor}).front();
+    CHECK(distance(gradient, apart) < 1e-12);
   }
   SECTION("an input in inference mode") {
     const c10::InferenceMode inference;
@@ -370,6 +377,7 @@ TEST_CASE("What is expected to follow and does not, or is not what it was, is no
     x.set_data(x.detach() * 2);
     const auto found = of(x, {1});
     CHECK(distance(found, of(x.detach().clone(), {1})) < 1e-12);
+    learn();
     auto computed = copy();
     of(computed, {0});
     computed.detach_().requires_grad_();
@@ -404,6 +412,33 @@ TEST_CASE("Without gradients an input is shared, too, and not held afterwards") 
     x.reset();
     CHECK(memory.expired());
   }
+  auto x = layers.x.detach().clone();
+  const c10::weak_intrusive_ptr<c10::StorageImpl> memory = x.storage().getWeakStorageImpl();
+  {
+    auto inner = layers.adapters->activate();
+    layers.outputs();
+    layers.outputs();
+    layers.layer(0).forward(x);  // whose followers do not come
+    x.reset();
+  }
+  CHECK(memory.expired());
+}
+
+TEST_CASE("A shared input is let go by the last pass of backward that goes through it") {
+  const SharesAll shares_all;
+  Layers layers;
+  auto active = layers.adapters->activate();
+  layers.outputs();
+  auto x = layers.x * 1;
+  const c10::weak_intrusive_ptr<c10::StorageImpl> memory = x.storage().getWeakStorageImpl();
+  const auto y = layers.outputs(x);
+  REQUIRE(shared_in(y) == 1);
+  x.reset();
+  y[0].sum().backward();
+  y[1].sum().backward();
+  CHECK(!memory.expired());
+  y[3].sum().backward();
+  CHECK(memory.expired());
 }
 
 TEST_CASE("A checkpoint in which products share their input has the gradients of its function") {
@@ -434,8 +469,9 @@ TEST_CASE("A checkpoint in which products share their input has the gradients of
       Tensors y{layers.layer(0).forward(layers.x)};
       const auto rest = lora::checkpoint(
           [&](const Tensor& x) {
-            const auto all = layers.outputs(x);
-            return Tensors(all.begin() + 1, all.end());
+            Tensors others;
+            for (const size_t i : {1, 2, 3}) others.push_back(layers.layer(i).forward(x));
+            return others;
           },
           layers.x);
       y.insert(y.end(), rest.begin(), rest.end());

@@ -6,6 +6,7 @@
 #include <lora/batch_rows.hpp>
 #include <lora/linkage.hpp>
 #include <lora/method/contract.hpp>
+#include <lora/product_run.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/part.hpp>
 
@@ -13,10 +14,6 @@
 
 namespace lora {
 inline namespace LORA_ABI {
-
-namespace detail {
-class Followers;
-}
 
 /// One update that acts on an operand.
 struct Update {
@@ -28,7 +25,7 @@ struct Update {
   int64_t at = 0;          ///< the first output of the product that is its own, where the operand holds several weights
   detail::RowsOfUpdate rows = {};  ///< on which rows of the batch it acts; all, where nothing is said
   /// Which layers' products are known to follow with the same input; null where nothing is to be known of that.
-  std::shared_ptr<detail::Followers> followers = nullptr;
+  detail::Followers* followers = nullptr;
 };
 
 using Updates = c10::SmallVector<Update, 4>;
@@ -225,8 +222,9 @@ class FusedProduct {
       factors.push_back(slice.A);
     }
     const auto as_matrix = [&] { return matrix(); };
-    auto shared = slices_.size() == 1 ? ProductRun::of_thread().next(product_.x, factors.front(), followers_, as_matrix)
-                                      : SharedInput::make(matrix(), factors);
+    auto shared = slices_.size() == 1
+                      ? ProductRun::of_thread().next(product_.x, factors.front(), *followers_, as_matrix)
+                      : SharedInput::make(matrix(), factors);
     if (!shared) return nullptr;
     std::vector<at::Tensor> projected;
     for (const auto& factor : factors) projected.push_back(shared->projected(factor));
@@ -283,7 +281,7 @@ class FusedProduct {
   }
 
   const Product& product_;
-  std::shared_ptr<Followers> followers_;
+  Followers* followers_;
   LowRankLinear::Slices slices_;
   at::Tensor gain_;
 };

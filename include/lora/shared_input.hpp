@@ -4,8 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -58,7 +56,7 @@ class SharedInputNode : public torch::autograd::Node {
       node->factors_.emplace_back(factor, /*is_output=*/false);
     }
     node->all_ = std::move(all);
-    node->open_.assign(factors.size(), Use::kNone);
+    node->is_open_.assign(factors.size(), false);
     node->set_next_edges(std::move(edges));
     return node;
   }
@@ -84,7 +82,7 @@ class SharedInputNode : public torch::autograd::Node {
   bool hand_out(size_t i) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!all_.defined()) return false;
-    open_[i] = Use::kOpen;
+    is_open_[i] = true;
     return true;
   }
 
@@ -92,7 +90,7 @@ class SharedInputNode : public torch::autograd::Node {
   /// go.
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (std::find(open_.begin(), open_.end(), Use::kOpen) != open_.end()) return;
+    if (std::find(is_open_.begin(), is_open_.end(), true) != is_open_.end()) return;
     x_.reset_data();
     for (auto& factor : factors_) factor.reset_data();
     all_.reset();
@@ -142,8 +140,6 @@ class SharedInputNode : public torch::autograd::Node {
   }
 
  private:
-  enum class Use : uint8_t { kNone, kOpen, kPassed };
-
   struct Saved {
     at::Tensor x;
     Tensors factors;  // at the places that are asked for: others may have been written to
@@ -169,7 +165,7 @@ class SharedInputNode : public torch::autograd::Node {
     Saved some{x_.unpack(), {}, all_};
     for (const auto place : places) {
       some.factors.push_back(factors_[place - 1].unpack());
-      open_[place - 1] = Use::kPassed;
+      is_open_[place - 1] = false;
     }
     return some;
   }
@@ -191,7 +187,7 @@ class SharedInputNode : public torch::autograd::Node {
   torch::autograd::SavedVariable x_;
   std::vector<torch::autograd::SavedVariable> factors_;
   at::Tensor all_;
-  std::vector<Use> open_;
+  std::vector<bool> is_open_;  // S_i was handed out, and had no pass yet
   std::mutex mutex_;
   std::vector<std::pair<int64_t, at::Tensor>> sums_;  // of passes that are under way
 };
@@ -269,123 +265,6 @@ class SharedInput {
   NodePointer node_;
   at::Tensor x_;
   std::vector<Part> parts_;
-};
-
-/// Which factors took one input after the other, the last time that a layer's product was the first of them.
-class Followers {
- public:
-  std::vector<at::Tensor> factors() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return factors_;
-  }
-  void set(const std::vector<at::Tensor>& factors) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto is_same = [](const at::Tensor& a, const at::Tensor& b) { return a.is_same(b); };
-    if (!std::equal(factors.begin(), factors.end(), factors_.begin(), factors_.end(), is_same)) factors_ = factors;
-  }
-
- private:
-  mutable std::mutex mutex_;
-  std::vector<at::Tensor> factors_;
-};
-
-/// The products of a thread that come one after the other and have one input. What followed a layer's product the last
-/// time is expected to follow it again, and computed with it; if something else comes, that was in vain, and is not
-/// expected the next time.
-class ProductRun {
- public:
-  static ProductRun& of_thread() {
-    thread_local ProductRun run;
-    return run;
-  }
-
-  /// What the product of x with a factor has in common with others; null where that is nothing. `followers` are those
-  /// of the product's layer, and `as_matrix` gives x as (N, in).
-  template <class AsMatrix>
-  std::shared_ptr<const SharedInput> next(const at::Tensor& x, const at::Tensor& factor,
-                                          const std::shared_ptr<Followers>& followers, const AsMatrix& as_matrix) {
-    if (!is_of_run(x) || has_seen(factor)) {
-      end();
-      begin(x, followers);
-      const auto expected = followers->factors();
-      if (expected.size() > 1 && expected.front().is_same(factor)) {
-        shared_ = SharedInput::make(as_matrix(), expected);
-        left_ = shared_ ? expected.size() : 0;
-      }
-    }
-    seen_.push_back(factor);
-    auto shared = shared_;
-    if (shared_ && --left_ == 0) shared_.reset();  // so that x is not held longer
-    return shared;
-  }
-
-  /// No product from here on has an input with the last ones in common.
-  void end() {
-    if (first_) first_->set(seen_);
-    first_.reset();
-    input_ = Weak(Strong());
-    seen_.clear();
-    shared_.reset();
-  }
-
- private:
-  using Strong = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-  using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-
-  /// What else has to be as it was for a tensor to be the same input.
-  struct Seen {
-    Seen() = default;
-    explicit Seen(const at::Tensor& x)
-        : version(x._version()),
-          data(x.unsafeGetTensorImpl()->data()),
-          is_recorded(at::GradMode::is_enabled()),
-          needs_gradient(x.requires_grad()) {
-      if (is_recorded) leads_to = x.grad_fn().get();
-      const c10::impl::VirtualGuardImpl guard(x.device().type());
-      stream = guard.getStream(x.device()).id();
-    }
-
-    bool operator==(const Seen& other) const {
-      return version == other.version && data == other.data && is_recorded == other.is_recorded &&
-             needs_gradient == other.needs_gradient && leads_to == other.leads_to && stream == other.stream;
-    }
-
-    int64_t version = -1;
-    const void* data = nullptr;
-    bool is_recorded = false, needs_gradient = false;
-    const torch::autograd::Node* leads_to = nullptr;
-    c10::StreamId stream = 0;
-  };
-
-  bool has_seen(const at::Tensor& factor) const {
-    return std::any_of(seen_.begin(), seen_.end(), [&](const at::Tensor& seen) { return seen.is_same(factor); });
-  }
-
-  bool is_of_run(const at::Tensor& x) const {
-    return first_ && input_._unsafe_get_target() == x.unsafeGetTensorImpl() && seen_as_ == Seen(x);
-  }
-
-  void begin(const at::Tensor& x, const std::shared_ptr<Followers>& followers) {
-    first_ = followers;
-    input_ = Weak(x.getIntrusivePtr());
-    seen_as_ = Seen(x);
-  }
-
-  std::shared_ptr<Followers> first_;
-  Weak input_{Strong()};
-  Seen seen_as_;
-  std::vector<at::Tensor> seen_;
-  std::shared_ptr<const SharedInput> shared_;
-  size_t left_ = 0;
-};
-
-/// Products before and after have nothing in common with those while it lives.
-class OwnProductRun {
- public:
-  OwnProductRun() { ProductRun::of_thread().end(); }
-  ~OwnProductRun() { ProductRun::of_thread().end(); }
-  OwnProductRun(const OwnProductRun&) = delete;
-  OwnProductRun& operator=(const OwnProductRun&) = delete;
 };
 
 }  // namespace detail

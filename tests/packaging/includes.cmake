@@ -12,7 +12,8 @@ set(lines
   "files/bitsandbytes.hpp"
   "selection/text.hpp selection/expression.hpp selection/patterns.hpp"
   "method/"
-  "batch_rows.hpp dropout_avx512.hpp dropout.hpp shared_input.hpp low_rank_linear.hpp functional.hpp site.hpp"
+  "batch_rows.hpp dropout_avx512.hpp dropout.hpp shared_input.hpp product_run.hpp low_rank_linear.hpp functional.hpp \
+site.hpp"
   "layers/"
   "model/"
   "config.hpp"
@@ -29,8 +30,8 @@ set(lines
   "lora.hpp")
 
 # What a folder may include of the earlier lines, where that is not everything: a layer of this library knows no model.
-set(only_modules/ version.hpp system/ options.hpp weight/ method/ batch_rows.hpp dropout.hpp shared_input.hpp low_rank_linear.hpp functional.hpp
-    site.hpp     layers/ intercept/ adapter/merge.hpp)
+set(only_modules/ version.hpp system/ options.hpp weight/ method/ batch_rows.hpp dropout.hpp shared_input.hpp
+    product_run.hpp low_rank_linear.hpp functional.hpp site.hpp layers/ intercept/ adapter/merge.hpp)
 
 # LibTorch's headers that include all the others; a user is to pay for little.
 set(torch_as_a_whole torch/torch.h torch/all.h torch/extension.h)

@@ -6,6 +6,7 @@
 #include <lora/fwd.hpp>
 #include <lora/intercept/carried_here.hpp>
 #include <lora/linkage.hpp>
+#include <lora/product_run.hpp>
 #include <lora/version.hpp>
 
 #include <exception>
@@ -19,17 +20,6 @@
 namespace lora {
 inline namespace LORA_ABI {
 namespace detail {
-
-/// At its end no product of the thread is expected to follow those before.
-struct ProductRunEnd {
-  ProductRunEnd() = default;
-  ~ProductRunEnd() { end(); }
-  ProductRunEnd(const ProductRunEnd&) = delete;
-  ProductRunEnd& operator=(const ProductRunEnd&) = delete;
-
- private:
-  LORA_INLINE static void end();
-};
 
 /// What `carry` returns: copied, moved and called as the function it wraps.
 template <class Function>
@@ -54,7 +44,7 @@ class Carried {
     at::ThreadLocalStateGuard state;
     torch::jit::GraphOptimizerEnabledGuard optimizer;
     CarriedHere is_here;
-    ProductRunEnd run;
+    OwnProductRun run;
   };
 
   at::ThreadLocalState state_;
@@ -141,8 +131,6 @@ std::vector<std::string> names_of(const Scope& scope, const Is& is) {
   }
   return names;
 }
-
-LORA_INLINE void ProductRunEnd::end() { ProductRun::of_thread().end(); }
 
 }  // namespace detail
 

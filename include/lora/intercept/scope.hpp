@@ -12,7 +12,7 @@
 #include <lora/intercept/copies.hpp>
 #include <lora/intercept/observe.hpp>
 #include <lora/intercept/weight_table.hpp>
-#include <lora/shared_input.hpp>
+#include <lora/product_run.hpp>
 #include <lora/system/libtorch.hpp>
 #include <lora/system/process_wide.hpp>
 #include <lora/version.hpp>
@@ -313,7 +313,7 @@ inline Updates find_updates(const at::Tensor& operand, Use use, const char* oper
       const bool is_merged = active.site->is_merged() && active.site->is_in(acting.method.get());
       if (is_merged) continue;
       updates.push_back({acting.method.get(), &active.base, part, training, acting.weight});
-      updates.back().followers = active.followers;
+      updates.back().followers = active.followers.get();
       if (const auto* rows = scope.set->rows())
         updates.back().rows = {rows, acting.group, active.row_axis, &active.site->name()};
     }

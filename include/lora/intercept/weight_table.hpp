@@ -3,7 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <lora/functional.hpp>
-#include <lora/shared_input.hpp>
+#include <lora/product_run.hpp>
 #include <lora/site.hpp>
 #include <lora/version.hpp>
 

@@ -8,7 +8,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <lora/adapter/activation.hpp>
-#include <lora/shared_input.hpp>
+#include <lora/product_run.hpp>
 #include <lora/train/new_graph.hpp>
 #include <lora/train/run_state.hpp>
 #include <lora/version.hpp>
