@@ -1,7 +1,7 @@
 // What does the adapter of a linear layer cost beside the frozen layer, and beside the same adapter written out as PEFT
 // computes it? And what do those of layers with a common input, as the queries, keys and values of an attention? For
-// each case all are measured in turns, many times; printed are the medians of the ratios to LibTorch's
-// frozen layer of the same round. In a scope the frozen layer may be faster than LibTorch's.
+// each case all are measured in turns, many times; printed are the medians of the ratios to LibTorch's frozen layer of
+// the same round. In a scope the frozen layer may be faster than LibTorch's.
 //
 //   layer [ROUNDS [DEVICE [ONLY]]]      200, cpu (one thread of it), all cases; or those whose name contains ONLY
 #include <torch/torch.h>

@@ -5,20 +5,23 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/mm.h>
-#include <ATen/core/ivalue.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <lora/batch_rows.hpp>
 #include <lora/dropout.hpp>
 #include <lora/method/term.hpp>
 #include <lora/shared_input.hpp>
+#include <lora/system/node.hpp>
 #include <lora/version.hpp>
 #include <lora/weight/key.hpp>
-#include <lora/weight/optional.hpp>
 #include <lora/weight/thin_product.hpp>
 
+#include <mutex>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -47,7 +50,7 @@ namespace detail {
 ///
 /// What is kept for backward is S_i (rank_i, N_i) beside the operands; of dropout, the seed. Updates are added in
 /// place, and scales are folded into the products.
-class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
+class LowRankLinear : public torch::autograd::Node {
   using Tensors = torch::autograd::variable_list;
 
  public:
@@ -65,78 +68,65 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   };
   using Slices = std::vector<Slice>;
 
+  LowRankLinear() = default;
+
   /// `gain` may be defined where there is one slice, of all rows and outputs and without dropout.
   static at::Tensor compute(const Product& product, const at::Tensor& x, Slices slices, const at::Tensor& gain = {}) {
     const auto needs_gradient = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
     bool needs_any = needs_gradient(x) || needs_gradient(product.bias) || needs_gradient(gain);
     for (const auto& slice : slices) needs_any = needs_any || needs_gradient(slice.factor()) || needs_gradient(slice.B);
-    if (!needs_any || !at::GradMode::is_enabled()) return add_all(product, x, slices, gain, /*kept=*/nullptr);
-    Tensors factors;
-    for (const auto& slice : slices) factors.insert(factors.end(), {slice.factor(), slice.B});
-    if (gain.defined()) factors.push_back(gain);
-    const auto plan = c10::make_intrusive<Plan>(product, std::move(slices));
-    return apply(x, optional(product.bias), at::TensorList(factors), product, plan);
-  }
-
-  struct Plan;
-
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
-                            const std::optional<at::Tensor>& /*bias*/, at::TensorList factors, const Product& product,
-                            const c10::intrusive_ptr<Plan>& plan) {
-    Tensors kept{x, product.operand};
-    kept.insert(kept.end(), factors.begin(), factors.end());
-    const bool has_gain = factors.size() > 2 * plan->slices.size();
-    auto y = add_all(product, x, plan->slices, has_gain ? factors.back() : at::Tensor(), &kept);
-    for (auto& slice : plan->slices) {  // from here on they are among what is kept
-      plan->is_projected.push_back(slice.is_projected());
-      slice.A = slice.B = slice.S = at::Tensor();
-    }
-    context->save_for_backward(std::move(kept));
-    context->saved_data["plan"] = c10::IValue::make_capsule(plan);
+    if (!needs_any || !at::GradMode::is_enabled()) return add_all(product, x, slices, gain, /*results=*/nullptr);
+    const auto node = make_node<LowRankLinear>();
+    auto y = node->forward(product, x, std::move(slices), gain);
+    torch::autograd::set_history(y, node);
     return y;
   }
 
-  static Tensors backward(torch::autograd::AutogradContext* context, Tensors gradients) {
+  std::string name() const override { return "lora::LowRankLinear"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& tensor : kept_) tensor.reset_data();
+  }
+
+ protected:
+  Tensors apply(Tensors&& gradients) override {
+    Tensors all(num_outputs());
+    if (!gradients[0].defined()) return all;
     const BelowInterception below;  // the frozen matrix is meant, also where the pass runs inside of a scope
-    const auto capsule = context->saved_data["plan"].toCapsule();
-    const auto& plan = static_cast<const Plan&>(*capsule);
-    const auto kept = context->get_saved_variables();
+    const auto kept = unpacked();
     const auto& x = kept[0];
-    const auto matrix = plan.is_transposed ? kept[1].t() : kept[1];
+    const auto matrix = is_transposed_ ? kept[1].t() : kept[1];
     auto g = gradients[0].contiguous();
     const bool is_differentiated = at::GradMode::is_enabled();
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!is_differentiated && is_plain(g)) below_autograd.emplace();
 
-    const auto count = plan.slices.size();
-    const bool has_gain = kept.size() > 2 + 3 * count;
-    const auto factors = 2 * count + (has_gain ? 1 : 0);
-    const size_t first = plan.has_bias ? 2 : 1;  // of the factors' edges; without a bias there is none for it
-    Tensors all(2 + factors + 2);                // x, b, factors; and two that are no tensors
+    const auto count = slices_.size();
+    const auto first_result = 2 + 2 * count + (has_gain_ ? 1 : 0);
+    const auto wants = [&](size_t edge) { return task_should_compute_output(edge); };
     auto& dx = all[0];
-    const bool wants_x = context->needs_input_grad(0);
-    if (plan.has_bias && context->needs_input_grad(1)) all[1] = g.sum(0);
-    if (has_gain) {
-      const auto& gain = kept[2 + 2 * count];
-      if (context->needs_input_grad(first + 2 * count)) {
-        const auto moved = is_differentiated ? moved_product(plan, kept, matrix) : kept.back();
+    const bool wants_x = wants(0);
+    if (wants(1)) all[1] = g.sum(0);
+    if (has_gain_) {
+      if (wants(2 + 2 * count)) {
+        const auto moved = is_differentiated ? moved_product(kept, matrix) : kept.back();
         const auto of_rows = g * moved;
         all[2 + 2 * count] = of_rows.size(0) == 1 ? of_rows[0] : of_rows.sum(0);
       }
-      g = g * gain;
+      g = g * kept[2 + 2 * count];
     }
-    const bool is_shared = plan.is_projected.front();  // of one input all are
-    const bool adds_to_shared = wants_x && is_shared && !is_differentiated && is_plain(g);
+    const bool adds_to_shared = wants_x && is_shared_ && !is_differentiated && is_plain(g);
     if (wants_x && !(adds_to_shared && SharedInputNode::add(g, matrix))) dx = matrix_product(g, matrix);
     DroppedInput dropped(x);
     for (size_t i = 0; i < count; ++i) {
-      const auto& [unused_A, unused_B, scale, at, mask, rows, unused_S] = plan.slices[i];
+      const auto& [unused_A, unused_B, scale, at, mask, rows, unused_S] = slices_[i];
       const auto &A = kept[2 + 2 * i], &B = kept[3 + 2 * i];  // or S in the place of A
       const auto own = rows.of(columns(g, at, B.size(0)));
       auto &dA = all[2 + 2 * i], &dB = all[3 + 2 * i];
       if (is_differentiated) {
         const auto type = B.scalar_type();
-        if (is_shared) {
+        if (is_shared_) {
           const auto g_i = in_type(own, type);
           dA = g_i.mm(B).t() * scale;
           dB = g_i.t().mm(A.t()) * scale;
@@ -153,29 +143,54 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       const auto B_t = B.t();
       const auto g_i = written_out_for(B_t, own);
       const auto G = thin_mm(B_t, g_i);
-      if (is_shared) dA = G * scale;
-      if (wants_x && !is_shared) add_to_input(dx, plan.slices[i], G, A, dropped);
-      if (!is_shared && context->needs_input_grad(first + 2 * i))
-        dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
-      if (context->needs_input_grad(first + 2 * i + 1)) dB = thin_mm_like_t(B, kept[2 + factors + i], g_i, scale);
+      if (is_shared_) dA = G * scale;
+      if (wants_x && !is_shared_) add_to_input(dx, slices_[i], G, A, dropped);
+      if (!is_shared_ && wants(2 + 2 * i)) dA = thin_mm_like(A, G, dropped.by(mask, rows), scale);
+      if (wants(3 + 2 * i)) dB = thin_mm_like_t(B, kept[first_result + i], g_i, scale);
     }
     if (dx.defined()) dx = in_type(dx, x.scalar_type());
     return all;
   }
 
-  /// What backward has to know beside tensors.
-  struct Plan : torch::CustomClassHolder {
-    Plan(const Product& product, Slices of_updates)
-        : slices(std::move(of_updates)),
-          has_bias(product.bias.defined()),
-          is_transposed(product.form == Product::Form::kColumns) {}
-
-    Slices slices;
-    std::vector<bool> is_projected;
-    bool has_bias, is_transposed;
-  };
-
  private:
+  /// y. Keeps what backward needs, and leads to x, the bias, the factors of each slice and the gain.
+  at::Tensor forward(const Product& product, const at::Tensor& x, Slices slices, const at::Tensor& gain) {
+    Tensors results;
+    auto y = add_all(product, x, slices, gain, &results);
+    is_transposed_ = product.form == Product::Form::kColumns;
+    is_shared_ = slices.front().is_projected();  // of one input all are
+    has_gain_ = gain.defined();
+    torch::autograd::edge_list edges{edge_of(x), edge_of(product.bias)};
+    edges.reserve(2 + 2 * slices.size() + 1);
+    kept_.reserve(2 + 3 * slices.size() + 2);
+    const auto keep = [&](const at::Tensor& tensor) { kept_.emplace_back(tensor, /*is_output=*/false); };
+    keep(x);
+    keep(product.operand);
+    const auto lead_to = [&](const at::Tensor& tensor) {
+      edges.push_back(edge_of(tensor));
+      keep(tensor);
+    };
+    for (auto& slice : slices) {
+      lead_to(slice.factor());
+      lead_to(slice.B);
+      slice.A = slice.B = slice.S = at::Tensor();  // from here on they are among what is kept
+    }
+    if (gain.defined()) lead_to(gain);
+    for (const auto& result : results) keep(result);
+    slices_ = std::move(slices);
+    set_next_edges(std::move(edges));
+    return y;
+  }
+
+  /// x, the frozen operand, for each slice A, or S in its place, and B; the gain; S_i; and what the gain scales.
+  Tensors unpacked() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Tensors kept;
+    kept.reserve(kept_.size());
+    for (const auto& tensor : kept_) kept.push_back(tensor.unpack());
+    return kept;
+  }
+
   /// x_i and where it is kept, computed once for the parts of an update.
   class DroppedInput {
    public:
@@ -247,15 +262,15 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
   }
 
   /// x M^T + s (x A^T) B^T once more, for derivatives of derivatives.
-  static at::Tensor moved_product(const Plan& plan, const Tensors& kept, const at::Tensor& matrix) {
+  at::Tensor moved_product(const Tensors& kept, const at::Tensor& matrix) const {
     const auto &x = kept[0], &A = kept[2], &B = kept[3];
-    const auto projected = plan.is_projected.front() ? A.t() : x.mm(A.t());
-    return matrix_product(x, matrix.t()) + projected.mm(B.t()) * plan.slices.front().scale;
+    const auto projected = is_shared_ ? A.t() : x.mm(A.t());
+    return matrix_product(x, matrix.t()) + projected.mm(B.t()) * slices_.front().scale;
   }
 
-  /// y; and at the end of `kept`, if that is given, every S_i, and what a gain scales.
+  /// y; and in `results`, if that is given, every S_i, and what a gain scales.
   static at::Tensor add_all(const Product& product, const at::Tensor& x, const Slices& slices, const at::Tensor& gain,
-                            Tensors* kept) {
+                            Tensors* results) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // which would look at each of these calls
     auto y = product.run(x, product.operand, gain.defined() ? at::Tensor() : product.bias);
     DroppedInput dropped(x);
@@ -266,12 +281,17 @@ class LowRankLinear : public torch::autograd::Function<LowRankLinear> {
       } else {
         add_to_part(columns(y, slice.at, slice.B.size(0)), slice.rows, S, slice.B.t(), slice.scale);
       }
-      if (kept != nullptr) kept->push_back(S);
+      if (results != nullptr) results->push_back(S);
     }
     if (!gain.defined()) return y;
-    if (kept != nullptr) kept->push_back(y);
+    if (results != nullptr) results->push_back(y);
     return product.bias.defined() ? at::addcmul(product.bias, y, gain) : y * gain;
   }
+
+  Slices slices_;  // without their tensors
+  bool is_transposed_ = false, is_shared_ = false, has_gain_ = false;
+  std::vector<torch::autograd::SavedVariable> kept_;
+  std::mutex mutex_;
 };
 
 }  // namespace detail

@@ -146,10 +146,6 @@ class SharedInputNode : public torch::autograd::Node {
     at::Tensor all;
   };
 
-  static torch::autograd::Edge edge_of(const at::Tensor& tensor) {
-    return tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor) : torch::autograd::Edge();
-  }
-
   /// dx + G^T A, in the type of x.
   static at::Tensor plus(const at::Tensor& dx, bool owns_dx, const at::Tensor& G, const at::Tensor& A,
                          const at::Tensor& x) {

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <lora/version.hpp>
 
@@ -21,6 +24,12 @@ auto make_node() {
   } else {
     return c10::make_intrusive<Kind>();
   }
+}
+
+/// Where the gradient of a tensor goes; nowhere, where it has none or is undefined.
+inline torch::autograd::Edge edge_of(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor)
+                                                    : torch::autograd::Edge();
 }
 
 }  // namespace detail
