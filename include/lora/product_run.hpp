@@ -34,16 +34,16 @@ class Followers : public std::enable_shared_from_this<Followers> {
   std::vector<at::Tensor> factors_;
 };
 
+/// No product of this thread from here on has an input with the last ones in common.
+LORA_INLINE void end_product_run();
+
 /// Products before and after have nothing in common with those while it lives.
 class OwnProductRun {
  public:
-  OwnProductRun() { end(); }
-  ~OwnProductRun() { end(); }
+  OwnProductRun() { end_product_run(); }
+  ~OwnProductRun() { end_product_run(); }
   OwnProductRun(const OwnProductRun&) = delete;
   OwnProductRun& operator=(const OwnProductRun&) = delete;
-
- private:
-  LORA_INLINE static void end();
 };
 
 }  // namespace detail
@@ -96,7 +96,7 @@ class ProductRun {
     return shared;
   }
 
-  /// No product from here on has an input with the last ones in common.
+  /// As end_product_run.
   void end() {
     if (first_) first_->set(seen_);
     first_.reset();
@@ -156,7 +156,7 @@ class ProductRun {
   size_t left_ = 0;
 };
 
-LORA_INLINE void OwnProductRun::end() { ProductRun::of_thread().end(); }
+LORA_INLINE void end_product_run() { ProductRun::of_thread().end(); }
 
 }  // namespace detail
 }  // namespace LORA_ABI

@@ -186,7 +186,7 @@ class ScopeGuard {
   explicit ScopeGuard(std::shared_ptr<const Scope> scope) : scope_(std::move(scope)) { ActiveScopes::add(scope_); }
 
   ~ScopeGuard() {
-    ProductRun::of_thread().end();
+    end_product_run();
     if (std::this_thread::get_id() == scope_->home) {
       ActiveScopes::remove(scope_.get());
       return;
