@@ -57,9 +57,9 @@ def layers(options):
 
 def fine_tuning(options):
     rows, agree = [], True
-    runs = list(RUNS.items())
-    for name, rest in runs[1:2] if options.short else runs:
-        options.rest = rest
+    names = ["q and v, checkpoints"] if options.short else RUNS  # of all, that with most of the program in it
+    for name in names:
+        options.rest = RUNS[name]
         here, peft = [], []
         for _ in range(options.turns):
             with tempfile.TemporaryDirectory(prefix="lora_benchmark_") as out:

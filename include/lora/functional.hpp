@@ -212,7 +212,7 @@ class FusedProduct {
   std::shared_ptr<const SharedInput> shared_input() {
     if (slices_.size() == 1 && !followers_) return nullptr;
     if (!SharedInput::is_worth_it(product_.x)) {
-      ProductRun::of_thread().end();
+      end_product_run();
       return nullptr;
     }
     std::vector<at::Tensor> factors;

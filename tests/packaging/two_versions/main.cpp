@@ -76,7 +76,8 @@ int main(int count, char** arguments) {
   }
   const std::filesystem::path folder(arguments[1]);
   int wrong = 0;
-  const std::string names[] = {"first_default", "first_hidden", "first_own", "second_default", "second_own"};
+  const std::string names[] = {"first_default",  "first_hidden",  "first_own",
+                               "second_default", "second_hidden", "second_own"};
   for (const auto& first : names) {
     for (const auto& second : names) {
       const bool same_version = first.substr(0, 5) == second.substr(0, 5);
