@@ -153,7 +153,7 @@ configure() {
 build() {
   minutes=$1
   shift
-  [ -e "$build/programs" ] ||
+  [ -e "$build/.ninja_log" ] ||  # which the first build begins
     say "Building $* in $build for the first time: about $minutes minutes on two cores; each step is named when it is done"
   cmake --build "$build" --parallel "${JOBS:-2}" --target "$@"
 }

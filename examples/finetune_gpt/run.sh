@@ -23,7 +23,7 @@ install_packages only $packages
 choose_python
 prepare_jinja
 configure
-build 2 finetune_gpt generate merge_checkpoint
+build "2 to 5" finetune_gpt generate merge_checkpoint
 program=$PWD/$build/programs/finetune_gpt
 if [ "$only_help" = yes ]; then exec "$program" "$@"; fi
 
